@@ -1,0 +1,5 @@
+"""``python -m capray``."""
+
+from capray.cli import main
+
+main()

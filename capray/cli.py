@@ -1,0 +1,190 @@
+"""`capray`: thin and lazy. Parses settings and calls the one function each job has; torch and Ray load when needed.
+
+Exit codes: 0 done, 1 fault, 2 the user's mistake or an output held by another run, 130 and 143 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import cyclopts
+from cyclopts import App, Parameter
+from pydantic import ValidationError
+
+import capray
+from capray.config import (
+    CaptionConfig,
+    DemoConfig,
+    EvaluateConfig,
+    FlickrConfig,
+    QueryConfig,
+    Settings,
+    ShapesConfig,
+    TrainConfig,
+    explain,
+    read_yaml,
+)
+from capray.errors import CaprayError, ConfigError, Interrupted
+
+Flat = Parameter(name="*")
+
+app = App(
+    name="capray",
+    help="Train an image captioner on Ray, caption images by the million, query the captions with SQL.",
+    version=capray.__version__,
+    help_format="plaintext",
+    default_parameter=Parameter(negative_iterable=()),
+)
+prepare_app = App(name="prepare", help="Turn a captioned data set into the Samples table that `train` reads.")
+app.command(prepare_app)
+
+
+@prepare_app.command
+def flickr8k(config: Annotated[FlickrConfig, Flat]) -> None:
+    """Flickr8k as it is distributed."""
+    from capray.datasets.flickr8k import prepare_flickr8k
+
+    _report_prepared(prepare_flickr8k(config))
+
+
+@prepare_app.command
+def shapes(config: Annotated[ShapesConfig, Flat]) -> None:
+    """A drawn data set of coloured shapes, made on the spot."""
+    from capray.datasets.shapes import prepare_shapes
+
+    _report_prepared(prepare_shapes(config))
+
+
+def _report_prepared(prepared) -> None:
+    for split, counts in prepared.splits.items():
+        print(f"{split:>6}: {counts.images:,} images, {counts.captions:,} captions")
+    for note in prepared.notes:
+        print(f"  note: {note}")
+    print(f"wrote {prepared.output}")
+
+
+@app.command
+def train(config: Annotated[TrainConfig, Flat]) -> None:
+    """Train a captioner; the same command goes on after an interruption."""
+    from capray.training.job import train as run
+
+    result = run(config)
+    print(f"best epoch {result.best_epoch}: {result.best}")
+
+
+@app.command
+def caption(config: Annotated[CaptionConfig, Flat], *photos: str) -> None:
+    """Caption a source of images into Parquet tables; the same command does what is missing.
+
+    `capray caption PHOTO … --model DIR` captions single photos instead, one per line.
+    """
+    from capray.captioning.direct import are_photos, caption_photos
+
+    paths = [path for path in (config.input, config.output, *photos) if path is not None]
+    if are_photos(paths):
+        caption_photos(paths, config)
+        return
+    if photos:
+        raise ConfigError(f"{len(paths)} arguments, and {paths[-1]!r} is no photo: give INPUT OUTPUT, or photos only")
+    if config.output is None:
+        raise ConfigError(
+            f"{config.input!r} is no photo: an output is needed for its tables (capray caption INPUT OUTPUT)"
+        )
+    from capray.captioning.job import caption as run
+
+    print(run(config).text())
+
+
+@app.command
+def evaluate(config: Annotated[EvaluateConfig, Flat], *, json: bool = False) -> None:
+    """Score a captioning output against reference captions.
+
+    Parameters
+    ----------
+    json
+        Print JSON.
+    """
+    from capray.evaluation import evaluate as run
+
+    evaluation = run(config)
+    print(evaluation.json() if json else evaluation.text())
+    if evaluation.withheld:
+        raise CaprayError(evaluation.withheld)
+
+
+@app.command
+def query(config: Annotated[QueryConfig, Flat]) -> None:
+    """Query a captioning output with SQL; without a query, sum it up."""
+    from capray.query import run_query
+
+    run_query(config)
+
+
+@app.command
+def demo(config: Annotated[DemoConfig, Flat] = DemoConfig()) -> None:
+    """Draw a data set, train, caption images never seen, evaluate and query: the whole way in minutes."""
+    from capray.demo import demo as run
+
+    run(config)
+
+
+CONFIGS: dict[tuple[str, ...], type[Settings]] = {
+    ("prepare", "flickr8k"): FlickrConfig,
+    ("prepare", "shapes"): ShapesConfig,
+    ("train",): TrainConfig,
+    ("caption",): CaptionConfig,
+    ("evaluate",): EvaluateConfig,
+    ("query",): QueryConfig,
+    ("demo",): DemoConfig,
+}
+
+
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[str | None, Parameter(help="YAML file of settings; flags go over it.")] = None,
+) -> None:
+    app.config = ()
+    if config is not None:
+        command, _, _ = app.parse_commands(tokens)
+        model = CONFIGS.get(tuple(command))
+        if model is None:
+            raise ConfigError("a configuration file needs a job: capray train --config FILE, say")
+        app.config = (cyclopts.config.Dict(read_yaml(config, model), source=config, use_commands_as_keys=False),)
+    app(tokens, exit_on_error=False, print_error=False)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code. A user's mistake is one line on standard error."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app.meta(arguments, exit_on_error=False, print_error=False)
+    except CaprayError as error:
+        return _fail(str(error), error.exit_code)
+    except cyclopts.CycloptsError as error:
+        cause = error.__cause__
+        return _fail(explain(cause) if isinstance(cause, ValidationError) else str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Interrupted("terminated; the same command goes on where it was", number)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"capray: {message}", file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """The console script, and with a job's name in front what `jobs/*.py` call."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""Joining a Ray cluster, or starting Ray on this machine, and sharing out its CPUs and GPUs.
+
+The driver asks Ray what the cluster has and never looks at devices itself.
+"""
+
+from __future__ import annotations
+
+import os
+
+from capray.errors import CaprayError, ConfigError
+
+# Under `uv run` Ray would rebuild the environment for its workers; the one this process runs in is there already.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+
+def local_cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def connect() -> None:
+    """Use the Ray this process is connected to, or the cluster named by RAY_ADDRESS, or start Ray here.
+
+    Ray started here declares one CPU more than there are cores: reading waits on storage more than it computes, and
+    must find room beside workers that take a core each.
+
+    Raises:
+        CaprayError: the cluster of RAY_ADDRESS does not answer.
+    """
+    import logging
+
+    import ray
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise CaprayError(
+                f"no Ray cluster at RAY_ADDRESS={address}: {error}; unset it to run here, or check the address and the "
+                "token (RAY_AUTH_TOKEN_PATH)"
+            ) from error
+        return
+    ray.init(
+        address="local",
+        num_cpus=local_cores() + 1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def cluster_resources() -> tuple[float, float]:
+    """CPUs and GPUs of the cluster."""
+    import ray
+
+    resources = ray.cluster_resources()
+    return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+
+
+def share_cpus(num_workers: int, cpus_per_worker: float | None, gpus_per_worker: float) -> float:
+    """CPUs for each of ``num_workers``, one CPU being left to reading.
+
+    Raises:
+        ConfigError: the cluster cannot hold the workers and still read.
+    """
+    cpus, gpus = cluster_resources()
+    if cpus_per_worker is None:
+        cpus_per_worker = 1.0 if gpus_per_worker else float(max(1, int(cpus - 1) // num_workers))
+    if num_workers * cpus_per_worker > cpus - 1:
+        raise ConfigError(
+            f"{num_workers} workers of {cpus_per_worker:g} CPUs do not leave one for reading on a cluster of "
+            f"{cpus:g}: use fewer workers, a smaller cpus_per_worker, or a larger cluster"
+        )
+    if num_workers * gpus_per_worker > gpus:
+        raise ConfigError(
+            f"{num_workers} workers of {gpus_per_worker:g} GPUs need more than the cluster's {gpus:g}: use fewer "
+            "workers, or set gpus_per_worker to 0 to run on CPUs"
+        )
+    return cpus_per_worker

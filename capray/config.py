@@ -1,0 +1,389 @@
+"""Every setting of every job, on one page, validated.
+
+A job's settings are one frozen object. Its fields are the flags of the command line and the keys of the YAML
+file, flat, under the same names; the docstring under a field is its help. Groups that several jobs share are
+base classes, and ``subset`` takes one out of a larger whole.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from capray.errors import ConfigError
+
+T = TypeVar("T", bound="Settings")
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Channels = tuple[float, float, float]
+
+
+class Settings(BaseModel):
+    """Frozen, validated, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Fields the command line takes by position; all others are flags."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Positional fields come first and the class's own before the inherited, in help and on the command line."""
+        fields = cls.model_fields
+        own = [name for name in cls.__annotations__ if name in fields]
+        order = dict.fromkeys((*cls.positional, *own, *fields))
+        ordered = {name: fields[name] for name in order}
+        fields.clear()
+        fields.update(ordered)
+        for name, field in fields.items():
+            field.kw_only = name not in cls.positional
+
+    @classmethod
+    def create(cls, values: Mapping[str, Any] | None = None, /, **overrides: Any) -> Self:
+        """The settings from ``values`` with ``overrides`` over them.
+
+        Raises:
+            ConfigError: an unknown key (with the nearest known one) or a value out of its range.
+        """
+        merged = {**(values or {}), **overrides}
+        reject_unknown(merged, cls)
+        try:
+            return cls(**merged)
+        except ValidationError as error:
+            raise ConfigError(explain(error)) from error
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
+        """The settings of a YAML file with ``overrides`` over them; raises ConfigError as ``create`` does."""
+        return cls.create(read_yaml(path, cls), **overrides)
+
+    def subset(self, group: type[T]) -> T:
+        """The settings of ``group``, a base class of this one, on their own."""
+        return group(**{name: getattr(self, name) for name in group.model_fields})
+
+
+def reject_unknown(values: Mapping[str, Any], model: type[Settings], source: str = "settings") -> None:
+    """Raise ConfigError, naming the nearest valid key, if ``values`` has a key that ``model`` does not know."""
+    for key in values:
+        if key not in model.model_fields:
+            near = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(sorted(model.model_fields))}"
+            raise ConfigError(f"unknown key {key!r} in {source}: {hint}")
+
+
+def read_yaml(path: str | Path, model: type[Settings]) -> dict[str, Any]:
+    """The mapping in a YAML file, its keys checked against ``model``.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, is not a mapping, or has an unknown key.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} is not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{str(path)!r} must hold a mapping of keys to values, not a {type(values).__name__}")
+    reject_unknown(values, model, str(path))
+    return values
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as one line for a user: the setting, what is wrong, and the value it had."""
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        reason = problem["msg"].removeprefix("Value error, ")
+        reason = reason[:1].lower() + reason[1:]
+        if problem["type"] == "missing":
+            lines.append(f"{name} is required")
+        elif problem["type"] == "value_error":
+            lines.append(f"{name}: {reason}" if name else reason)
+        else:
+            lines.append(f"{name}: {reason}, not {problem['input']!r}")
+    return "; ".join(lines)
+
+
+class Preprocessing(Settings):
+    """From an image's pixels to the encoder's input; part of a captioner."""
+
+    resize: Literal["squash", "crop", "pad", "keep-aspect"] = "squash"
+    """How an image meets the input size: squash it, scale and crop the centre, scale and pad, or scale the shorter
+    side and keep the aspect ratio (needs pool_grid)."""
+    size: Annotated[int, Field(ge=16, le=2048)] = 224
+    """Side of the encoder's input in pixels (the shorter side with keep-aspect)."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    """Filter of the resizing."""
+    mean: Channels = (0.485, 0.456, 0.406)
+    """Mean of the red, green and blue channels on a scale of 0 to 1, subtracted (ImageNet's by default)."""
+    std: Annotated[Channels, Field()] = (0.229, 0.224, 0.225)
+    """Standard deviation of the channels on a scale of 0 to 1, divided by (ImageNet's by default)."""
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, std: Channels) -> Channels:
+        if min(std) <= 0:
+            raise ValueError(f"must be above 0, not {std}")
+        return std
+
+
+class ImageLimits(Settings):
+    """What an image may cost before it is refused with a failure row."""
+
+    max_image_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
+    """Largest encoded image in bytes."""
+    max_image_pixels: Annotated[int, Field(ge=1)] = 100_000_000
+    """Largest image in pixels, judged from its header before anything is decoded."""
+
+
+class Architecture(Preprocessing):
+    """The captioner's shape: everything that rebuilds it around its weights and vocabulary."""
+
+    encoder: str = "resnet101"
+    """Convolutional encoder: a torchvision model whose feature map is a grid (resnet18 … resnet152, mobilenet_v2,
+    efficientnet_b0, densenet121, vgg16, convnext_tiny …), or `tiny`, a small network to train from scratch."""
+    pool_grid: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Side of the grid after adaptive average pooling (14 in Show, Attend and Tell's reimplementations); the encoder's
+    own grid when not given."""
+    attention: Literal["additive", "multiplicative", "none"] = "additive"
+    """Additive (Bahdanau), multiplicative (Luong), or none (Show and Tell: the pooled image is the first input)."""
+    attention_activation: Literal["tanh", "relu"] = "tanh"
+    """Non-linearity of additive attention."""
+    multiplicative_score: Literal["dot", "general", "concat"] = "general"
+    """Score function of multiplicative attention (Luong et al. 2015, section 3.1)."""
+    attention_dim: Annotated[int, Field(ge=1)] = 256
+    """Width of additive attention's and of the concat score's hidden layer."""
+    embed_dim: Annotated[int, Field(ge=1)] = 256
+    """Width of the word embedding."""
+    hidden_dim: Annotated[int, Field(ge=1)] = 512
+    """Width of the decoder's state."""
+    cell: Literal["lstm", "gru"] = "lstm"
+    """Recurrent cell of the decoder."""
+    gate: bool = True
+    """Sigmoid gate on the attended context (Show, Attend and Tell, section 4.2.1)."""
+    grid_dropout: Fraction = 0.2
+    """Dropout on the grid."""
+    output_dropout: Fraction = 0.5
+    """Dropout on the decoder's output, before the word layer."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.resize == "keep-aspect" and self.pool_grid is None:
+            raise ValueError("resize 'keep-aspect' gives grids of different sizes: set pool_grid (14, say)")
+        return self
+
+
+class Decoding(Settings):
+    """How captions are searched for."""
+
+    beam_size: Annotated[int, Field(ge=1, le=100)] = 5
+    """Hypotheses kept per image; 1 is greedy search."""
+    n_best: Annotated[int, Field(ge=1, le=100)] | None = None
+    """Hypotheses returned per image, the best as the caption and the rest as alternatives; all of the beam when not
+    given."""
+    max_length: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Most tokens of a caption, its end token included."""
+    min_length: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Fewest words of a caption."""
+    length_penalty: Annotated[float, Field(ge=0, le=5)] = 0.9
+    """Hypotheses are ranked by log_prob / num_tokens ** length_penalty; 0 ranks by log_prob."""
+    no_repeat_ngram: Annotated[int, Field(ge=0, le=10)] = 0
+    """No caption holds the same run of this many words twice; 0 allows it."""
+    allow_unk: bool = False
+    """Whether the unknown-word token may be emitted."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.n_best is not None and self.n_best > self.beam_size:
+            raise ValueError(f"n_best {self.n_best} is more than beam_size {self.beam_size}: raise beam_size")
+        if self.min_length >= self.max_length:
+            raise ValueError(f"min_length {self.min_length} must be below max_length {self.max_length}")
+        return self
+
+
+class TrainConfig(ImageLimits, Decoding, Architecture):
+    """Train a captioner on a Samples table with data-parallel Ray Train."""
+
+    positional: ClassVar[tuple[str, ...]] = ("samples", "output")
+
+    samples: str
+    """Samples table, as `capray prepare` writes it: a folder or URI of Parquet files."""
+    output: str
+    """Folder or URI for the training: `best/` and `last/` (the captioner), checkpoints to resume from, MLflow's store."""
+    train_split: str = "train"
+    """Split to train on."""
+    validation_split: str = "dev"
+    """Split to validate on after each epoch."""
+
+    weights: str | None = None
+    """Encoder weights: `imagenet` (torchvision's, downloaded), one of torchvision's weight names, or a file or URI
+    (.safetensors, or .pth with tensors only); random when not given."""
+    fine_tune_from: str | None = None
+    """First block of the encoder to fine-tune (`layer2`, `features.14`; `all` for the whole); frozen when not given."""
+    encoder_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate of the fine-tuned blocks."""
+
+    min_word_count: Annotated[int, Field(ge=1)] = 5
+    """Words seen less often in the training split become the unknown word."""
+    max_caption_words: Annotated[int, Field(ge=1, le=1000)] = 50
+    """Training captions are cut after this many words."""
+    captions_per_image: Literal["1", "all"] = "all"
+    """Captions an image brings to a step: `1`, drawn anew each epoch, or `all`, sharing one encoding."""
+
+    epochs: Annotated[int, Field(ge=1)] = 20
+    """Passes over the training split."""
+    batch_size: Annotated[int, Field(ge=1)] = 160
+    """Image-caption pairs per step, over all workers."""
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    """Adam's learning rate for the decoder."""
+    clip: Literal["norm", "value", "none"] = "norm"
+    """Gradient clipping: by the norm of all gradients, by the value of each, or none."""
+    clip_threshold: Annotated[float, Field(gt=0)] = 5.0
+    """Threshold of the clipping."""
+    label_smoothing: Fraction = 0.1
+    """Share of the target's probability spread over the other emittable words."""
+    doubly_stochastic: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of Show, Attend and Tell's doubly stochastic term (section 4.2.1, eq. 14); 0 without attention."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward pass; weights and losses stay fp32."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many epochs without a better validation BLEU-4; never when not given."""
+    seed: int = 0
+    """Seed of initial weights, shuffling and dropout."""
+    shuffle_buffer: Annotated[int, Field(ge=1)] = 1000
+    """Images each worker shuffles among."""
+
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    """Data-parallel workers."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    """GPUs per worker; when not given, 1 if the cluster has GPUs."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] | None = None
+    """CPUs per worker, and with them its threads; when not given, an equal share, one CPU being left to reading."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Times a training that lost a worker restarts from its last checkpoint."""
+    tracking_uri: str | None = None
+    """MLflow tracking server; `none` for no tracking; an SQLite store in the output folder when not given."""
+    experiment: str = "capray"
+    """MLflow experiment."""
+
+    @model_validator(mode="after")
+    def _regularised(self) -> Self:
+        if self.attention == "none" and self.doubly_stochastic > 0:
+            raise ValueError("doubly_stochastic needs attention weights: set it to 0 with attention 'none'")
+        if self.batch_size < self.num_workers:
+            raise ValueError(f"batch_size {self.batch_size} is less than num_workers {self.num_workers}")
+        return self
+
+
+class CaptionConfig(ImageLimits, Decoding):
+    """Caption every image of a source into Parquet tables, as a resumable Ray Data job."""
+
+    positional: ClassVar[tuple[str, ...]] = ("input", "output")
+
+    input: str
+    """Images: a folder, an s3:// prefix, or Parquet (file, folder or glob) with an image or URI column."""
+    output: str | None = None
+    """Folder or URI for the tables. Without it the arguments are photos, captioned one per line."""
+    model: str
+    """Captioner folder or URI."""
+
+    split: str | None = None
+    """Only the rows of this split, of a Samples table."""
+    id_column: str | None = None
+    """Column of the image ids of a Parquet input; when not given, `image_id`, else the URI column."""
+    image_column: str | None = None
+    """Column of encoded image bytes of a Parquet input; when not given, `image` if there is one."""
+    uri_column: str | None = None
+    """Column of image URIs of a Parquet input; when not given, `uri` or `url` if there is one and no image column."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the encoder and decoder; auto is bf16 on GPUs and fp32 on CPUs."""
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Images captioned together by an actor."""
+    num_actors: Annotated[int, Field(ge=1)] | None = None
+    """Captioning actors; when not given, one per GPU, or one per CPU but one."""
+    gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
+    """GPUs per actor; when not given, 1 if the cluster has GPUs."""
+    threads_per_actor: Annotated[int, Field(ge=1)] = 1
+    """CPUs and threads of an actor."""
+    fetch_concurrency: Annotated[int, Field(ge=1, le=256)] = 16
+    """Images one fetching task reads at once."""
+
+    part_rows: Annotated[int, Field(ge=1)] = 50_000
+    """Rows after which a part is cut and published."""
+    part_seconds: Annotated[float, Field(gt=0)] = 60
+    """Seconds after which a part is cut and published."""
+    retry_failed: bool = False
+    """Attempt the images again whose current failure is final."""
+
+
+class EvaluateConfig(Settings):
+    """Score the captions of an output against the references of a Samples table."""
+
+    positional: ClassVar[tuple[str, ...]] = ("output",)
+
+    output: str
+    """Folder or URI a captioning job wrote."""
+    references: str
+    """Samples table with the reference captions."""
+    split: str
+    """Split to score."""
+    match: Literal["image_id", "file_name"] = "image_id"
+    """How captions find their references: by image id, or by the last part of it (for ids that are URIs)."""
+    allow_partial: bool = False
+    """Print the figures although images of the split have no caption."""
+
+
+class FlickrConfig(Settings):
+    """Turn Flickr8k as it is distributed into a Samples table."""
+
+    positional: ClassVar[tuple[str, ...]] = ("raw", "output")
+
+    raw: str
+    """Folder with the images (`Images/` or `Flicker8k_Dataset/`), the captions (`Flickr8k.token.txt` or `captions.txt`)
+    and the three split lists (`Flickr_8k.trainImages.txt` …)."""
+    output: str
+    """Folder or URI for the Samples table."""
+
+
+class ShapesConfig(Settings):
+    """Draw a captioned data set of coloured shapes: no download, made on the spot."""
+
+    positional: ClassVar[tuple[str, ...]] = ("output",)
+
+    output: str
+    """Folder or URI for the Samples table."""
+    num_images: Annotated[int, Field(ge=10, le=1_000_000)] = 1000
+    """Images to draw: 80 % train, 10 % dev, 10 % test."""
+    image_size: Annotated[int, Field(ge=32, le=512)] = 64
+    """Side of an image in pixels."""
+    seed: int = 0
+    """Seed of the scenes: the same seed draws the same images and captions."""
+
+
+class QueryConfig(Settings):
+    """Query a captioning output with SQL (DuckDB)."""
+
+    positional: ClassVar[tuple[str, ...]] = ("output", "sql")
+
+    output: str
+    """Folder or URI a captioning job wrote."""
+    sql: str | None = None
+    """Query over the views captions, failures (current ones) and failure_log; a summary when not given."""
+    format: Literal["table", "csv", "json"] = "table"
+    """Output format."""
+
+
+class DemoConfig(Settings):
+    """Draw a data set, train on it, caption images it has never seen, evaluate and query."""
+
+    out: str = "capray-demo"
+    """Folder for everything the demo makes."""
+    seed: int = 0
+    """Seed of the data set and of the training."""

@@ -1,0 +1,1 @@
+"""Captioned data sets: each file turns one layout into the Samples table."""

@@ -1,0 +1,100 @@
+"""Writing the Samples table: what every data set has in common.
+
+A data set yields samples split by split; they land in ``<split>-<n>.parquet`` shards, and ``_dataset.json``, written
+last, says that the table is whole and what is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import count, groupby, islice
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from capray.errors import ConfigError, DataError
+from capray.storage import is_folder, list_names, locate, write_atomic
+from capray.tables import SAMPLES, encode_parquet
+
+IMAGES_PER_SHARD = 500
+IMAGES_PER_ROW_GROUP = 125
+RECORD = "_dataset.json"
+
+
+class Sample(NamedTuple):
+    """An image with its reference captions."""
+
+    image_id: str
+    image: bytes
+    captions: list[str]
+    split: str
+
+
+@dataclass
+class Counts:
+    """What went into one split."""
+
+    images: int = 0
+    captions: int = 0
+
+
+@dataclass
+class Prepared:
+    """What a preparation wrote, and what it could not use."""
+
+    output: str
+    splits: dict[str, Counts]
+    notes: list[str] = field(default_factory=list)
+    digest: str = ""
+
+
+def write_samples(samples: Iterable[Sample], output: str, dataset: str, notes: list[str]) -> Prepared:
+    """Write ``samples``, grouped by split, as the Samples table in ``output``.
+
+    Args:
+        samples: all samples of a split together.
+        output: an empty or new folder or URI.
+        dataset: the data set's name, for the record.
+        notes: what the user should know of the data, kept in the record; read after the last sample.
+
+    Raises:
+        ConfigError: ``output`` is not empty.
+        DataError: there are no samples.
+    """
+    folder = locate(output)
+    check_empty(output)
+    prepared = Prepared(output, {}, notes)
+    digest = hashlib.sha256()
+    for split, of_split in groupby(samples, key=lambda sample: sample.split):
+        counts = prepared.splits[split] = Counts()
+        for shard in count():
+            rows = list(islice(of_split, IMAGES_PER_SHARD))
+            if not rows:
+                break
+            columns = dict(zip(Sample._fields, zip(*rows, strict=True), strict=True))
+            data = encode_parquet(pa.table(columns, schema=SAMPLES), IMAGES_PER_ROW_GROUP)
+            digest.update(hashlib.sha256(data).digest())
+            write_atomic(folder.join(f"{split}-{shard:05d}.parquet"), data)
+            counts.images += len(rows)
+            counts.captions += sum(len(row.captions) for row in rows)
+    if not prepared.splits:
+        raise DataError(f"no images for {output!r}")
+    prepared.digest = digest.hexdigest()
+    record = {
+        "dataset": dataset,
+        "splits": {split: vars(counts) for split, counts in prepared.splits.items()},
+        "notes": prepared.notes,
+        "digest": prepared.digest,
+    }
+    write_atomic(folder.join(RECORD), json.dumps(record, indent=2).encode())
+    return prepared
+
+
+def check_empty(output: str) -> None:
+    """Raise ConfigError when ``output`` already holds something."""
+    folder = locate(output)
+    if is_folder(folder) and (names := list_names(folder)):
+        raise ConfigError(f"{output!r} is not empty (it holds {names[0]!r}): choose a new folder or empty it")

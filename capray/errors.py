@@ -1,0 +1,45 @@
+"""The errors a caller can act on. One message string each, so that they pickle across processes.
+
+Every one carries the exit code the command line ends with. A user's mistake or a fault of the outside
+world is one of these; a programmer's mistake is an ``assert``; anything else propagates as it is.
+"""
+
+
+class CaprayError(Exception):
+    """A fault that stops the job: exit code 1."""
+
+    exit_code = 1
+
+
+class ConfigError(CaprayError):
+    """A setting, path or combination the user has to change: exit code 2."""
+
+    exit_code = 2
+
+
+class OutputConflictError(ConfigError):
+    """The output belongs to another job, or another run is writing it."""
+
+
+class CheckpointError(CaprayError):
+    """A model folder that is missing, damaged, incomplete, too new, or unsafe to load."""
+
+
+class DataError(CaprayError):
+    """Input data that cannot be used as it is."""
+
+
+class StorageError(CaprayError):
+    """Storage that cannot be reached, read or written."""
+
+
+class Interrupted(CaprayError):
+    """Stopped by a signal; what was published is kept and the same command goes on."""
+
+    def __init__(self, message: str, signal_number: int = 2):
+        super().__init__(message)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
+
+    def __reduce__(self):
+        return type(self), (self.args[0], self.signal_number)

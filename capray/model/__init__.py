@@ -1,0 +1,1 @@
+"""The captioner in pure PyTorch: encoder, attention, decoder, beam search, checkpoint. Knows no Ray."""

@@ -1,0 +1,98 @@
+"""Attention over the grid. The grid's projection is computed once per image, never per step, caption or beam.
+
+Axes: B images, K captions or beams of an image, P positions of the grid, D its channels, H the decoder's state,
+A the attention's hidden layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from capray.config import Architecture
+from capray.errors import ConfigError
+
+
+class Attention(nn.Module):
+    """Scores every position of the grid for a decoder state. ``project`` once per image, ``scores`` per step."""
+
+    def project(self, grid_BPD: torch.Tensor) -> torch.Tensor:
+        """The keys: (B, P, …), linear in the grid, so that pooling may come after it."""
+        raise NotImplementedError
+
+    def scores(self, keys_BPA: torch.Tensor, query_BKH: torch.Tensor) -> torch.Tensor:
+        """Unnormalised scores (B, K, P)."""
+        raise NotImplementedError
+
+    def forward(
+        self, keys_BPA: torch.Tensor, grid_BPD: torch.Tensor, query_BKH: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The context (B, K, D) and the weights (B, K, P) that sum to 1 over positions."""
+        alpha_BKP = self.scores(keys_BPA, query_BKH).float().softmax(-1)
+        return alpha_BKP.to(grid_BPD.dtype) @ grid_BPD, alpha_BKP
+
+
+class AdditiveAttention(Attention):
+    """score(h, g) = v · act(W_h h + W_g g) (Bahdanau et al. 2015, appendix A.1.2; ReLU in Show, Attend and Tell's
+    reimplementations). With tanh it is also Luong's concat (2015, section 3.1)."""
+
+    def __init__(self, grid_dim: int, hidden_dim: int, attention_dim: int, activation: str = "tanh"):
+        super().__init__()
+        self.grid = nn.Linear(grid_dim, attention_dim)
+        self.query = nn.Linear(hidden_dim, attention_dim)
+        self.energy = nn.Linear(attention_dim, 1)
+        self.activation = {"tanh": torch.tanh, "relu": torch.relu}[activation]
+
+    def project(self, grid_BPD: torch.Tensor) -> torch.Tensor:
+        return self.grid(grid_BPD)
+
+    def scores(self, keys_BPA: torch.Tensor, query_BKH: torch.Tensor) -> torch.Tensor:
+        hidden_BKPA = self.activation(keys_BPA[:, None] + self.query(query_BKH)[:, :, None])
+        return self.energy(hidden_BKPA).squeeze(-1)
+
+
+class GeneralAttention(Attention):
+    """score(h, g) = h · W g (Luong et al. 2015, section 3.1)."""
+
+    def __init__(self, grid_dim: int, hidden_dim: int):
+        super().__init__()
+        self.grid = nn.Linear(grid_dim, hidden_dim, bias=False)
+
+    def project(self, grid_BPD: torch.Tensor) -> torch.Tensor:
+        return self.grid(grid_BPD)
+
+    def scores(self, keys_BPA: torch.Tensor, query_BKH: torch.Tensor) -> torch.Tensor:
+        return query_BKH @ keys_BPA.transpose(1, 2)
+
+
+class DotAttention(Attention):
+    """score(h, g) = h · g (Luong et al. 2015, section 3.1)."""
+
+    def project(self, grid_BPD: torch.Tensor) -> torch.Tensor:
+        return grid_BPD
+
+    def scores(self, keys_BPA: torch.Tensor, query_BKH: torch.Tensor) -> torch.Tensor:
+        return query_BKH @ keys_BPA.transpose(1, 2)
+
+
+def build_attention(architecture: Architecture, grid_dim: int) -> Attention | None:
+    """The attention that ``architecture`` names; None for ``none``.
+
+    Raises:
+        ConfigError: the dot score with a grid and a state of different widths.
+    """
+    hidden_dim, attention_dim = architecture.hidden_dim, architecture.attention_dim
+    if architecture.attention == "none":
+        return None
+    if architecture.attention == "additive":
+        return AdditiveAttention(grid_dim, hidden_dim, attention_dim, architecture.attention_activation)
+    if architecture.multiplicative_score == "concat":
+        return AdditiveAttention(grid_dim, hidden_dim, attention_dim, "tanh")
+    if architecture.multiplicative_score == "general":
+        return GeneralAttention(grid_dim, hidden_dim)
+    if grid_dim != hidden_dim:
+        raise ConfigError(
+            f"multiplicative_score 'dot' needs hidden_dim equal to the encoder's {grid_dim} channels, not {hidden_dim}: "
+            f"set hidden_dim to {grid_dim} or multiplicative_score to 'general'"
+        )
+    return DotAttention()

@@ -1,0 +1,156 @@
+"""Encoder, decoder, vocabulary and preprocessing as one: images in, captions out.
+
+Axes: B images, K captions of an image, T steps, P positions, D grid channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from capray.config import Architecture, Decoding
+from capray.images import normalise
+from capray.model.beam import beam_search
+from capray.model.decoder import Decoder, Memory, State
+from capray.model.encoder import Encoder
+from capray.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One caption of an image.
+
+    ``log_prob`` is natural and summed over ``num_tokens`` tokens, ``<end>`` included; ``score`` is after length
+    normalisation; ``finished`` tells whether it ended with ``<end>``.
+    """
+
+    caption: str
+    log_prob: float
+    score: float
+    num_tokens: int
+    finished: bool
+
+
+class _Search(NamedTuple):
+    """What beam search carries: the decoder's state of every beam."""
+
+    state: State
+
+    def select(self, beams_BK: torch.Tensor) -> _Search:
+        return _Search(self.state.select(beams_BK))
+
+
+def autocast(device: torch.device | str, precision: str) -> AbstractContextManager:
+    """The arithmetic named by ``precision`` (fp32 or bf16) on ``device``."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+class Captioner(nn.Module):
+    """A captioner: ``encode`` images once, then ``teacher_force`` captions or ``caption`` freely over that memory.
+
+    Args:
+        architecture: its shape and preprocessing.
+        vocabulary: its words.
+        weights: the encoder's initial weights (see Encoder); None when a checkpoint brings them.
+        fine_tune_from: the encoder's first block to train (see Encoder).
+
+    Raises:
+        ConfigError, CheckpointError: as Encoder and Attention do.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        vocabulary: Vocabulary,
+        weights: str | None = None,
+        fine_tune_from: str | None = None,
+    ):
+        super().__init__()
+        self.architecture = architecture
+        self.vocabulary = vocabulary
+        self.encoder = Encoder(architecture.encoder, weights, fine_tune_from)
+        self.decoder = Decoder(architecture, self.encoder.dim, len(vocabulary))
+        self.grid_dropout = nn.Dropout(architecture.grid_dropout)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.output.weight.device
+
+    def encode(self, pixels_BHW3: torch.Tensor) -> Memory:
+        """The memory of a batch of uint8 images at the encoder's input size, on any device."""
+        images = normalise(pixels_BHW3.to(self.device, non_blocking=True), self.architecture)
+        return self.remember(self.encoder(images))
+
+    def remember(self, grid_BDhw: torch.Tensor) -> Memory:
+        """The memory of a native grid. Pooling keeps means and is linear, so the grid is projected before it."""
+        grid_BDhw = self.grid_dropout(grid_BDhw)
+        size = grid_BDhw.shape[2:]
+        grid_BPD = grid_BDhw.flatten(2).transpose(1, 2)
+        pool = self.architecture.pool_grid
+        if pool is None or tuple(size) == (pool, pool):
+            return self.decoder.remember(grid_BPD)
+        memory = self.decoder.remember(grid_BPD)
+        return Memory(*(_pool(part, size, pool) for part in memory))
+
+    def encode_all(self, images: Sequence[np.ndarray]) -> Memory:
+        """The memory of images (H, W, 3), uint8, of any sizes: each size is encoded as a batch of its own."""
+        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, image in enumerate(images):
+            by_shape[image.shape].append(i)
+        order = [i for group in by_shape.values() for i in group]
+        memory = Memory.cat(
+            [self.encode(torch.from_numpy(np.stack([images[i] for i in group]))) for group in by_shape.values()]
+        )
+        if order == list(range(len(images))):
+            return memory
+        return memory.select(torch.tensor(np.argsort(order), device=self.device))
+
+    def forward(
+        self, memory: Memory, inputs_BKT: torch.Tensor, lengths_BK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Teacher forcing: the states (B, K, T, H) and attention (B, K, T, P); see ``Decoder.teacher_force``."""
+        return self.decoder.teacher_force(memory, inputs_BKT, lengths_BK)
+
+    def next_log_probs(self, memory: Memory):
+        """The decoder as beam search wants it: last tokens and state to the next token's log-probabilities."""
+
+        def next_log_probs(last_BK: torch.Tensor, search: _Search) -> tuple[torch.Tensor, _Search]:
+            state, _ = self.decoder.step(self.decoder.embedding(last_BK), search.state, memory)
+            log_probs_BKV = self.decoder.logits(state.hidden_BKH).float().log_softmax(-1)
+            return log_probs_BKV.nan_to_num(nan=float("-inf")), _Search(state)
+
+        return next_log_probs
+
+    @torch.inference_mode()
+    def caption(self, memory: Memory, decoding: Decoding) -> list[list[Hypothesis]]:
+        """The ``n_best`` captions of each image, best first. The captioner must be in evaluation mode.
+
+        An image for which the model gives no finite probability (NaN) gets an empty list.
+        """
+        assert not self.training, "captioning needs the captioner in evaluation mode"
+        num_images = len(memory.grid_BPD)
+        start = _Search(self.decoder.start(memory, 1))
+        beams = beam_search(self.next_log_probs(memory), start, num_images, decoding, self.device)
+        tokens_BNT, *numbers = (part.tolist() for part in beams)
+        return [
+            [
+                Hypothesis(" ".join(self.vocabulary.decode(tokens[:num_tokens])), log_prob, score, num_tokens, finished)
+                for tokens, num_tokens, log_prob, score, finished in zip(*image, strict=True)
+                if num_tokens
+            ]
+            for image in zip(tokens_BNT, *numbers, strict=True)
+        ]
+
+
+def _pool(part_BPX: torch.Tensor, size: torch.Size, pool: int) -> torch.Tensor:
+    grid = part_BPX.transpose(1, 2).unflatten(2, tuple(size))
+    return nn.functional.adaptive_avg_pool2d(grid, pool).flatten(2).transpose(1, 2)

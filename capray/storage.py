@@ -1,0 +1,201 @@
+"""A URI becomes a filesystem and a path: local folders and S3 in one place.
+
+Knows nothing of images, tables or jobs. Credentials and endpoints come from where the AWS tools take
+them (environment, profile, instance role; ``AWS_ENDPOINT_URL`` for other S3 servers), never from settings.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from capray.errors import CaprayError, DataError, StorageError
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place in a filesystem: ``fs`` and the ``path`` inside it, and the ``uri`` that names both."""
+
+    uri: str
+    fs: Any
+    path: str
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def join(self, *names: str) -> Location:
+        tail = "/".join(names)
+        return Location(f"{self.uri.rstrip('/')}/{tail}", self.fs, f"{self.path.rstrip('/')}/{tail}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One listed object: its URI, its path in the filesystem and its size in bytes."""
+
+    uri: str
+    path: str
+    size: int
+
+
+def locate(uri: str) -> Location:
+    """The filesystem and path of ``uri``: a local path, ``file://…``, ``s3://…`` or any fsspec URI.
+
+    Raises:
+        StorageError: no installed filesystem serves the URI's scheme.
+    """
+    uri = os.fspath(uri)
+    if "://" not in uri or uri.startswith("file://"):
+        path = os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+        return Location(path, fsspec.filesystem("file"), path)
+    scheme = uri.split("://", 1)[0]
+    try:
+        options = {"use_listings_cache": False, "default_fill_cache": False} if scheme == "s3" else {}
+        fs = fsspec.filesystem(scheme, **options)
+    except (ImportError, ValueError) as error:
+        raise StorageError(f"no filesystem for {uri!r}: {error}") from error
+    path = uri.split("://", 1)[1] if scheme in ("s3", "s3a") else fs._strip_protocol(uri)
+    return Location(uri, fs, path)
+
+
+@contextmanager
+def storage_errors(doing: str) -> Iterator[None]:
+    """Turn what the filesystems raise while ``doing`` something into a StorageError that says so."""
+    try:
+        yield
+    except (CaprayError, KeyboardInterrupt):
+        raise
+    except FileNotFoundError as error:
+        raise StorageError(f"{doing}: not found ({error})") from error
+    except PermissionError as error:
+        raise StorageError(f"{doing}: permission denied ({error})") from error
+    except OSError as error:
+        raise StorageError(f"{doing}: {error}") from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "s3fs", "aiohttp"):
+            raise
+        hint = "; set AWS credentials (environment, profile or role)" if "Credential" in type(error).__name__ else ""
+        raise StorageError(f"{doing}: {error}{hint}") from error
+
+
+def _uri_of(root: Location, path: str) -> str:
+    return path if root.is_local else f"{root.uri.split('://', 1)[0]}://{path}"
+
+
+def iter_files(root: Location) -> Iterator[Entry]:
+    """Every file below ``root``, in the order the store lists them, without holding the whole listing.
+
+    Raises:
+        StorageError: the store cannot be reached or refuses the listing.
+    """
+    with storage_errors(f"listing {root.uri}"):
+        if root.is_local:
+            for folder, folders, files in os.walk(root.path, onerror=_raise):
+                folders.sort()
+                for name in sorted(files):
+                    path = os.path.join(folder, name)
+                    yield Entry(path, path, os.path.getsize(path))
+            return
+        prefix = root.path.rstrip("/") + "/"
+        for path, info in root.fs.find(prefix, detail=True).items():
+            yield Entry(_uri_of(root, path), path, info["size"])
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def list_names(folder: Location, suffix: str = "") -> list[str]:
+    """Names of the files directly in ``folder`` that end in ``suffix``, sorted; [] when there is no such folder."""
+    with storage_errors(f"listing {folder.uri}"):
+        folder.fs.invalidate_cache()
+        try:
+            infos = folder.fs.ls(folder.path, detail=True)
+        except FileNotFoundError:
+            return []
+    names = (info["name"].rstrip("/").rsplit("/", 1)[-1] for info in infos if info["type"] == "file")
+    return sorted(name for name in names if name.endswith(suffix))
+
+
+def exists(location: Location) -> bool:
+    with storage_errors(f"looking for {location.uri}"):
+        location.fs.invalidate_cache()
+        return location.fs.exists(location.path)
+
+
+def is_folder(location: Location) -> bool:
+    with storage_errors(f"looking at {location.uri}"):
+        location.fs.invalidate_cache()
+        return location.fs.isdir(location.path)
+
+
+def is_file(location: Location) -> bool:
+    with storage_errors(f"looking at {location.uri}"):
+        location.fs.invalidate_cache()
+        return location.fs.isfile(location.path)
+
+
+def read_bytes(location: Location) -> bytes:
+    with storage_errors(f"reading {location.uri}"):
+        return location.fs.cat_file(location.path)
+
+
+def write_atomic(location: Location, data: bytes, scratch: Location | None = None) -> None:
+    """Publish ``data`` under ``location`` in one step: a reader sees the old bytes or the new, never a part.
+
+    Locally a file is written in ``scratch`` (the target's own folder when not given; it must be on the same
+    file system), synced and renamed, and the folder synced; on an object store it is a single PUT.
+    """
+    with storage_errors(f"writing {location.uri}"):
+        if not location.is_local:
+            location.fs.pipe_file(location.path, data)
+            return
+        folder = os.path.dirname(location.path)
+        scratch_folder = scratch.path if scratch else folder
+        os.makedirs(folder, exist_ok=True)
+        os.makedirs(scratch_folder, exist_ok=True)
+        temporary = os.path.join(scratch_folder, f".{os.path.basename(location.path)}.{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, location.path)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            raise
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def find_parquet(uri: str) -> list[Entry]:
+    """The Parquet files ``uri`` names: one file, a glob, or every ``*.parquet`` of a folder.
+
+    Raises:
+        DataError: there is none.
+        StorageError: the store cannot be reached.
+    """
+    root = locate(uri)
+    if any(sign in root.path for sign in "*?["):
+        with storage_errors(f"listing {uri}"):
+            found = root.fs.glob(root.path, detail=True)
+        entries = [Entry(_uri_of(root, path), path, info["size"]) for path, info in sorted(found.items())]
+    elif is_file(root):
+        entries = [Entry(root.uri, root.path, root.fs.size(root.path))]
+    else:
+        entries = [entry for entry in iter_files(root) if entry.path.endswith(".parquet")]
+        entries = [entry for entry in entries if "/_" not in entry.path[len(root.path) :]]
+    if not entries:
+        raise DataError(f"no Parquet files at {uri!r}")
+    return entries

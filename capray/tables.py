@@ -1,0 +1,81 @@
+"""The Arrow schemas of the tables capray reads and writes, and how a table becomes the bytes of a part."""
+
+from __future__ import annotations
+
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA_VERSION = 1
+"""Version of the output tables, in every part's metadata and in job.json."""
+
+_METADATA = {"capray_schema_version": str(SCHEMA_VERSION)}
+
+SAMPLES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("captions", pa.list_(pa.string()), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+    ],
+    metadata=_METADATA,
+)
+"""Images with their reference captions: encoded image bytes, raw captions, split name."""
+
+_ALTERNATIVE = pa.struct([("caption", pa.string()), ("log_prob", pa.float32()), ("score", pa.float32())])
+
+CAPTIONS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string()),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("log_prob", pa.float32(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+        pa.field("num_tokens", pa.int16(), nullable=False),
+        pa.field("finished", pa.bool_(), nullable=False),
+        pa.field("alternatives", pa.list_(_ALTERNATIVE), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("sha256", pa.binary(32), nullable=False),
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("captioned_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ],
+    metadata=_METADATA,
+)
+"""One row per captioned image. ``log_prob`` is natural, summed over tokens; ``score`` is what beams are ranked by."""
+
+FAILURES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string()),
+        pa.field("error_type", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("failed_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ],
+    metadata=_METADATA,
+)
+"""A log: one row per image and attempt that failed."""
+
+FINAL_FAILURES = (
+    "missing",
+    "too_large",
+    "not_an_image",
+    "truncated",
+    "unsupported_format",
+    "decode_error",
+    "crashed",
+)
+"""Kinds of failure that another attempt cannot mend."""
+
+TRANSIENT_FAILURES = ("denied", "unreadable_storage", "captioning_error")
+"""Kinds of failure that another attempt may mend: retried once per run."""
+
+
+def encode_parquet(table: pa.Table, row_group_size: int = 50_000) -> bytes:
+    """The bytes of a zstd-compressed Parquet file holding ``table``."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_size)
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Training on Ray Train: reading, the worker's loop, validation, tracking, and the job around them."""

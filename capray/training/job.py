@@ -1,0 +1,310 @@
+"""The training job: settings checked, vocabulary built, Ray Train run, the outcome told."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from capray import cluster
+from capray.config import Architecture, ImageLimits, Preprocessing, TrainConfig
+from capray.datasets.samples import RECORD
+from capray.errors import CaprayError, Interrupted, OutputConflictError
+from capray.model.captioner import Captioner
+from capray.model.checkpoint import FILES
+from capray.progress import ProgressDisplay
+from capray.storage import exists, find_parquet, list_names, locate, read_bytes, write_atomic
+from capray.training.reading import SplitText, dataset, read_text
+from capray.training.tracking import Run, start_run
+from capray.training.worker import HISTORY, train_worker
+from capray.vocabulary import Vocabulary, tokenise
+
+RECORD_NAME = "training.json"
+NOT_IDENTITY = {
+    "output",
+    "epochs",
+    "patience",
+    "num_workers",
+    "gpus_per_worker",
+    "cpus_per_worker",
+    "max_restarts",
+    "tracking_uri",
+    "experiment",
+    "shuffle_buffer",
+}
+"""Settings that may differ when a training is taken up again."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training ended: the folders of its captioners, and the metrics of each epoch."""
+
+    best: str
+    last: str
+    best_epoch: int
+    metrics: list[dict[str, float]]
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train a captioner, or go on with a training that was interrupted.
+
+    Raises:
+        ConfigError: settings that do not fit each other, the cluster, or the training already in the output.
+        DataError: the Samples table cannot be used.
+        CheckpointError: the encoder's weights cannot be used.
+        Interrupted: stopped by Ctrl-C or SIGTERM.
+    """
+    config = _absolute(config)
+    text = read_text(config.samples, config.train_split)
+    validation = read_text(config.samples, config.validation_split)
+    vocabulary = Vocabulary.build((tokenise(c) for image in text.captions for c in image), config.min_word_count)
+    captioner = Captioner(config.subset(Architecture), vocabulary, config.weights, config.fine_tune_from)
+    num_parameters = sum(p.numel() for p in captioner.parameters())
+    num_trained = sum(p.numel() for p in captioner.parameters() if p.requires_grad)
+    del captioner
+
+    previous = _check_output(config)
+    parameters = {
+        **{name: value for name, value in config.model_dump(mode="json").items() if name != "tracking_uri"},
+        "num_parameters": num_parameters,
+        "vocabulary_size": len(vocabulary),
+        "dataset_digest": _digest(config.samples),
+    }
+    run = start_run(config, previous.get("mlflow_run_id"), parameters)
+    _write_record(config, run)
+    with ProgressDisplay("starting Ray") as display:
+        display.say(_describe(text, validation, vocabulary, num_parameters, num_trained, config))
+        cluster.connect()
+        try:
+            _fit(config, text, validation, vocabulary, run, display)
+        except BaseException as error:
+            run.end("KILLED" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "FAILED")
+            raise
+    output = locate(config.output)
+    history = json.loads(read_bytes(output.join(HISTORY)))
+    best = output.join("best")
+    run.log_files({name: read_bytes(best.join(name)) for name in FILES}, "captioner")
+    run.end("FINISHED")
+    return TrainResult(best.uri, output.join("last").uri, history["best_epoch"], history["epochs"])
+
+
+def _fit(
+    config: TrainConfig,
+    text: SplitText,
+    validation: SplitText,
+    vocabulary: Vocabulary,
+    run: Run,
+    display: ProgressDisplay,
+) -> None:
+    import ray
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    class UnequalShards(DataConfig):
+        """Every row to exactly one worker; Ray's equal shards would drop the rows that do not divide."""
+
+        def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
+            shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
+            for name, data in datasets.items():
+                for shard, split in zip(shards, data.streaming_split(world_size, equal=False), strict=True):
+                    shard[name] = split
+            return shards
+
+    gpus = config.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if cluster.cluster_resources()[1] else 0.0
+    cpus = cluster.share_cpus(config.num_workers, config.cpus_per_worker, gpus)
+    one_caption = config.captions_per_image == "1"
+    num_pairs = text.num_images if one_caption else sum(len(captions) for captions in text.captions)
+
+    def data(split: str, text: SplitText, shuffle: bool):
+        preprocessing, limits = config.subset(Preprocessing), config.subset(ImageLimits)
+        return dataset(config.samples, split, text.units, vocabulary, preprocessing, limits, shuffle)
+
+    board = _board_class().remote()
+    settings = {
+        "config": config.model_dump(),
+        "words": vocabulary.words,
+        "run": run.to_dict(),
+        "board": board,
+        "threads": max(1, int(cpus)),
+        "num_pairs": num_pairs,
+        "num_images": text.num_images,
+    }
+    output = locate(config.output)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=output.path if not output.is_local else output.uri,
+            storage_filesystem=None if output.is_local else _arrow_filesystem(output.fs),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=config.max_restarts),
+        ),
+        datasets={
+            "train": data(config.train_split, text, True),
+            "validation": data(config.validation_split, validation, False),
+        },
+        dataset_config=UnequalShards(),
+    )
+    with _shown(board, display, config.epochs * num_pairs):
+        try:
+            trainer.fit()
+        except KeyboardInterrupt as error:
+            raise Interrupted("stopped; the same command goes on from the last finished epoch") from error
+        except ray.train.TrainingFailedError as error:
+            raise _cause(error) from error
+        failure = ray.get(board.failure.remote())
+        if failure is not None:
+            raise failure
+
+
+def _board_class():
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Board:
+        """Where rank 0 leaves its progress and the driver finds it."""
+
+        def __init__(self) -> None:
+            self.state: dict[str, Any] = {}
+            self.lines: list[str] = []
+            self.error: CaprayError | None = None
+
+        def post(self, state: dict[str, Any]) -> None:
+            self.state |= state
+
+        def say(self, line: str) -> None:
+            self.lines.append(line)
+
+        def fail(self, error: CaprayError) -> None:
+            self.error = error
+
+        def failure(self) -> CaprayError | None:
+            return self.error
+
+        def read(self) -> tuple[dict[str, Any], list[str]]:
+            lines, self.lines = self.lines, []
+            return self.state, lines
+
+    return Board
+
+
+@contextmanager
+def _shown(board: Any, display: ProgressDisplay, total: float):
+    """Show what is on the board until the training is over."""
+    import ray
+
+    over = threading.Event()
+
+    def show() -> None:
+        state, lines = ray.get(board.read.remote())
+        for line in lines:
+            display.say(line)
+        if state:
+            display.update(state.get("completed", 0), state["figures"], state.get("description"), total)
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            try:
+                show()
+            except ray.exceptions.RayError:
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+        time.sleep(0.1)
+    finally:
+        over.set()
+        watcher.join(5)
+    show()
+
+
+def _cause(error: Exception) -> CaprayError:
+    """What went wrong, in a line: the last of the first worker's traceback."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    lines = [line for line in str(failures[0]).splitlines() if line.strip()]
+    return CaprayError(f"training failed: {lines[-1] if lines else repr(failures[0])}")
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """The settings with paths that hold in any process: Ray Train's workers have a working directory of their own."""
+    paths = {"samples": locate(config.samples).uri, "output": locate(config.output).uri}
+    if config.weights is not None and (os.path.exists(config.weights) or "/" in config.weights):
+        paths["weights"] = locate(config.weights).uri
+    return config.model_copy(update=paths)
+
+
+def _describe(
+    text: SplitText, validation: SplitText, vocabulary: Vocabulary, parameters: int, trained: int, config: TrainConfig
+) -> str:
+    captions = [tokenise(caption) for image in text.captions for caption in image]
+    lines = [
+        f"training on {text.num_images:,} images with {len(captions):,} captions, validating on "
+        f"{validation.num_images:,} images; {len(vocabulary):,} words; {parameters:,} parameters, {trained:,} trained"
+    ]
+    cut = sum(len(words) > config.max_caption_words for words in captions)
+    if cut:
+        lines.append(f"{cut} captions are longer than {config.max_caption_words} words and are cut")
+    empty = sum(not words for words in captions)
+    if empty:
+        lines.append(f"{empty} captions have no word and are left out")
+    return "\n".join(lines)
+
+
+def _arrow_filesystem(fs: Any):
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return PyFileSystem(FSSpecHandler(fs))
+
+
+def _digest(samples: str) -> str:
+    """The digest `capray prepare` recorded; of the file names and sizes where there is no record."""
+    record = locate(samples).join(RECORD)
+    if exists(record):
+        return json.loads(read_bytes(record))["digest"]
+    listing = "".join(f"{entry.path.rsplit('/', 1)[-1]} {entry.size}\n" for entry in find_parquet(samples))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.model_dump(mode="json").items() if name not in NOT_IDENTITY}
+
+
+def _check_output(config: TrainConfig) -> dict[str, Any]:
+    """The record of the training in the output, {} when there is none; an error when it is another training."""
+    output = locate(config.output)
+    record = output.join(RECORD_NAME)
+    if not exists(record):
+        if names := list_names(output):
+            raise OutputConflictError(
+                f"{config.output!r} holds {names[0]!r} and no training: choose a new folder or empty it"
+            )
+        return {}
+    previous = json.loads(read_bytes(record))
+    now, then = _identity(config), previous["settings"]
+    changed = [f"{name}: {then.get(name)!r} -> {now.get(name)!r}" for name in now if now.get(name) != then.get(name)]
+    if changed:
+        raise OutputConflictError(
+            f"{config.output!r} holds a training with other settings ({'; '.join(changed)}): choose another output, or "
+            "the same settings to go on with it"
+        )
+    return previous
+
+
+def _write_record(config: TrainConfig, run: Run) -> None:
+    record = {"settings": _identity(config), "mlflow_run_id": run.run_id}
+    write_atomic(locate(config.output).join(RECORD_NAME), json.dumps(record, indent=2).encode())

@@ -1,0 +1,190 @@
+"""The Samples table as a stream of training batches: decoding in Ray Data tasks, batching in the worker.
+
+Axes: B images, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from capray.config import ImageLimits, Preprocessing
+from capray.errors import DataError
+from capray.images import ImageError, load
+from capray.storage import find_parquet, locate, storage_errors
+from capray.tables import SAMPLES
+from capray.vocabulary import Vocabulary, tokenise
+
+DECODED = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("pixels", pa.binary()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("captions", pa.list_(pa.string())),
+        ("words", pa.list_(pa.list_(pa.int32()))),
+    ]
+)
+"""Images at the encoder's input size (uint8; null where the image could not be decoded), raw captions and word ids."""
+
+
+class SplitText(NamedTuple):
+    """The captions of a split, without its images, and the (file, row group) units that hold it."""
+
+    num_images: int
+    captions: list[list[str]]
+    units: list[tuple[str, int]]
+
+
+def read_text(samples: str, split: str) -> SplitText:
+    """The captions of every image of ``split``.
+
+    Raises:
+        DataError: the table has other columns, or the split has no images.
+    """
+    captions: list[list[str]] = []
+    units: list[tuple[str, int]] = []
+    splits: Counter[str] = Counter()
+    fs = locate(samples).fs
+    for entry in find_parquet(samples):
+        with storage_errors(f"reading {entry.uri}"):
+            try:
+                file = pq.ParquetFile(entry.path, filesystem=fs)
+            except pa.ArrowInvalid as error:
+                raise DataError(f"{entry.uri!r} is not Parquet: {error}") from error
+            missing = [name for name in SAMPLES.names if name not in file.schema_arrow.names]
+            if missing:
+                raise DataError(f"{entry.uri!r} is not part of a Samples table: it has no column {missing[0]!r}")
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=["captions", "split"])
+                splits.update(table["split"].to_pylist())
+                found = table.filter(pc.equal(table["split"], split))["captions"].to_pylist()
+                if found:
+                    captions += found
+                    units.append((entry.path, group))
+    if not captions:
+        known = ", ".join(f"{name} ({count})" for name, count in sorted(splits.items())) or "none"
+        raise DataError(f"no images in split {split!r} of {samples!r}; its splits: {known}")
+    return SplitText(len(captions), captions, units)
+
+
+def dataset(
+    samples: str,
+    split: str,
+    units: list[tuple[str, int]],
+    vocabulary: Vocabulary,
+    preprocessing: Preprocessing,
+    limits: ImageLimits,
+    shuffle: bool,
+):
+    """A Ray Dataset of ``split``, which lies in ``units``, in the DECODED schema, read and decoded in tasks of their own.
+
+    The units are rows themselves and one operator does the rest: Ray's own ``read_parquet`` spends seconds on listing
+    each time it is read again. ``shuffle`` draws the units in a new order each time.
+    """
+    import ray.data
+
+    items = [{"path": path, "row_group": group} for path, group in units]
+    data = ray.data.from_items(items, override_num_blocks=len(items))
+    if shuffle:
+        data = data.randomize_block_order()
+    settings = {
+        "samples": samples,
+        "split": split,
+        "vocabulary": vocabulary,
+        "preprocessing": preprocessing,
+        "limits": limits,
+    }
+    return data.map_batches(_read_and_decode, batch_size=1, batch_format="pyarrow", fn_kwargs=settings)
+
+
+def _read_and_decode(
+    unit: pa.Table,
+    samples: str,
+    split: str,
+    vocabulary: Vocabulary,
+    preprocessing: Preprocessing,
+    limits: ImageLimits,
+) -> pa.Table:
+    path, group = unit["path"][0].as_py(), unit["row_group"][0].as_py()
+    with storage_errors(f"reading {path}"):
+        file = pq.ParquetFile(path, filesystem=locate(samples).fs)
+        table = file.read_row_group(group, columns=SAMPLES.names)
+    table = table.filter(pc.equal(table["split"], split))
+    pixels, heights, widths = [], [], []
+    for image in table["image"]:
+        try:
+            array, _, _ = load(image.as_py(), preprocessing, limits)
+        except ImageError:
+            array = None
+        pixels.append(None if array is None else array.tobytes())
+        heights.append(None if array is None else array.shape[0])
+        widths.append(None if array is None else array.shape[1])
+    captions = table["captions"].to_pylist()
+    words = [[vocabulary.encode(tokenise(caption)) for caption in image] for image in captions]
+    return pa.table([table["image_id"], pixels, heights, widths, captions, words], schema=DECODED)
+
+
+class Images(NamedTuple):
+    """A batch as it leaves reading: pixels (H, W, 3) uint8, word ids of the captions of each, raw captions, ids."""
+
+    ids: list[str]
+    pixels: list[np.ndarray]
+    words: list[list[list[int]]]
+    captions: list[list[str]]
+
+
+class Reading:
+    """Counts what reading had to leave out; ``batches`` streams one pass over a worker's shard."""
+
+    def __init__(self) -> None:
+        self.undecodable = 0
+        self.without_captions = 0
+
+    def rows(self, shard: Any, shuffle_buffer: int | None = None, seed: int = 0) -> Iterator[dict[str, Any]]:
+        shuffling = {"local_shuffle_buffer_size": shuffle_buffer, "local_shuffle_seed": seed} if shuffle_buffer else {}
+        for table in shard.iter_batches(batch_size=32, batch_format="pyarrow", prefetch_batches=4, **shuffling):
+            yield from table.to_pylist()
+
+    def batches(
+        self,
+        shard: Any,
+        pairs_per_batch: int,
+        one_caption: bool,
+        seed: int,
+        shuffle_buffer: int | None = None,
+        images_per_batch: int | None = None,
+    ) -> Iterator[Images]:
+        """Batches of at most ``pairs_per_batch`` image-caption pairs (but at least one image), or of
+        ``images_per_batch`` images where that is given; ``one_caption`` draws one caption of each image."""
+        rng = random.Random(seed)
+        batch, pairs = Images([], [], [], []), 0
+        for row in self.rows(shard, shuffle_buffer, seed):
+            if row["pixels"] is None:
+                self.undecodable += 1
+                continue
+            words = [caption for caption in row["words"] if caption]
+            if not words:
+                self.without_captions += 1
+                continue
+            if one_caption:
+                words = [rng.choice(words)]
+            full = len(batch.ids) == images_per_batch if images_per_batch else pairs + len(words) > pairs_per_batch
+            if batch.ids and full:
+                yield batch
+                batch, pairs = Images([], [], [], []), 0
+            shape = (row["height"], row["width"], 3)
+            batch.ids.append(row["image_id"])
+            batch.pixels.append(np.frombuffer(row["pixels"], np.uint8).reshape(shape))
+            batch.words.append(words)
+            batch.captions.append(row["captions"])
+            pairs += len(words)
+        if batch.ids:
+            yield batch

@@ -1,0 +1,327 @@
+"""What each Ray Train worker does: the steps, the validation, the checkpoints.
+
+A worker reads its own shard and may run out of batches before the others; it then goes on with batches of nothing, so
+that every gradient is that of the whole global batch: sums over all workers, divided by global counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from capray.config import Architecture, Decoding, TrainConfig
+from capray.errors import CaprayError, DataError
+from capray.images import input_size
+from capray.metrics import corpus_bleu
+from capray.model.captioner import Captioner, autocast
+from capray.model.checkpoint import pack
+from capray.model.loss import Batch, LossSums, collate, loss_sums
+from capray.storage import locate, write_atomic
+from capray.training.reading import Images, Reading
+from capray.training.tracking import Run
+from capray.vocabulary import Vocabulary
+
+CAPTIONER_WEIGHTS = "captioner.pt"
+TRAINER_STATE = "trainer.pt"
+HISTORY = "history.json"
+"""In the training's output: the best epoch and the metrics of every epoch."""
+NUM_SAMPLES_SHOWN = 8
+
+
+@dataclass
+class Progress:
+    """How far a training is; saved with every checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    best_bleu_4: float = -1.0
+    best_epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class TrainingStep(nn.Module):
+    """Encode and teacher-force in one forward pass, so that DDP sees one."""
+
+    def __init__(self, captioner: Captioner, label_smoothing: float):
+        super().__init__()
+        self.captioner = captioner
+        self.label_smoothing = label_smoothing
+
+    def forward(self, pixels: list[np.ndarray], batch: Batch) -> LossSums:
+        memory = self.captioner.encode_all(pixels)
+        return loss_sums(self.captioner, memory, batch, self.label_smoothing)
+
+
+def reduce_sums(values: list[float], device: torch.device) -> list[float]:
+    """Each value summed over all workers."""
+    totals = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The value of every worker, on every worker."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def nothing(captioner: Captioner) -> tuple[list[np.ndarray], Batch]:
+    """A batch of one black image without captions: it moves no gradient but takes part in the exchange of them."""
+    width, height = input_size(64, 64, captioner.architecture)
+    captions = torch.zeros(1, 1, 1, dtype=torch.long)
+    batch = Batch(captions, captions, torch.zeros(1, 1, dtype=torch.long))
+    return [np.zeros((height, width, 3), np.uint8)], batch
+
+
+def backward(step: nn.Module, pixels: list, batch: Batch, counts: list[float], config: TrainConfig) -> list[float]:
+    """Add the gradient of the global batch's loss; the local sums of objective, nll and regulariser.
+
+    ``counts`` are the global numbers of tokens and captions. DDP averages over workers, which is undone here: the loss
+    is Σ objective / tokens + doubly_stochastic · Σ regulariser / captions, whoever holds what.
+    """
+    captioner = step.module.captioner if hasattr(step, "module") else step.captioner
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    with autocast(captioner.device, config.precision):
+        sums = step(pixels, batch.to(captioner.device))
+    tokens, captions = counts
+    loss = sums.objective / tokens + config.doubly_stochastic * sums.regulariser / captions
+    (loss * world_size).backward()
+    return [float(value.detach()) for value in sums]
+
+
+def clip_gradients(parameters: list[nn.Parameter], config: TrainConfig) -> None:
+    if config.clip == "norm":
+        nn.utils.clip_grad_norm_(parameters, config.clip_threshold)
+    elif config.clip == "value":
+        nn.utils.clip_grad_value_(parameters, config.clip_threshold)
+
+
+def build_optimizer(captioner: Captioner, config: TrainConfig) -> torch.optim.Optimizer:
+    tuned = [parameter for parameter in captioner.encoder.parameters() if parameter.requires_grad]
+    groups = [{"params": list(captioner.decoder.parameters()), "lr": config.learning_rate}]
+    if tuned:
+        groups.append({"params": tuned, "lr": config.encoder_learning_rate})
+    return torch.optim.Adam(groups)
+
+
+class Worker:
+    """One worker of a training."""
+
+    def __init__(self, settings: dict[str, Any]):
+        self.config = config = TrainConfig(**settings["config"])
+        self.board = settings["board"]
+        self.run = Run(**settings["run"])
+        self.num_pairs, self.num_images = settings["num_pairs"], settings["num_images"]
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        torch.set_num_threads(settings["threads"])
+        torch.manual_seed(config.seed)
+        vocabulary = Vocabulary(settings["words"])
+        self.captioner = Captioner(config.subset(Architecture), vocabulary, config.weights, config.fine_tune_from).to(
+            self.device
+        )
+        self.step = ray.train.torch.prepare_model(TrainingStep(self.captioner, config.label_smoothing))
+        self.optimizer = build_optimizer(self.captioner, config)
+        self.trained = [p for p in self.captioner.parameters() if p.requires_grad]
+        self.progress = Progress()
+        self.reading = Reading()
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        torch.manual_seed(config.seed * 1_000_003 + self.progress.epoch * 1009 + self.rank)
+
+    def _restore(self, checkpoint: ray.train.Checkpoint) -> None:
+        with checkpoint.as_directory() as folder:
+            weights, state = (
+                torch.load(os.path.join(folder, name), map_location=self.device, weights_only=True)
+                for name in (CAPTIONER_WEIGHTS, TRAINER_STATE)
+            )
+        self.captioner.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or patience has run out."""
+        progress, patience = self.progress, self.config.patience
+        return progress.epoch >= self.config.epochs or (
+            patience is not None and progress.epoch - progress.best_epoch >= patience
+        )
+
+    def train(self) -> None:
+        while not self.finished:
+            metrics = self.train_epoch()
+            metrics |= self.validate()
+            progress = self.progress
+            progress.epoch += 1
+            progress.history.append({"epoch": progress.epoch, **metrics})
+            improved = metrics["bleu_4"] > progress.best_bleu_4
+            if improved:
+                progress.best_bleu_4, progress.best_epoch = metrics["bleu_4"], progress.epoch
+            self._publish(metrics, improved)
+
+    def train_epoch(self) -> dict[str, float]:
+        """One pass over the training split; its mean losses over all workers' tokens and captions."""
+        self.step.train()
+        started = time.monotonic()
+        sums = np.zeros(7)
+        for images in self._train_batches():
+            if images is not None:
+                pixels, batch = images.pixels, collate(images.words, self.config.max_caption_words)
+                local = [batch.num_tokens, batch.num_captions, len(images.ids), 1]
+            else:
+                pixels, batch = nothing(self.captioner)
+                local = [0, 0, 0, 0]
+            *counts, num_images, num_busy = reduce_sums(local, self.device)
+            if not num_busy:
+                break
+            losses = backward(self.step, pixels, batch, counts, self.config)
+            clip_gradients(self.trained, self.config)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.progress.step += 1
+            sums += [*losses, *local[:2], num_images, counts[1]]
+            self._show(sums, started)
+        *totals, _, _ = reduce_sums(sums.tolist(), self.device)
+        objective, nll, regulariser, tokens, captions = totals
+        if not captions:
+            raise DataError(f"no image of split {self.config.train_split!r} could be decoded")
+        seconds = time.monotonic() - started
+        return {
+            "train_objective": objective / tokens + self.config.doubly_stochastic * regulariser / captions,
+            "train_loss": nll / tokens,
+            "train_regulariser": regulariser / captions,
+            "train_images_per_second": sums[5] / seconds,
+            "train_seconds": seconds,
+        }
+
+    def _train_batches(self) -> Iterator[Images | None]:
+        """This worker's batches of the epoch, then None for as long as the others go on."""
+        config = self.config
+        share, rest = divmod(config.batch_size, self.world_size)
+        yield from self.reading.batches(
+            ray.train.get_dataset_shard("train"),
+            pairs_per_batch=share + (self.rank < rest),
+            one_caption=config.captions_per_image == "1",
+            seed=config.seed * 7919 + self.progress.epoch * 104_729 + self.rank,
+            shuffle_buffer=config.shuffle_buffer,
+        )
+        while True:
+            yield None
+
+    def _show(self, sums: np.ndarray, started: float) -> None:
+        if self.rank != 0:
+            return
+        _, nll, _, tokens, _, num_images, pairs = sums
+        loss = nll / tokens if tokens else math.nan
+        rate = num_images / (time.monotonic() - started)
+        epoch = self.progress.epoch
+        self.board.post.remote(
+            {
+                "completed": epoch * self.num_pairs + pairs,
+                "description": f"epoch {epoch + 1}/{self.config.epochs}",
+                "figures": f"step {self.progress.step}  loss {loss:.3f}  {rate:.1f} images/s",
+            }
+        )
+
+    @torch.inference_mode()
+    def validate(self) -> dict[str, float]:
+        """Free-running captions of the validation split, each image counted once, and the teacher-forced loss."""
+        self.step.eval()
+        config, decoding = self.config, self.config.subset(Decoding)
+        started = time.monotonic()
+        captioned: list[tuple[str, str, list[str]]] = []
+        nll = tokens = 0.0
+        shard = ray.train.get_dataset_shard("validation")
+        for images in self.reading.batches(shard, 0, one_caption=False, seed=0, images_per_batch=64):
+            batch = collate(images.words, config.max_caption_words).to(self.device)
+            with autocast(self.device, config.precision):
+                memory = self.captioner.encode_all(images.pixels)
+                nll += float(loss_sums(self.captioner, memory, batch).nll)
+                best = self.captioner.caption(memory, decoding)
+            tokens += batch.num_tokens
+            texts = [hypotheses[0].caption if hypotheses else "" for hypotheses in best]
+            captioned += zip(images.ids, texts, images.captions, strict=True)
+            if self.rank == 0:
+                self.board.post.remote({"figures": f"validating  {len(captioned)} images"})
+        everyone = {image_id: rest for share in gather_objects(captioned) for image_id, *rest in share}
+        nll, tokens = reduce_sums([nll, tokens], self.device)
+        if not everyone:
+            raise DataError(f"no image of split {config.validation_split!r} could be decoded")
+        bleu = corpus_bleu([captions for _, captions in everyone.values()], [text for text, _ in everyone.values()])
+        if self.rank == 0:
+            shown = sorted(everyone.items())[:NUM_SAMPLES_SHOWN]
+            samples = [{"image_id": i, "caption": text, "references": captions} for i, (text, captions) in shown]
+            self.run.log_json(samples, f"samples/epoch-{self.progress.epoch + 1:03d}.json")
+        seconds = time.monotonic() - started
+        loss = nll / tokens
+        return {
+            "val_loss": loss,
+            "val_perplexity": math.exp(min(loss, 700)),
+            **bleu,
+            "val_images": float(len(everyone)),
+            "val_images_per_second": len(everyone) / seconds,
+        }
+
+    def _publish(self, metrics: dict[str, float], improved: bool) -> None:
+        """Write the captioner as `last` (and `best`), log the epoch, and report a checkpoint to resume from."""
+        left_out = reduce_sums([self.reading.undecodable, self.reading.without_captions], self.device)
+        self.reading = Reading()
+        if self.rank != 0:
+            ray.train.report({**metrics, "epoch": self.progress.epoch})
+            return
+        files = pack(self.captioner)
+        for name in ("last", "best") if improved else ("last",):
+            for file, data in files.items():
+                write_atomic(locate(self.config.output).join(name, file), data)
+        history = {"best_epoch": self.progress.best_epoch, "epochs": self.progress.history}
+        write_atomic(locate(self.config.output).join(HISTORY), json.dumps(history, indent=1).encode())
+        self.run.log_metrics(metrics, self.progress.epoch)
+        self._say(metrics, improved, *left_out)
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(self.captioner.state_dict(), os.path.join(folder, CAPTIONER_WEIGHTS))
+            state = {"optimizer": self.optimizer.state_dict(), "progress": asdict(self.progress)}
+            torch.save(state, os.path.join(folder, TRAINER_STATE))
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({**metrics, "epoch": self.progress.epoch}, checkpoint=checkpoint)
+
+    def _say(self, metrics: dict[str, float], improved: bool, undecodable: float, without_captions: float) -> None:
+        bleu = " ".join(f"{metrics[f'bleu_{n}']:.3f}" for n in range(1, 5))
+        line = (
+            f"epoch {self.progress.epoch}: loss {metrics['train_loss']:.4f}  val loss {metrics['val_loss']:.4f}  "
+            f"BLEU-1..4 {bleu}  "
+            f"{metrics['train_images_per_second']:.1f} images/s{'  (best)' if improved else ''}"
+        )
+        if undecodable:
+            line += f"\n  {undecodable:.0f} images could not be decoded and were left out"
+        if without_captions:
+            line += f"\n  {without_captions:.0f} images have no caption with a word and were left out"
+        self.board.say.remote(line)
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Ray Train's entry point. A fault of the data or the settings would come again: it ends the training, on all
+    workers alike, without the restarts that a lost worker gets."""
+    try:
+        Worker(settings).train()
+    except CaprayError as error:
+        ray.get(settings["board"].fail.remote(error))

@@ -1,0 +1,77 @@
+"""Words and their ids, and the one tokenisation that vocabulary, metrics and losses share."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from capray.errors import CheckpointError
+
+PAD, START, END, UNK = range(4)
+SPECIAL_TOKENS = ("<pad>", "<start>", "<end>", "<unk>")
+
+# coco-caption, pycocoevalcap/tokenizer/ptbtokenizer.py, in lower case.
+PUNCTUATION = frozenset(
+    ["''", "'", "``", "`", "-lrb-", "-rrb-", "-lcb-", "-rcb-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
+)
+
+
+@functools.cache
+def _tokenizer():
+    from nltk.tokenize.destructive import NLTKWordTokenizer
+
+    return NLTKWordTokenizer()
+
+
+def tokenise(caption: str) -> list[str]:
+    """The words of ``caption``: lower case, Penn Treebank tokens (NLTK), without coco-caption's punctuation."""
+    return [token for token in _tokenizer().tokenize(caption.lower()) if token not in PUNCTUATION]
+
+
+class Vocabulary:
+    """Words and ids. Ids 0–3 are ``<pad> <start> <end> <unk>``; the words follow in the order given."""
+
+    def __init__(self, words: Sequence[str]):
+        self.words = list(words)
+        self._tokens = [*SPECIAL_TOKENS, *self.words]
+        self._ids = {token: i for i, token in enumerate(self._tokens)}
+        if len(self._ids) != len(self._tokens):
+            raise ValueError("a vocabulary's words must be distinct and none of the special tokens")
+
+    @classmethod
+    def build(cls, captions: Iterable[Sequence[str]], min_word_count: int = 1) -> Vocabulary:
+        """The words of tokenised ``captions`` seen at least ``min_word_count`` times, most frequent first."""
+        counts = Counter(word for caption in captions for word in caption)
+        kept = [word for word, count in counts.items() if count >= min_word_count]
+        return cls(sorted(kept, key=lambda word: (-counts[word], word)))
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def encode(self, words: Iterable[str]) -> list[int]:
+        return [self._ids.get(word, UNK) for word in words]
+
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        """The words of ``ids`` up to the first ``<end>``."""
+        words = []
+        for i in ids:
+            if i == END:
+                break
+            words.append(self._tokens[i])
+        return words
+
+    def to_json(self) -> str:
+        return json.dumps({"words": self.words}, ensure_ascii=False, indent=0)
+
+    @classmethod
+    def from_json(cls, text: str) -> Vocabulary:
+        """Raises CheckpointError when ``text`` is not a vocabulary."""
+        try:
+            words = json.loads(text)["words"]
+            if not all(isinstance(word, str) for word in words):
+                raise TypeError("words must be strings")
+            return cls(words)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"not a vocabulary: {error!r}") from error
