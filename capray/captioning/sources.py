@@ -13,22 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from capray.captioning.rows import PLAN
 from capray.config import CaptionConfig
 from capray.errors import CaprayError, ConfigError, DataError
 from capray.storage import Location, find_parquet, is_file, is_folder, iter_files, locate, storage_errors
-
-PLAN = pa.schema(
-    [
-        pa.field("position", pa.int64(), nullable=False),
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("uri", pa.string()),
-        pa.field("container", pa.string()),
-        pa.field("row_group", pa.int32()),
-        pa.field("row", pa.int32()),
-    ]
-)
-"""One wanted image: its place in the source's order and its id, and either the URI of its bytes, or the Parquet file, row
-group and row that hold them."""
 
 _ROWS_PER_CHUNK = 100_000
 _HIDDEN = (".", "_")

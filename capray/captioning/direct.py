@@ -1,0 +1,58 @@
+"""A few photos given by name: captioned in this process, one line each. No Ray, no tables."""
+
+from __future__ import annotations
+
+import os
+
+from capray.config import CaptionConfig, Decoding, ImageLimits
+from capray.errors import CaprayError, ConfigError
+from capray.storage import locate
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
+
+
+def are_photos(paths: list[str]) -> bool:
+    """Whether the arguments name photos and nothing else: the last is a local file or has an image's suffix."""
+    last = paths[-1]
+    if last.lower().endswith(_SUFFIXES):
+        return True
+    return os.path.isfile(last) and not last.endswith(".parquet")
+
+
+def caption_photos(paths: list[str], config: CaptionConfig) -> None:
+    """Print ``path<TAB>caption`` for each photo; a bad one is said on standard error.
+
+    Raises:
+        ConfigError: a path that is no file.
+        CaprayError: in the end, when a photo could not be captioned.
+        CheckpointError: the model cannot be loaded.
+    """
+    import sys
+
+    import torch
+
+    from capray.captioning.fetching import read_image
+    from capray.images import ImageError, load
+    from capray.model.captioner import autocast
+    from capray.model.checkpoint import load_captioner
+
+    for path in paths:
+        if locate(path).is_local and not os.path.isfile(path):
+            raise ConfigError(f"no photo at {path!r}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    captioner, _ = load_captioner(config.model, device)
+    limits, decoding = config.subset(ImageLimits), config.subset(Decoding)
+    precision = "fp32" if config.precision == "auto" else config.precision
+    failed = 0
+    for path in paths:
+        try:
+            pixels, _, _ = load(read_image(path, limits.max_image_bytes), captioner.architecture, limits)
+        except ImageError as error:
+            failed += 1
+            print(f"capray: {path}: {error.kind}: {error.message}", file=sys.stderr)
+            continue
+        with torch.inference_mode(), autocast(device, precision):
+            (hypotheses,) = captioner.caption(captioner.encode_all([pixels]), decoding)
+        print(f"{path}\t{hypotheses[0].caption if hypotheses else ''}", flush=True)
+    if failed:
+        raise CaprayError(f"{failed} of {len(paths)} photos could not be captioned")

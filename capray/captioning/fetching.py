@@ -1,0 +1,144 @@
+"""The one CPU operator: a block of the plan becomes fetched, decoded images at the encoder's input size.
+
+A bad image becomes a row with its kind of failure. One call returns one block, its rows those of the plan in their order.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+from capray.captioning.plan import Work
+from capray.captioning.rows import FETCHED
+from capray.captioning.sources import read_rows
+from capray.config import ImageLimits, Preprocessing
+from capray.errors import CaprayError
+from capray.images import ImageError, load
+from capray.storage import Location, locate
+
+_MESSAGE_LENGTH = 500
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether another attempt at reading may succeed: anything but what the store says of the object itself."""
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+        return False
+    return isinstance(error, OSError) or _is_remote(error)
+
+
+def _is_remote(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "s3fs", "aiohttp", "asyncio")
+
+
+def read_image(uri: str, max_bytes: int) -> bytes:
+    """The bytes at ``uri``, at most one more than ``max_bytes``. What may pass is tried again, with backoff and jitter.
+
+    Raises:
+        ImageError: of kind missing, denied or unreadable_storage.
+    """
+    retrying = Retrying(
+        retry=retry_if_exception(_is_passing),
+        stop=stop_after_attempt(4),
+        wait=wait_exponential_jitter(initial=0.2, max=10, jitter=0.5),
+        reraise=True,
+    )
+    try:
+        return retrying(_read, locate(uri), max_bytes)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise ImageError("missing", str(error)) from error
+    except PermissionError as error:
+        raise ImageError("denied", str(error)) from error
+    except CaprayError as error:
+        raise ImageError("unreadable_storage", str(error)) from error
+    except Exception as error:
+        if isinstance(error, OSError) or _is_remote(error):
+            raise ImageError("unreadable_storage", f"{type(error).__name__}: {error}") from error
+        raise
+
+
+def _read(place: Location, max_bytes: int) -> bytes:
+    try:
+        return place.fs.cat_file(place.path, start=0, end=max_bytes + 1)
+    except OSError as error:
+        # An empty object has no range to give (HTTP 416).
+        if error.errno == errno.EINVAL or "InvalidRange" in str(error):
+            return place.fs.cat_file(place.path)
+        raise
+
+
+@dataclass(frozen=True)
+class Fetcher:
+    """Fetches blocks of the plan, by their index."""
+
+    work: Work
+    input_uri: str
+    image_column: str | None
+    preprocessing: Preprocessing
+    limits: ImageLimits
+    concurrency: int
+
+    def fetch(self, index: int) -> pa.Table:
+        """The FETCHED rows of block ``index``."""
+        path, group = self.work.block(index)
+        plan = pq.ParquetFile(path, filesystem=self.work.files[0].fs).read_row_group(group)
+        rows = plan.to_pylist()
+        inline = self._inline_images(rows)
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            fetched = list(pool.map(self._fetch, rows, (inline.get(i) for i in range(len(rows)))))
+        return pa.Table.from_pylist(fetched, schema=FETCHED)
+
+    def _inline_images(self, rows: list[dict[str, Any]]) -> dict[int, bytes | None | ImageError]:
+        """The bytes of the rows whose images lie in a Parquet container, by index; each row group is read once."""
+        groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            if row["container"] is not None:
+                groups[row["container"], row["row_group"]].append(i)
+        images: dict[int, bytes | None | ImageError] = {}
+        for (container, group), indices in groups.items():
+            assert self.image_column is not None
+            positions = [rows[i]["row"] for i in indices]
+            try:
+                values = read_rows(locate(self.input_uri), container, group, self.image_column, positions)
+            except CaprayError as error:
+                images |= dict.fromkeys(indices, ImageError("unreadable_storage", str(error)))
+            else:
+                images |= zip(indices, values, strict=True)
+        return images
+
+    def _fetch(self, row: dict[str, Any], inline: bytes | None | ImageError) -> dict[str, Any]:
+        result = {"image_id": row["image_id"], "uri": row["uri"]}
+        try:
+            if isinstance(inline, ImageError):
+                raise inline
+            data = inline
+            if row["container"] is None:
+                if row["uri"] is None:
+                    raise ImageError("missing", "the row has no URI")
+                data = read_image(row["uri"], self.limits.max_image_bytes)
+            if data is None:
+                raise ImageError("missing", "the row has no image bytes")
+            pixels, width, height = load(data, self.preprocessing, self.limits)
+        except ImageError as error:
+            return result | {"error_type": error.kind, "message": error.message[:_MESSAGE_LENGTH]}
+        return result | {
+            "pixels": pixels.tobytes(),
+            "input_height": pixels.shape[0],
+            "input_width": pixels.shape[1],
+            "width": width,
+            "height": height,
+            "sha256": hashlib.sha256(data).digest(),
+        }
+
+
+def fetch_block(batch: dict[str, Any], fetcher: Fetcher) -> pa.Table:
+    """Ray Data's function: ``{"id": [index]}`` to the rows of that block."""
+    (index,) = batch["id"]
+    return fetcher.fetch(int(index))

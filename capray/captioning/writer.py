@@ -1,0 +1,97 @@
+"""The single writer: rows in, parts out. Each part is encoded whole in memory and published in one atomic step.
+
+A part is cut by rows or by the age of its oldest row. A cut publishes its captions before its failures, so an image is
+never shown as failed while the caption that mends it is on its way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capray.captioning.rows import RESULTS
+from capray.output import Output
+from capray.storage import write_atomic
+from capray.tables import CAPTIONS, FAILURES, encode_parquet
+
+
+class PartWriter:
+    """Collects results and publishes them as parts of one run.
+
+    Args:
+        output: where to.
+        run_id: this run, in every row and every part's name.
+        part_rows, part_seconds: when a part is cut.
+        before_publish: called before each publish; raises when this run may not write (its lease is lost).
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        output: Output,
+        run_id: str,
+        part_rows: int,
+        part_seconds: float,
+        before_publish: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.output, self.run_id = output, run_id
+        self.part_rows, self.part_seconds = part_rows, part_seconds
+        self.before_publish, self.clock = before_publish, clock
+        self.num_captions = self.num_parts = 0
+        self.failures: Counter[str] = Counter()
+        self._sequence = 0
+        self._held = RESULTS.empty_table()
+        self._oldest = 0.0
+
+    @property
+    def num_held(self) -> int:
+        return self._held.num_rows
+
+    def add(self, results: pa.Table) -> None:
+        """Take RESULTS rows, and publish the parts they fill."""
+        if not self._held.num_rows:
+            self._oldest = self.clock()
+        self._held = pa.concat_tables([self._held, results.cast(RESULTS)])
+        while self._held.num_rows >= self.part_rows:
+            self._publish(self._held.slice(0, self.part_rows))
+            self._oldest = self.clock()
+        self.tick()
+
+    def tick(self) -> None:
+        """Publish what is held if its oldest row is old enough."""
+        if self._held.num_rows and self.clock() - self._oldest >= self.part_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Publish what is held."""
+        if self._held.num_rows:
+            self._publish(self._held)
+
+    def _publish(self, rows: pa.Table) -> None:
+        self.before_publish()
+        name = f"part-{self.run_id}-{self._sequence:05d}.parquet"
+        failed = pc.is_valid(rows["error_type"])
+        captions = self._with_run(rows.filter(pc.invert(failed)), CAPTIONS)
+        failures = rows.filter(failed)
+        if captions.num_rows:
+            write_atomic(self.output.captions.join(name), encode_parquet(captions), self.output.scratch)
+            self.num_captions += captions.num_rows
+            self.num_parts += 1
+        if failures.num_rows:
+            now = pa.array([time.time_ns() // 1000] * failures.num_rows, FAILURES.field("failed_at").type)
+            table = self._with_run(failures.append_column("failed_at", now), FAILURES)
+            write_atomic(self.output.failures.join(name), encode_parquet(table), self.output.scratch)
+            self.failures.update(failures["error_type"].to_pylist())
+            self.num_parts += 1
+        self._sequence += 1
+        self._held = self._held.slice(rows.num_rows)
+
+    def _with_run(self, rows: pa.Table, schema: pa.Schema) -> pa.Table:
+        run = pa.array([self.run_id] * rows.num_rows, pa.string())
+        columns = {name: rows[name] for name in schema.names if name != "run_id"} | {"run_id": run}
+        return pa.table({name: columns[name] for name in schema.names}, schema=schema)

@@ -1,0 +1,124 @@
+"""A captioning output folder: where its files lie, and DuckDB over them. The layout is in the README.
+
+Knows which rows are current; knows nothing of Ray, models or how the rows came to be.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from capray.errors import ConfigError, StorageError
+from capray.storage import Location, exists, list_names, locate, read_bytes, storage_errors
+from capray.tables import CAPTIONS, FAILURES, SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    import duckdb
+
+_CURRENT_FAILURES = """
+SELECT f.* FROM failure_log f
+WHERE NOT EXISTS (SELECT 1 FROM captions c WHERE c.image_id = f.image_id)
+QUALIFY row_number() OVER (PARTITION BY f.image_id ORDER BY f.failed_at DESC, f.run_id DESC) = 1
+"""
+
+
+class Output:
+    """The folder a captioning job writes, local or on S3."""
+
+    def __init__(self, uri: str):
+        self.root = locate(uri)
+        self.captions = self.root.join("captions")
+        self.failures = self.root.join("failures")
+        self.private = self.root.join("_capray")
+        self.job = self.private.join("job.json")
+        self.runs = self.private.join("runs")
+        self.plan = self.private.join("plan")
+        self.scratch = self.private.join("tmp")
+
+    def read_job(self) -> dict[str, Any] | None:
+        """What job.json says; None when nothing was ever written here."""
+        if not exists(self.job):
+            return None
+        job = json.loads(read_bytes(self.job))
+        if job["schema_version"] > SCHEMA_VERSION:
+            raise ConfigError(
+                f"{self.root.uri!r} has schema version {job['schema_version']}, this capray reads up to "
+                f"{SCHEMA_VERSION}: upgrade capray"
+            )
+        return job
+
+    def parts(self, folder: Location) -> list[Location]:
+        """The parts published in ``captions`` or ``failures`` now, oldest run first."""
+        return [folder.join(name) for name in list_names(folder, ".parquet") if name.startswith("part-")]
+
+    @contextmanager
+    def connect(self, memory_limit: str = "2GB") -> Iterator[duckdb.DuckDBPyConnection]:
+        """DuckDB with the views ``captions``, ``failures`` (each id's latest, while it has no caption) and
+        ``failure_log`` over the parts there are now. Works out of core beyond ``memory_limit``.
+
+        Raises:
+            StorageError: a part cannot be read.
+        """
+        with tempfile.TemporaryDirectory() as temporary, open_duckdb(self.root, temporary, memory_limit) as connection:
+            for view, folder, schema in (
+                ("captions", self.captions, CAPTIONS),
+                ("failure_log", self.failures, FAILURES),
+            ):
+                create_view(connection, view, self.parts(folder), schema)
+            connection.execute(f"CREATE VIEW failures AS {_CURRENT_FAILURES}")
+            yield connection
+
+
+def require_output(uri: str) -> Output:
+    """The output at ``uri``; ConfigError when no captioning job ever wrote there."""
+    output = Output(uri)
+    if output.read_job() is None:
+        raise ConfigError(f"{uri!r} is no captioning output: it has no _capray/job.json (capray caption writes one)")
+    return output
+
+
+@contextmanager
+def open_duckdb(root: Location, temporary: str, memory_limit: str = "2GB") -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB connection that reads ``root``'s filesystem, spills to ``temporary`` and downloads no extensions."""
+    import duckdb
+
+    settings = {
+        "memory_limit": memory_limit,
+        "temp_directory": temporary,
+        "autoinstall_known_extensions": "false",
+        "TimeZone": "UTC",
+    }
+    with duckdb.connect(config=settings) as connection, storage_errors(f"reading {root.uri}"):
+        if not root.is_local:
+            connection.register_filesystem(root.fs)
+        try:
+            yield connection
+        except duckdb.IOException as error:
+            raise StorageError(f"reading {root.uri}: {error}") from error
+
+
+def create_view(connection: duckdb.DuckDBPyConnection, name: str, files: list[Location], schema: pa.Schema) -> None:
+    """A view over Parquet ``files``; over no rows of ``schema`` where there are none."""
+    if files:
+        listed = ", ".join("'" + duckdb_path(file).replace("'", "''") + "'" for file in files)
+        connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{listed}], union_by_name = true)")
+    else:
+        connection.register(name, schema.empty_table())
+
+
+def first_row(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
+    """The first row of a query's answer, read to its end: DuckDB keeps a connection busy until then."""
+    return connection.execute(sql).fetchall()[0]
+
+
+def duckdb_path(file: Location) -> str:
+    """``file`` as DuckDB names it: with the protocol its registered filesystem answers to."""
+    if file.is_local:
+        return file.path
+    protocol = file.fs.protocol if isinstance(file.fs.protocol, str) else file.fs.protocol[0]
+    return f"{protocol}://{file.path}"

@@ -1,0 +1,86 @@
+"""SQL over a captioning output: DuckDB with the views captions, failures and failure_log."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from capray.config import QueryConfig
+from capray.errors import ConfigError
+from capray.output import first_row, require_output
+
+if TYPE_CHECKING:
+    import duckdb
+
+NUM_ROWS_SHOWN = 5
+
+_COUNTS = """
+SELECT (SELECT count(*) FROM captions) AS captions,
+       (SELECT count(*) FROM failures) AS failures,
+       (SELECT count(DISTINCT run_id) FROM (SELECT run_id FROM captions UNION ALL SELECT run_id FROM failure_log)) AS runs,
+       round(avg(num_tokens), 1) AS mean_tokens,
+       round(count(*) / nullif(extract(epoch FROM max(captioned_at) - min(captioned_at)), 0), 1) AS images_per_second
+FROM captions
+"""
+_KINDS = (
+    "SELECT error_type, count(*) AS images, min(message) AS example FROM failures GROUP BY ALL ORDER BY images DESC"
+)
+_ROWS = f"SELECT image_id, caption, round(score, 3) AS score FROM captions ORDER BY image_id LIMIT {NUM_ROWS_SHOWN}"
+
+
+def run_query(config: QueryConfig, stream: TextIO | None = None) -> None:
+    """Print the answer to ``config.sql``, or without one the output's counts, failure kinds and a few rows.
+
+    Raises:
+        ConfigError: no captioning output, or SQL that DuckDB refuses (with its message).
+        StorageError: a part cannot be read.
+    """
+    import duckdb
+
+    stream = stream or sys.stdout
+    with require_output(config.output).connect() as connection:
+        for sql in [config.sql] if config.sql is not None else _summary(connection):
+            try:
+                result = connection.execute(sql)
+                names = [column[0] for column in result.description or []]
+                rows = result.fetchall()
+            except (duckdb.ProgrammingError, duckdb.DataError) as error:
+                raise ConfigError(f"{error}\n  (views: captions, failures, failure_log)") from error
+            _WRITERS[config.format](names, rows, stream)
+
+
+def _summary(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    (failures,) = first_row(connection, "SELECT count(*) FROM failures")
+    return [_COUNTS, *([_KINDS] if failures else []), _ROWS]
+
+
+def _write_table(names: list[str], rows: list[tuple[Any, ...]], stream: TextIO) -> None:
+    table = Table(*names)
+    for row in rows:
+        table.add_row(*("" if value is None else _plain(value) for value in row))
+    console = Console(file=stream, width=None if stream.isatty() else 160, highlight=False, markup=False)
+    console.print(table)
+
+
+def _write_csv(names: list[str], rows: list[tuple[Any, ...]], stream: TextIO) -> None:
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(["" if value is None else _plain(value) for value in row] for row in rows)
+
+
+def _write_json(names: list[str], rows: list[tuple[Any, ...]], stream: TextIO) -> None:
+    records = [dict(zip(names, row, strict=True)) for row in rows]
+    json.dump(records, stream, indent=1, ensure_ascii=False, default=_plain)
+    stream.write("\n")
+
+
+def _plain(value: Any) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+_WRITERS = {"table": _write_table, "csv": _write_csv, "json": _write_json}
