@@ -49,6 +49,8 @@ def connect() -> None:
                 "token (RAY_AUTH_TOKEN_PATH)"
             ) from error
         return
+    # Ray's own daemons would write to this terminal of things that are no fault (ray-project/ray#53727).
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(
         address="local",
         num_cpus=local_cores() + 1,

