@@ -37,8 +37,9 @@ RECIPE = {
     "embed_dim": 64,
     "hidden_dim": 192,
     "grid_dropout": 0.0,
-    "output_dropout": 0.1,
+    "output_dropout": 0.0,
     "label_smoothing": 0.0,
+    "doubly_stochastic": 0.0,
     "min_word_count": 2,
     "captions_per_image": "all",
     "batch_size": 80,
@@ -63,7 +64,7 @@ def demo(config: DemoConfig) -> None:
     samples, model, tables = (os.path.join(config.out, name) for name in ("samples", "training", "captions"))
 
     console.rule("1. draw a captioned data set")
-    prepared = prepare_shapes(ShapesConfig(output=samples, num_images=2000, seed=config.seed))
+    prepared = prepare_shapes(ShapesConfig(output=samples, num_images=3000, seed=config.seed))
     for split, counts in prepared.splits.items():
         console.print(f"{split}: {counts.images:,} images, {counts.captions:,} captions")
     console.rule("2. train a captioner")

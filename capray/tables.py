@@ -16,7 +16,7 @@ SAMPLES = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("image", pa.binary(), nullable=False),
-        pa.field("captions", pa.list_(pa.string()), nullable=False),
+        pa.field("captions", pa.list_(pa.field("element", pa.string())), nullable=False),
         pa.field("split", pa.string(), nullable=False),
     ],
     metadata=_METADATA,
@@ -34,7 +34,7 @@ CAPTIONS = pa.schema(
         pa.field("score", pa.float32(), nullable=False),
         pa.field("num_tokens", pa.int16(), nullable=False),
         pa.field("finished", pa.bool_(), nullable=False),
-        pa.field("alternatives", pa.list_(_ALTERNATIVE), nullable=False),
+        pa.field("alternatives", pa.list_(pa.field("element", _ALTERNATIVE)), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("sha256", pa.binary(32), nullable=False),

@@ -45,8 +45,11 @@ def flickr8k() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """The one Ray of all tests, with more logical CPUs than the machine has."""
+def ray_cluster(s3: str) -> Iterator[None]:
+    """The one Ray of all tests, with more logical CPUs than the machine has.
+
+    It comes after the S3 server, whose address and credentials its workers inherit.
+    """
     import ray
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -161,12 +161,10 @@ def remove_duplicates(output: Output) -> int:
         files = output.parts(output.captions)
         if len(files) < 2:
             return 0
-        doubled = connection.execute(
-            "SELECT image_id FROM captions GROUP BY image_id HAVING count(*) > 1"
-        ).to_arrow_table()
-    if not doubled.num_rows:
+        doubled = connection.execute("SELECT image_id FROM captions GROUP BY image_id HAVING count(*) > 1").fetchall()
+    if not doubled:
         return 0
-    ids = set(doubled["image_id"].to_pylist())
+    ids = {image_id for (image_id,) in doubled}
     seen: set[str] = set()
     for file in files:
         table = pq.read_table(file.path, filesystem=file.fs).cast(CAPTIONS)

@@ -169,8 +169,7 @@ class Worker:
 
     def train(self) -> None:
         while not self.finished:
-            metrics = self.train_epoch()
-            metrics |= self.validate()
+            metrics = {name: float(value) for name, value in (self.train_epoch() | self.validate()).items()}
             progress = self.progress
             progress.epoch += 1
             progress.history.append({"epoch": progress.epoch, **metrics})

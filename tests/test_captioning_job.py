@@ -1,0 +1,280 @@
+"""The captioning job on Ray: exactly once, resumable, one bad image costing one row."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+from PIL import Image
+
+from capray.captioning.job import caption
+from capray.config import CaptionConfig
+from capray.errors import CaprayError, ConfigError, OutputConflictError
+from capray.tables import CAPTIONS, FAILURES
+from tests.conftest import image_bytes, make_model, write_photos
+from tests.oracle import check_exactly_once, read_parts
+
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(300)]
+
+
+def run(source, output, model, **settings):
+    settings = {"num_actors": 1, "batch_size": 4, "beam_size": 2, "max_length": 6, **settings}
+    return caption(CaptionConfig(input=str(source), output=str(output), model=model, **settings))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return set(write_photos(tmp_path / "photos", 10))
+
+
+def bad_images(folder: Path) -> dict[str, str]:
+    """Bad images in ``folder``, by path, with the kind each should fail as."""
+    jpeg = image_bytes(Image.effect_noise((200, 200), 50).convert("RGB"), "JPEG")
+    files = {
+        "truncated.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "zero bytes.jpg": (b"", "truncated"),
+        "text#1.jpg": (b"this is no image", "not_an_image"),
+        "drawing%2F.jpg": (b"%!PS-Adobe-3.0", "unsupported_format"),
+        "gro\u00df.png": (image_bytes(Image.new("RGB", (300, 300))), "too_large"),
+    }
+    for name, (data, _) in files.items():
+        (folder / name).write_bytes(data)
+    return {str(folder / name): kind for name, (_, kind) in files.items()}
+
+
+def test_a_folder_with_bad_images(tmp_path, photos, model):
+    bad = bad_images(tmp_path / "photos")
+    (tmp_path / "photos" / ".hidden").write_bytes(b"left out")
+    output = tmp_path / "out"
+    summary = run(tmp_path / "photos", output, model, max_image_pixels=80_000)
+
+    captions = check_exactly_once(str(output), photos | set(bad))
+    assert set(captions) == photos
+    failures = {row["image_id"]: row["error_type"] for row in read_parts(str(output), "failures")}
+    assert failures == bad
+    assert (summary.images, summary.captions, summary.hidden_files, summary.status) == (15, 10, 1, "complete")
+    assert summary.current_failures == {"too_large": 1, "truncated": 2, "not_an_image": 1, "unsupported_format": 1}
+    for table, schema in (("captions", CAPTIONS), ("failures", FAILURES)):
+        for file in (output / table).iterdir():
+            assert pq.read_schema(file).equals(schema, check_metadata=True)
+    record = json.loads((output / "_capray" / "runs" / f"{summary.run_id}.json").read_text())
+    assert (record["status"], record["captions"]) == ("complete", 10)
+    assert not list((output / "_capray" / "tmp").iterdir())
+    assert not (output / "_capray" / "lease.json").exists()
+
+    again = run(tmp_path / "photos", output, model, max_image_pixels=80_000)
+    assert (again.captions, again.failures, again.captioned_before) == (0, {}, 10)
+
+    (tmp_path / "photos" / "zero bytes.jpg").write_bytes(image_bytes())
+    new = write_photos(tmp_path / "photos" / "more", 2, seed=1)
+    third = run(tmp_path / "photos", output, model, retry_failed=True)
+    assert third.captions == 4, "two new ones, the mended one, and the one no longer too large"
+    assert set(check_exactly_once(str(output), photos | set(bad) | set(new))) >= set(new)
+    assert third.current_failures == {"truncated": 1, "not_an_image": 1, "unsupported_format": 1}
+
+
+def test_a_row_says_all_there_is_to_say(tmp_path, photos, model):
+    run(tmp_path / "photos", tmp_path / "out", model, n_best=2)
+    row = read_parts(str(tmp_path / "out"), "captions")[0]
+    assert row["uri"] == row["image_id"]
+    assert (row["width"], row["height"]) == (40, 40)
+    assert len(row["alternatives"]) == 1
+    assert row["score"] >= row["alternatives"][0]["score"]
+    assert row["score"] == pytest.approx(row["log_prob"] / row["num_tokens"] ** 0.9, rel=1e-4)
+    assert len(row["model_id"]) == 64
+
+
+def test_the_samples_of_a_split_and_columns_of_a_table(tmp_path, samples, model):
+    summary = run(samples, tmp_path / "split", model, split="test")
+    ids = pq.read_table(f"{samples}/test-00000.parquet")["image_id"].to_pylist()
+    assert set(check_exactly_once(str(tmp_path / "split"), set(ids))) == set(ids)
+    assert summary.images == 6
+
+    photos = write_photos(tmp_path / "photos", 3)
+    table = pa.table(
+        {"url": [*photos, photos[0], str(tmp_path / "gone.jpg"), None], "key": ["a", "b", "c", "a", "d", "e"]}
+    )
+    pq.write_table(table, tmp_path / "list.parquet")
+    summary = run(tmp_path / "list.parquet", tmp_path / "uris", model, id_column="key")
+    assert summary.duplicates == 1
+    assert set(check_exactly_once(str(tmp_path / "uris"), set("abcde"))) == set("abc")
+    assert summary.current_failures == {"missing": 2}
+
+
+def test_s3_in_and_out_gives_the_same_captions(tmp_path, photos, model, s3):
+    fs = s3fs.S3FileSystem(use_listings_cache=False)
+    for path in photos:
+        fs.put_file(path, f"{s3}/photos/{Path(path).name}")
+    fs.pipe_file(f"{s3}/photos/empty.jpg", b"")
+    fs.pipe_file(f"{s3}/photos/a b#c%2Fd.jpg", image_bytes())
+    for file in Path(model).iterdir():
+        fs.put_file(str(file), f"{s3}/model/{file.name}")
+    run(tmp_path / "photos", tmp_path / "local", model)
+    summary = run(f"{s3}/photos", f"{s3}/out", f"{s3}/model")
+
+    assert summary.current_failures == {"truncated": 1}
+    fs.get(f"{s3}/out", str(tmp_path / "fetched"), recursive=True)
+    local = {Path(key).name: text for key, text in check_exactly_once(str(tmp_path / "local"), photos).items()}
+    remote = {row["image_id"]: row["caption"] for row in read_parts(str(tmp_path / "fetched"), "captions")}
+    assert f"{s3}/photos/a b#c%2Fd.jpg" in remote
+    assert {key.rsplit("/", 1)[1]: text for key, text in remote.items() if "photo-" in key} == local
+    again = run(f"{s3}/photos", f"{s3}/out", f"{s3}/model")
+    assert (again.captions, again.captioned_before) == (0, 11)
+    assert not fs.exists(f"{s3}/out/_capray/lease.json")
+
+
+class TestRefusals:
+    def test_another_model(self, tmp_path, photos, model):
+        run(tmp_path / "photos", tmp_path / "out", model)
+        other = make_model(tmp_path / "other", seed=1)
+        with pytest.raises(OutputConflictError, match="was written by model"):
+            run(tmp_path / "photos", tmp_path / "out", other)
+        with pytest.raises(OutputConflictError, match="beam_size: 2 -> 3"):
+            run(tmp_path / "photos", tmp_path / "out", model, beam_size=3)
+
+    def test_output_inside_the_input(self, tmp_path, photos, model):
+        with pytest.raises(ConfigError, match="lies inside the input"):
+            run(tmp_path / "photos", tmp_path / "photos" / "out", model)
+        with pytest.raises(ConfigError, match="lies inside the input"):
+            run(tmp_path / "photos", tmp_path / "photos", model)
+
+    def test_an_output_that_holds_other_things(self, tmp_path, photos, model):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("mine")
+        with pytest.raises(OutputConflictError, match="holds 'thesis.txt' and no captioning job"):
+            run(tmp_path / "photos", tmp_path / "out", model)
+
+    def test_empty_and_missing_inputs(self, tmp_path, model, s3):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ConfigError, match="no images at"):
+            run(tmp_path / "empty", tmp_path / "out", model)
+        with pytest.raises(ConfigError, match="nothing at"):
+            run(tmp_path / "nowhere", tmp_path / "out", model)
+        with pytest.raises(CaprayError, match="no images at|not found|not exist"):
+            run("s3://capray-no-such-bucket/x", tmp_path / "out", model)
+        with pytest.raises(ConfigError, match="img2dataset"):
+            run("https://example.org/photos", tmp_path / "out", model)
+
+    def test_a_split_without_images(self, tmp_path, samples, model):
+        with pytest.raises(ConfigError, match="no images at .* in split 'nope'"):
+            run(samples, tmp_path / "out", model, split="nope")
+
+    def test_columns_that_are_not_there(self, tmp_path, samples, model):
+        with pytest.raises(ConfigError, match="no column 'picture'; its columns: image_id, image, captions, split"):
+            run(samples, tmp_path / "out", model, image_column="picture")
+        with pytest.raises(ConfigError, match="holds string, not encoded image bytes"):
+            run(samples, tmp_path / "out", model, image_column="split")
+
+
+def test_when_everything_fails_the_job_stops(tmp_path, model):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(300):
+        (folder / f"{i}.jpg").write_text("no image")
+    with pytest.raises(CaprayError, match="images all failed, .* as not_an_image: not an image"):
+        run(folder, tmp_path / "out", model, batch_size=16)
+    (record,) = (tmp_path / "out" / "_capray" / "runs").iterdir()
+    assert json.loads(record.read_text())["status"] == "failed"
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def parts_of(output: Path) -> int:
+    return len(list(output.glob("captions/*.parquet")))
+
+
+def actor_pids() -> set[int]:
+    found = subprocess.run(["pgrep", "-f", "ray::MapWorker.*CaptioningActor"], capture_output=True, text=True)
+    return {int(pid) for pid in found.stdout.split()}
+
+
+def test_an_actor_killed_in_the_middle_loses_nothing(tmp_path, model):
+    photos = set(write_photos(tmp_path / "photos", 48))
+    output = tmp_path / "out"
+    killed: set[int] = set()
+
+    def kill():
+        wait_for(lambda: parts_of(output) >= 1)
+        for pid in actor_pids():
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    summary = run(tmp_path / "photos", output, model, batch_size=2, part_rows=4, beam_size=40, max_length=200)
+    killer.join()
+    assert killed
+    assert summary.status == "complete"
+    assert set(check_exactly_once(str(output), photos)) == photos
+
+
+def start_cli(*arguments: str) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "capray", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_driver_stopped_half_way_is_taken_up_again(tmp_path, model, number):
+    photos = set(write_photos(tmp_path / "photos", 60))
+    output = tmp_path / "out"
+    settings = ["--batch-size", "2", "--beam-size", "40", "--max-length", "200", "--num-actors", "1"]
+    command = ["caption", tmp_path / "photos", output, "--model", model, *settings]
+    first = start_cli(*command, "--part-rows", "4")
+    wait_for(lambda: parts_of(output) >= 2 or first.poll() is not None)
+    first.send_signal(number)
+    text, _ = first.communicate(timeout=60)
+    assert first.returncode == (-number if number == signal.SIGKILL else 128 + number), text
+    before = len(read_parts(str(output), "captions"))
+    assert 0 < before < 60, text
+    if number != signal.SIGKILL:
+        assert "the same command goes on" in text
+        assert "Traceback" not in text
+
+    summary = run(tmp_path / "photos", output, model, batch_size=2, beam_size=40, max_length=200)
+    assert summary.captioned_before == before
+    assert summary.captions == 60 - before
+    assert set(check_exactly_once(str(output), photos)) == photos
+
+
+def test_the_oracle_notices_what_is_wrong(tmp_path):
+    """Negative controls: a dropped part, a doubled part, and a part that is cut off."""
+    output = tmp_path / "out"
+    (output / "captions").mkdir(parents=True)
+    photos = write_photos(tmp_path / "photos", 4)
+
+    def part(name, paths):
+        import hashlib
+
+        rows = [
+            {"image_id": p, "uri": p, "caption": "x", "sha256": hashlib.sha256(Path(p).read_bytes()).digest()}
+            for p in paths
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), output / "captions" / name)
+
+    part("part-a-00000.parquet", photos[:2])
+    with pytest.raises(AssertionError, match="neither captioned nor failed"):
+        check_exactly_once(str(output), set(photos))
+    part("part-a-00001.parquet", photos[2:])
+    assert len(check_exactly_once(str(output), set(photos))) == 4
+    part("part-b-00000.parquet", photos[:1])
+    with pytest.raises(AssertionError, match="more than once"):
+        check_exactly_once(str(output), set(photos))
+    data = (output / "captions" / "part-b-00000.parquet").read_bytes()
+    (output / "captions" / "part-b-00000.parquet").write_bytes(data[:-20])
+    with pytest.raises(pa.ArrowInvalid):
+        check_exactly_once(str(output), set(photos))

@@ -1,0 +1,240 @@
+"""Training: gradients that do not depend on how the batch is shared out, and the job on Ray."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from capray.config import Architecture, TrainConfig
+from capray.errors import ConfigError, DataError, OutputConflictError
+from capray.model.captioner import Captioner
+from capray.model.checkpoint import load_captioner
+from capray.model.loss import collate
+from capray.tables import SAMPLES, encode_parquet
+from capray.training.job import train
+from capray.training.reading import DECODED, Reading, read_text
+from capray.training.worker import TrainingStep, backward, nothing
+from capray.vocabulary import Vocabulary
+from tests.conftest import TINY
+
+SETTINGS = {
+    **TINY,
+    "fine_tune_from": "all",
+    "batch_size": 40,
+    "min_word_count": 1,
+    "beam_size": 2,
+    "max_length": 12,
+    "learning_rate": 1e-3,
+    "num_workers": 1,
+    "cpus_per_worker": 1,
+}
+CAPTIONS = [[[4, 5, 6, 7, 8, 9, 10], [4]], [[5, 6]], [[7, 8, 9], [10, 11, 4, 5], [6, 6]], [[9, 9, 9, 9, 9]], [[4, 8]]]
+PIXELS = np.random.default_rng(0).integers(0, 256, (len(CAPTIONS), 32, 32, 3), dtype=np.uint8)
+SHARES = [[0, 2, 3], [1, 4]]
+CONFIG = TrainConfig(samples="s", output="o", **SETTINGS)
+
+
+def make_step() -> TrainingStep:
+    torch.manual_seed(0)
+    captioner = Captioner(Architecture(**TINY), Vocabulary([f"w{i}" for i in range(8)]), fine_tune_from="all")
+    return TrainingStep(captioner, label_smoothing=0.1).train()
+
+
+def gradients(step, share, counts):
+    """The gradient after ``backward`` on the images of ``share`` (none: a batch of nothing)."""
+    if share:
+        pixels, batch = list(PIXELS[share]), collate([CAPTIONS[i] for i in share], 50)
+    else:
+        pixels, batch = nothing(step.module.captioner if hasattr(step, "module") else step.captioner)
+    backward(step, pixels, batch, counts, CONFIG)
+    return {name.removeprefix("module."): p.grad.clone() for name, p in step.named_parameters() if p.grad is not None}
+
+
+def worker(rank: int, shares: list[list[int]], counts: list[float], folder: str) -> None:
+    """One DDP process; run by ``python -c`` in the test below."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", len(shares))
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=len(shares))
+    step = torch.nn.parallel.DistributedDataParallel(make_step())
+    torch.save(gradients(step, shares[rank], counts), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shares", [SHARES, [[0, 1, 2, 3, 4], []]], ids=["unequal", "one-with-nothing"])
+def test_two_workers_give_the_gradient_of_one_with_the_same_global_batch(tmp_path, shares):
+    whole = collate(CAPTIONS, 50)
+    counts = [float(whole.num_tokens), float(whole.num_captions)]
+    expected = gradients(make_step(), list(range(len(CAPTIONS))), counts)
+    code = "import sys, json; from tests.test_training import worker; a = json.loads(sys.argv[1]); worker(*a)"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps([rank, shares, counts, str(tmp_path)])],
+            cwd=Path(__file__).parents[1],
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+class TestReading:
+    def shard(self, captions, bad=()):
+        rows = [
+            {
+                "image_id": str(i),
+                "pixels": None if i in bad else bytes(2 * 2 * 3),
+                "height": 2,
+                "width": 2,
+                "captions": ["x"] * len(image),
+                "words": image,
+            }
+            for i, image in enumerate(captions)
+        ]
+        return Shard(pa.Table.from_pylist(rows, DECODED))
+
+    def test_batches_hold_at_most_so_many_pairs_and_every_image_once(self):
+        captions = [[[4]] * (1 + i % 5) for i in range(40)]
+        batches = list(Reading().batches(self.shard(captions), 12, one_caption=False, seed=0))
+        assert [i for batch in batches for i in batch.ids] == [str(i) for i in range(40)]
+        pairs = [sum(len(words) for words in batch.words) for batch in batches]
+        assert max(pairs) <= 12 and min(pairs[:-1]) > 12 - 5
+
+    def test_an_image_with_more_captions_than_a_batch_is_not_lost(self):
+        batches = list(Reading().batches(self.shard([[[4]] * 9]), 2, one_caption=False, seed=0))
+        assert [len(batch.words[0]) for batch in batches] == [9]
+
+    def test_one_caption_per_image_is_drawn_anew_with_the_seed(self):
+        shard = self.shard([[[4], [5], [6], [7], [8]]] * 20)
+        drawn = [
+            [words[0][0] for batch in Reading().batches(shard, 5, one_caption=True, seed=seed) for words in batch.words]
+            for seed in (0, 0, 1)
+        ]
+        assert len(drawn[0]) == 20
+        assert drawn[0] == drawn[1] != drawn[2]
+
+    def test_what_is_left_out_is_counted(self):
+        reading = Reading()
+        batches = list(reading.batches(self.shard([[[4]], [[]], [[5], []], [[6]]], bad=[3]), 10, False, seed=0))
+        assert [batch.words for batch in batches] == [[[[4]], [[5]]]]
+        assert (reading.undecodable, reading.without_captions) == (1, 1)
+
+
+class Shard:
+    """As much of a Ray Train shard as reading uses."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def iter_batches(self, batch_size, **_):
+        return (self.table.slice(i, batch_size) for i in range(0, self.table.num_rows, batch_size))
+
+
+def run(samples, output, **settings):
+    return train(TrainConfig(samples=samples, output=str(output), **{**SETTINGS, **settings}))
+
+
+class TestRefusals:
+    def test_a_split_without_images(self, samples, tmp_path):
+        with pytest.raises(DataError, match=r"no images in split 'val'.*dev \(6\), test \(6\), train \(48\)"):
+            run(samples, tmp_path / "out", validation_split="val")
+
+    def test_a_table_that_is_none(self, tmp_path):
+        pq.write_table(pa.table({"a": [1]}), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match="no column 'image_id'"):
+            read_text(str(tmp_path), "train")
+
+    def test_weights_for_another_encoder(self, samples, tmp_path):
+        with pytest.raises(ConfigError, match="'tiny' has no published weights"):
+            run(samples, tmp_path / "out", weights="imagenet")
+
+    def test_a_remote_output_needs_a_tracking_server(self, samples, s3):
+        with pytest.raises(ConfigError, match="tracking_uri is needed"):
+            run(samples, f"{s3}/training")
+
+    def test_an_output_that_holds_other_things(self, samples, tmp_path):
+        (tmp_path / "thesis.txt").write_text("mine")
+        with pytest.raises(OutputConflictError, match="holds 'thesis.txt' and no training"):
+            run(samples, tmp_path)
+
+
+def with_oddities(samples, folder) -> str:
+    """The samples, one training image damaged, one with no word in its captions, one with a single caption."""
+    folder.mkdir()
+    for file in Path(samples).glob("*.parquet"):
+        rows = pq.read_table(file).to_pylist()
+        if file.name.startswith("train"):
+            rows[0]["image"] = rows[0]["image"][:100]
+            rows[1]["captions"] = ["...", ""]
+            rows[2]["captions"] = rows[2]["captions"][:1]
+        (folder / file.name).write_bytes(encode_parquet(pa.Table.from_pylist(rows, SAMPLES), 10))
+    return str(folder)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("ray_cluster")
+def test_train_go_on_and_refuse_another(samples, tmp_path, capfd):
+    output = tmp_path / "out"
+    odd = with_oddities(samples, tmp_path / "odd")
+    first = run(odd, output, epochs=1, num_workers=2)
+    said = capfd.readouterr().err
+    assert "2 captions have no word and are left out" in said
+    assert "1 images could not be decoded" in said
+    assert len(first.metrics) == 1
+    metrics = first.metrics[0]
+    assert metrics["val_images"] == 6
+    assert 0 < metrics["train_loss"] < 10
+    captioner, _ = load_captioner(first.best)
+    assert captioner.architecture.hidden_dim == TINY["hidden_dim"]
+
+    second = run(odd, output, epochs=2, num_workers=1)
+    assert [epoch["epoch"] for epoch in second.metrics] == [1, 2]
+    assert second.metrics[0] == metrics
+    assert load_captioner(second.last)[1] != load_captioner(first.best)[1] or second.best_epoch == 2
+
+    with pytest.raises(OutputConflictError, match="learning_rate: 0.001 -> 0.5"):
+        run(odd, output, epochs=3, learning_rate=0.5)
+    check_tracking(output, second)
+
+
+def check_tracking(output, result):
+    client = MlflowClient(f"sqlite:///{output}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "capray"]
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.data.params["hidden_dim"] == str(TINY["hidden_dim"])
+    assert "tracking_uri" not in found.data.params
+    history = client.get_metric_history(found.info.run_id, "bleu_4")
+    assert [(m.step, m.value) for m in history] == [(e["epoch"], e["bleu_4"]) for e in result.metrics]
+    files = {file.path for file in client.list_artifacts(found.info.run_id, "captioner")}
+    assert files == {f"captioner/{name}" for name in ("config.json", "vocabulary.json", "model.safetensors")}
+    assert [f.path for f in client.list_artifacts(found.info.run_id, "samples")] == [
+        "samples/epoch-001.json",
+        "samples/epoch-002.json",
+    ]
+    assert os.path.getsize(output / "history.json")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("ray_cluster")
+def test_samples_and_output_on_s3_and_early_stopping(samples, s3):
+    import s3fs
+
+    fs = s3fs.S3FileSystem()
+    for file in Path(samples).iterdir():
+        fs.put_file(str(file), f"{s3}/samples/{file.name}")
+    settings = {"tracking_uri": "none", "attention": "none", "doubly_stochastic": 0, "captions_per_image": "1"}
+    result = run(f"{s3}/samples", f"{s3}/training", epochs=9, patience=1, learning_rate=1e-9, **settings)
+    assert len(result.metrics) == 2, "no better after the first epoch"
+    assert load_captioner(f"{s3}/training/best")[0].decoder.attention is None
