@@ -1,0 +1,124 @@
+"""What is given to `ray job submit`: a real head with its own ports, folder and token; train, then caption."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+import yaml
+from mlflow import MlflowClient
+
+from tests.conftest import TINY, free_port
+
+ROOT = Path(__file__).parents[1]
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+@pytest.fixture
+def head(s3):
+    """A Ray head with token authentication; the environment its clients need."""
+    folder = tempfile.mkdtemp(prefix="capray-head-", dir="/tmp")  # Ray's socket paths must stay short.
+    token = Path(folder) / "token"
+    token.write_text(uuid.uuid4().hex)
+    dashboard, gcs = free_port(), free_port()
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    command = [RAY, "start", "--head", "--block", "--num-cpus=5", f"--port={gcs}", f"--temp-dir={folder}/ray"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
+    command += [f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"]
+    with open(f"{folder}/log", "w") as log:
+        started = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        os.killpg(started.pid, signal.SIGTERM)
+        try:
+            started.wait(5)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(head, script, *arguments) -> str:
+    """Submit a job, wait for its end and return its log; it must succeed."""
+    job_id = f"{Path(script).stem}-{uuid.uuid4().hex[:6]}"
+    command = [RAY, "job", "submit", "--submission-id", job_id, "--working-dir", str(ROOT)]
+    command += ["--runtime-env-json", '{"excludes": [".git", ".venv", "tests", "notebooks"]}', "--no-wait", "--"]
+    command += [sys.executable, script, *map(str, arguments)]
+    deadline = time.monotonic() + 90
+    while True:
+        submitted = subprocess.run(command, env=head, capture_output=True, text=True)
+        if submitted.returncode == 0 or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    assert submitted.returncode == 0, submitted.stderr[-2000:]
+    while time.monotonic() < deadline + 300:
+        status = subprocess.run([RAY, "job", "status", job_id], env=head, capture_output=True, text=True).stdout
+        if re.search("SUCCEEDED|FAILED|STOPPED|succeeded|failed|stopped", status):
+            break
+        time.sleep(2)
+    log = subprocess.run([RAY, "job", "logs", job_id], env=head, capture_output=True, text=True).stdout
+    assert "succeeded" in status.lower(), status + log[-4000:]
+    return log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_submit_train_with_two_workers_then_caption_from_s3(head, samples, s3, tmp_path):
+    settings = tmp_path / "tiny.yaml"
+    small = {**TINY, "fine_tune_from": "all", "batch_size": 40, "min_word_count": 1, "beam_size": 2, "epochs": 1}
+    settings.write_text(yaml.safe_dump(small))
+    training, prefix = tmp_path / "training", f"{s3}/jobs-{uuid.uuid4().hex[:6]}"
+    log = submit(
+        head, "jobs/train.py", samples, training, "--config", settings, "--num-workers", "2", "--cpus-per-worker", "1"
+    )
+    assert "best epoch 1" in log
+    client = MlflowClient(f"sqlite:///{training}/mlflow.db")
+    experiment = client.get_experiment_by_name("capray")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.data.params["num_workers"]) == ("FINISHED", "2")
+    assert {"train_loss", "val_loss", "bleu_4"} <= run.data.metrics.keys()
+
+    fs = s3fs.S3FileSystem(use_listings_cache=False)
+    table = pq.read_table(f"{samples}/test-00000.parquet")
+    for row in table.to_pylist():
+        fs.pipe_file(f"{prefix}/photos/{row['image_id']}", row["image"])
+    log = submit(
+        head, "jobs/caption.py", f"{prefix}/photos", f"{prefix}/out", "--model", training / "best", "--num-actors", "1"
+    )
+    assert "6 images: 6 captioned, 0 failed" in log
+    (part,) = fs.ls(f"{prefix}/out/captions")
+    found = pq.read_table(part, filesystem=fs)
+    assert set(found["image_id"].to_pylist()) == {f"{prefix}/photos/{i}" for i in table["image_id"].to_pylist()}
+
+
+def test_the_cluster_file_is_one_that_ray_accepts():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    config.setdefault("cluster_synced_files", [])
+    validate_config(config)
+    start = " ".join(config["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in start
+    assert "ray-2." not in " ".join(config["setup_commands"]), "the nightly wheel of the defaults"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "jobs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_valid_settings(recipe):
+    from capray.config import TrainConfig
+
+    TrainConfig.from_yaml(recipe, samples="s", output="o")
