@@ -31,6 +31,7 @@ from capray.config import (
 from capray.errors import CaprayError, ConfigError, Interrupted
 
 Flat = Parameter(name="*")
+_DEMO = DemoConfig()
 
 app = App(
     name="capray",
@@ -125,7 +126,7 @@ def query(config: Annotated[QueryConfig, Flat]) -> None:
 
 
 @app.command
-def demo(config: Annotated[DemoConfig, Flat] = DemoConfig()) -> None:
+def demo(config: Annotated[DemoConfig, Flat] = _DEMO) -> None:
     """Draw a data set, train, caption images never seen, evaluate and query: the whole way in minutes."""
     from capray.demo import demo as run
 

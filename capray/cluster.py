@@ -6,6 +6,10 @@ The driver asks Ray what the cluster has and never looks at devices itself.
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 
 from capray.errors import CaprayError, ConfigError
 
@@ -37,8 +41,29 @@ def connect() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if ray.is_initialized():
-        return
+    if not ray.is_initialized():
+        with _keeping_signal_handlers():
+            _init()
+
+
+@contextmanager
+def _keeping_signal_handlers() -> Generator[None]:
+    """Ray puts handlers of its own in place, under which SIGTERM aborts the process."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in numbers} if is_main else {}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _init() -> None:
+    import logging
+
+    import ray
+
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:

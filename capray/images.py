@@ -18,9 +18,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from capray.config import ImageLimits, Preprocessing
 
 Image.init()
-FORMATS = tuple(
-    name for name in "JPEG PNG GIF BMP DIB WEBP TIFF PPM AVIF JPEG2000 ICO TGA PCX SGI".split() if name in Image.OPEN
-)
+_WANTED = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA", "PCX", "SGI")
+FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 """Pillow's decoders that may run (JPEG opens MPO too). Left out are those that start other programs (EPS) or that no
 photo needs."""
 
@@ -145,7 +144,8 @@ def input_size(width: int, height: int, preprocessing: Preprocessing) -> tuple[i
     if preprocessing.resize != "keep-aspect":
         return size, size
     shorter = min(width, height)
-    return tuple(min(round(side * size / shorter), size * _MAX_ASPECT) for side in (width, height))  # type: ignore[return-value]
+    longest = size * _MAX_ASPECT
+    return min(round(width * size / shorter), longest), min(round(height * size / shorter), longest)
 
 
 def fit(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:

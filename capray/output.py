@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ class Output:
         return [folder.join(name) for name in list_names(folder, ".parquet") if name.startswith("part-")]
 
     @contextmanager
-    def connect(self, memory_limit: str = "2GB") -> Iterator[duckdb.DuckDBPyConnection]:
+    def connect(self, memory_limit: str = "2GB") -> Generator[duckdb.DuckDBPyConnection]:
         """DuckDB with the views ``captions``, ``failures`` (each id's latest, while it has no caption) and
         ``failure_log`` over the parts there are now. Works out of core beyond ``memory_limit``.
 
@@ -83,11 +83,11 @@ def require_output(uri: str) -> Output:
 
 
 @contextmanager
-def open_duckdb(root: Location, temporary: str, memory_limit: str = "2GB") -> Iterator[duckdb.DuckDBPyConnection]:
+def open_duckdb(root: Location, temporary: str, memory_limit: str = "2GB") -> Generator[duckdb.DuckDBPyConnection]:
     """A DuckDB connection that reads ``root``'s filesystem, spills to ``temporary`` and downloads no extensions."""
     import duckdb
 
-    settings = {
+    settings: dict[str, str | float | list[str]] = {
         "memory_limit": memory_limit,
         "temp_directory": temporary,
         "autoinstall_known_extensions": "false",

@@ -50,9 +50,7 @@ class ProgressDisplay:
         self, completed: float, figures: str, description: str | None = None, total: float | None = None
     ) -> None:
         """Show ``completed`` of the total and ``figures`` beside it."""
-        changes = {"description": description, "total": total}
-        given = {name: value for name, value in changes.items() if value is not None}
-        self._bar.update(self._task, completed=completed, figures=figures, **given)
+        self._bar.update(self._task, completed=completed, figures=figures, description=description, total=total)
         if not self._console.is_terminal and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             task = self._bar.tasks[0]

@@ -1,6 +1,7 @@
 """Evaluate on the cluster.
 
-    ray job submit --working-dir . -- python jobs/evaluate.py s3://bucket/captions --references s3://bucket/samples --split dev
+    ray job submit --working-dir . -- python jobs/evaluate.py \\
+        s3://bucket/captions --references s3://bucket/samples --split dev
 
 Settings are those of `capray evaluate`: the same flags, and a YAML file with --config.
 """

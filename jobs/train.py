@@ -1,6 +1,7 @@
 """Train on the cluster.
 
-    ray job submit --working-dir . -- python jobs/train.py s3://bucket/samples s3://bucket/training --config jobs/recipes/flickr8k-mobilenet.yaml
+    ray job submit --working-dir . -- python jobs/train.py \\
+        s3://bucket/samples s3://bucket/training --config jobs/recipes/flickr8k-mobilenet.yaml
 
 Settings are those of `capray train`: the same flags, and a YAML file with --config.
 """

@@ -131,6 +131,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ' "actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}'
     )
     command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-s3", f"-s3.config={config}", "-volume.max=20"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += [f"-{name}.port={port}" for name, port in ports.items()]
     command += [f"-{name.replace('.', '.port.')}={port}" for name, port in grpc.items()]
     with open(folder / "log", "w") as log:

@@ -95,13 +95,13 @@ class Fetcher:
             fetched = list(pool.map(self._fetch, rows, (inline.get(i) for i in range(len(rows)))))
         return pa.Table.from_pylist(fetched, schema=FETCHED)
 
-    def _inline_images(self, rows: list[dict[str, Any]]) -> dict[int, bytes | None | ImageError]:
+    def _inline_images(self, rows: list[dict[str, Any]]) -> dict[int, bytes | ImageError | None]:
         """The bytes of the rows whose images lie in a Parquet container, by index; each row group is read once."""
         groups: dict[tuple[str, int], list[int]] = defaultdict(list)
         for i, row in enumerate(rows):
             if row["container"] is not None:
                 groups[row["container"], row["row_group"]].append(i)
-        images: dict[int, bytes | None | ImageError] = {}
+        images: dict[int, bytes | ImageError | None] = {}
         for (container, group), indices in groups.items():
             assert self.image_column is not None
             positions = [rows[i]["row"] for i in indices]
@@ -113,7 +113,7 @@ class Fetcher:
                 images |= zip(indices, values, strict=True)
         return images
 
-    def _fetch(self, row: dict[str, Any], inline: bytes | None | ImageError) -> dict[str, Any]:
+    def _fetch(self, row: dict[str, Any], inline: bytes | ImageError | None) -> dict[str, Any]:
         result = {"image_id": row["image_id"], "uri": row["uri"]}
         try:
             if isinstance(inline, ImageError):

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -88,12 +88,13 @@ def caption(config: CaptionConfig) -> Summary:
         Interrupted: stopped by Ctrl-C or SIGTERM, what was done being published.
         CaprayError: everything fails, or ids stay unaccounted for after MAX_PASSES.
     """
-    assert config.output is not None
+    output_uri = config.output
+    assert output_uri is not None
     config = config.model_copy(update={"model": locate(config.model).uri, "input": locate(config.input).uri})
     captioner, model_id = load_captioner(config.model)
     preprocessing = captioner.architecture.subset(Preprocessing)
     del captioner
-    source, output = Source(config), Output(config.output)
+    source, output = Source(config), Output(output_uri)
     _check_job(config, output, model_id)
     with (
         ProgressDisplay("listing") as display,
@@ -334,13 +335,18 @@ class _Run:
         fetcher = Fetcher(
             work,
             config.input,
-            self.columns and self.columns.image,
+            self.columns.image if self.columns else None,
             self.preprocessing,
             config.subset(ImageLimits),
             config.fetch_concurrency,
         )
         blocks = ray.data.range(work.num_blocks, override_num_blocks=work.num_blocks)
-        fetched = blocks.map_batches(fetch_block, batch_size=1, fn_kwargs={"fetcher": fetcher}, num_cpus=FETCH_CPUS)
+        fetched = blocks.map_batches(
+            fetch_block,  # ty: ignore[invalid-argument-type]
+            batch_size=1,
+            fn_kwargs={"fetcher": fetcher},
+            num_cpus=FETCH_CPUS,
+        )
         return fetched.map_batches(
             CaptioningActor,
             batch_size=config.batch_size,
@@ -367,7 +373,7 @@ class _Run:
 
 
 @contextmanager
-def _streamed(data: Any) -> Iterator[Iterator[pa.Table | None]]:
+def _streamed(data: Any) -> Generator[Iterator[pa.Table | None]]:
     """The dataset's tables as they come, read in a thread of their own; None each half second in which none came.
 
     Leaving the context ends the dataset's execution.

@@ -6,7 +6,7 @@ and writes what is left as files of small row groups: one row group is one block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -82,7 +82,7 @@ class Plan:
         never above MAX_BLOCK_ROWS.
         """
         with self._connect() as connection:
-            todo = f"""
+            todo = """
                 SELECT * FROM wanted w
                 WHERE NOT EXISTS (SELECT 1 FROM settled s WHERE s.image_id = w.image_id)
                 QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY position) = 1
@@ -120,7 +120,7 @@ class Plan:
         self.folder.fs.rm(self.folder.path, recursive=True)
 
     @contextmanager
-    def _connect(self) -> Iterator[duckdb.DuckDBPyConnection]:
+    def _connect(self) -> Generator[duckdb.DuckDBPyConnection]:
         """DuckDB with the output's views, ``wanted``, and ``settled``: the ids that need no further attempt."""
         final = ", ".join(f"'{kind}'" for kind in FINAL_FAILURES)
         this_run = f"run_id = '{self.run_id}'"

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capray.captioning.rows import PLAN
@@ -161,17 +160,18 @@ class Source:
     def _group_rows(self, path: str, group: int, table: pa.Table) -> dict[str, list]:
         columns = self.columns
         assert columns is not None
-        rows = pa.array(range(table.num_rows), pa.int32())
+        rows = list(range(table.num_rows))
         if columns.split:
-            keep = pc.equal(table[columns.split], self.config.split)
-            table, rows = table.filter(keep), rows.filter(keep.combine_chunks())
+            splits = table[columns.split].to_pylist()
+            rows = [row for row in rows if splits[row] == self.config.split]
+            table = table.take(rows)
         ids = table[columns.image_id].cast(pa.string())
         if ids.null_count:
             raise DataError(f"column {columns.image_id!r} of {path!r} has {ids.null_count} rows without an image id")
         result = {"image_id": ids.to_pylist()}
         if columns.uri:
             return result | {"uri": table[columns.uri].to_pylist()}
-        return result | {"container": [path] * len(rows), "row_group": [group] * len(rows), "row": rows.to_pylist()}
+        return result | {"container": [path] * len(rows), "row_group": [group] * len(rows), "row": rows}
 
 
 def _holds(column_type: pa.DataType, *predicates) -> bool:

@@ -75,8 +75,8 @@ class PartWriter:
     def _publish(self, rows: pa.Table) -> None:
         self.before_publish()
         name = f"part-{self.run_id}-{self._sequence:05d}.parquet"
-        failed = pc.is_valid(rows["error_type"])
-        captions = self._with_run(rows.filter(pc.invert(failed)), CAPTIONS)
+        failed = pc.field("error_type").is_valid()
+        captions = self._with_run(rows.filter(~failed), CAPTIONS)
         failures = rows.filter(failed)
         if captions.num_rows:
             write_atomic(self.output.captions.join(name), encode_parquet(captions), self.output.scratch)

@@ -71,7 +71,7 @@ def write_samples(samples: Iterable[Sample], output: str, dataset: str, notes: l
     for split, of_split in groupby(samples, key=lambda sample: sample.split):
         counts = prepared.splits[split] = Counts()
         for shard in count():
-            rows = list(islice(of_split, IMAGES_PER_SHARD))
+            rows = list(islice(of_split, IMAGES_PER_SHARD))  # noqa: B031 (read on, not read again)
             if not rows:
                 break
             columns = dict(zip(Sample._fields, zip(*rows, strict=True), strict=True))

@@ -123,10 +123,7 @@ def _draw_object(draw, group: Group, x: float, y: float, radius: float, turn: fl
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
         return
     corners = SHAPES[group.shape]
-    if group.shape == "star":
-        radii = [radius * 1.25, radius * 0.5] * corners
-    else:
-        radii = [radius * 1.2] * corners
+    radii = [radius * 1.25, radius * 0.5] * corners if group.shape == "star" else [radius * 1.2] * corners
     offset = turn - math.pi / 2 + (math.pi / 4 if group.shape == "square" else 0)
     points = [
         (

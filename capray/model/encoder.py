@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
 import torchvision
@@ -18,32 +19,33 @@ from capray.storage import locate, read_bytes
 _NORMALISATIONS = (nn.modules.batchnorm._BatchNorm,)
 
 
-class TinyEncoder(nn.Sequential):
+def _tiny() -> nn.Sequential:
     """Four strided convolutions with group normalisation: trains from scratch in minutes, for demos and tests.
 
     One eighth of the input's side, 128 channels. Group normalisation keeps no running statistics, so training it
     needs none of the care that BatchNorm in a fine-tuned backbone does.
     """
 
-    def __init__(self) -> None:
-        def block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(8, outputs),
-                nn.ReLU(inplace=True),
-            )
-
-        super().__init__(
-            OrderedDict(
-                layer1=block(3, 32, 2), layer2=block(32, 64, 2), layer3=block(64, 128, 2), layer4=block(128, 128, 1)
-            )
+    def block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            nn.GroupNorm(8, outputs),
+            nn.ReLU(inplace=True),
         )
+
+    channels_and_strides = ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1))
+    return _named((f"layer{i}", block(*shape)) for i, shape in enumerate(channels_and_strides, start=1))
+
+
+def _named(blocks: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
+    named: OrderedDict[str, nn.Module] = OrderedDict(blocks)
+    return nn.Sequential(named)
 
 
 def _backbone(name: str, weights: str | None) -> nn.Sequential:
     """The named network without its head, its blocks under torchvision's own names."""
     if name == "tiny":
-        return TinyEncoder()
+        return _tiny()
     try:
         network = torchvision.models.get_model(name, weights=weights)
     except ValueError as error:
@@ -56,9 +58,10 @@ def _backbone(name: str, weights: str | None) -> nn.Sequential:
         ) from error
     if isinstance(network, torchvision.models.ResNet):
         stem_and_stages = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-        return nn.Sequential(OrderedDict((block, getattr(network, block)) for block in stem_and_stages))
-    if isinstance(getattr(network, "features", None), nn.Sequential):
-        return nn.Sequential(OrderedDict(features=network.features))
+        return _named((block, getattr(network, block)) for block in stem_and_stages)
+    features = getattr(network, "features", None)
+    if isinstance(features, nn.Sequential):
+        return _named([("features", features)])
     raise ConfigError(f"encoder {name!r} gives no grid of features: choose a resnet, mobilenet_v2, densenet121 …")
 
 

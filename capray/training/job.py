@@ -102,7 +102,7 @@ def _fit(
     display: ProgressDisplay,
 ) -> None:
     import ray
-    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     class UnequalShards(DataConfig):
@@ -140,17 +140,17 @@ def _fit(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=settings,
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # ty: ignore[invalid-argument-type]
             num_workers=config.num_workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # ty: ignore[invalid-argument-type]
             name="checkpoints",
             storage_path=output.path if not output.is_local else output.uri,
             storage_filesystem=None if output.is_local else _arrow_filesystem(output.fs),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=config.max_restarts),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),  # ty: ignore[invalid-argument-type]
+            failure_config=FailureConfig(config.max_restarts),  # ty: ignore[invalid-argument-type]
         ),
         datasets={
             "train": data(config.train_split, text, True),
@@ -163,7 +163,7 @@ def _fit(
             trainer.fit()
         except KeyboardInterrupt as error:
             raise Interrupted("stopped; the same command goes on from the last finished epoch") from error
-        except ray.train.TrainingFailedError as error:
+        except TrainingFailedError as error:
             raise _cause(error) from error
         failure = ray.get(board.failure.remote())
         if failure is not None:
@@ -205,6 +205,7 @@ def _board_class():
 def _shown(board: Any, display: ProgressDisplay, total: float):
     """Show what is on the board until the training is over."""
     import ray
+    from ray.exceptions import RayError
 
     over = threading.Event()
 
@@ -219,7 +220,7 @@ def _shown(board: Any, display: ProgressDisplay, total: float):
         while not over.wait(0.5):
             try:
                 show()
-            except ray.exceptions.RayError:
+            except RayError:
                 return
 
     watcher = threading.Thread(target=watch, daemon=True)

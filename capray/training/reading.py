@@ -65,7 +65,7 @@ def read_text(samples: str, split: str) -> SplitText:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=["captions", "split"])
                 splits.update(table["split"].to_pylist())
-                found = table.filter(pc.equal(table["split"], split))["captions"].to_pylist()
+                found = table.filter(pc.field("split") == split)["captions"].to_pylist()
                 if found:
                     captions += found
                     units.append((entry.path, group))
@@ -102,7 +102,12 @@ def dataset(
         "preprocessing": preprocessing,
         "limits": limits,
     }
-    return data.map_batches(_read_and_decode, batch_size=1, batch_format="pyarrow", fn_kwargs=settings)
+    return data.map_batches(
+        _read_and_decode,  # ty: ignore[invalid-argument-type]
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs=settings,
+    )
 
 
 def _read_and_decode(
@@ -117,7 +122,7 @@ def _read_and_decode(
     with storage_errors(f"reading {path}"):
         file = pq.ParquetFile(path, filesystem=locate(samples).fs)
         table = file.read_row_group(group, columns=SAMPLES.names)
-    table = table.filter(pc.equal(table["split"], split))
+    table = table.filter(pc.field("split") == split)
     pixels, heights, widths = [], [], []
     for image in table["image"]:
         try:

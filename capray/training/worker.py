@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ class TrainingStep(nn.Module):
         return loss_sums(self.captioner, memory, batch, self.label_smoothing)
 
 
-def reduce_sums(values: list[float], device: torch.device) -> list[float]:
+def reduce_sums(values: Sequence[float], device: torch.device) -> list[float]:
     """Each value summed over all workers."""
     totals = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
@@ -97,10 +97,10 @@ def backward(step: nn.Module, pixels: list, batch: Batch, counts: list[float], c
     ``counts`` are the global numbers of tokens and captions. DDP averages over workers, which is undone here: the loss
     is Σ objective / tokens + doubly_stochastic · Σ regulariser / captions, whoever holds what.
     """
-    captioner = step.module.captioner if hasattr(step, "module") else step.captioner
+    device = next(step.parameters()).device
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    with autocast(captioner.device, config.precision):
-        sums = step(pixels, batch.to(captioner.device))
+    with autocast(device, config.precision):
+        sums = step(pixels, batch.to(device))
     tokens, captions = counts
     loss = sums.objective / tokens + config.doubly_stochastic * sums.regulariser / captions
     (loss * world_size).backward()

@@ -1,0 +1,31 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup check format test test-fast demo bench
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
+
+setup:  ## Install everything, development tools included
+	uv sync
+
+check:  ## Format, lint, types and the direction of imports
+	uv run ruff format --check .
+	uv run ruff check .
+	uv run ty check capray jobs
+	uv run lint-imports
+
+format:  ## Format and mend what can be mended
+	uv run ruff format .
+	uv run ruff check --fix .
+
+test:  ## All tests
+	uv run pytest
+
+test-fast:  ## Tests without the slow ones
+	uv run pytest -m "not slow"
+
+demo:  ## Draw a data set, train, caption, evaluate, query: a few minutes
+	uv run capray demo
+
+bench:  ## Print the benchmarks' figures beside their references
+	uv run python benchmarks/captioning.py
+	uv run python benchmarks/writer.py
