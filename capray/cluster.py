@@ -8,13 +8,17 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from capray.errors import CaprayError, ConfigError
 
 # Under `uv run` Ray would rebuild the environment for its workers; the one this process runs in is there already.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+
+_started_here = False
+"""Whether this process started the Ray it uses."""
 
 
 def local_cores() -> int:
@@ -76,6 +80,8 @@ def _init() -> None:
         return
     # Ray's own daemons would write to this terminal of things that are no fault (ray-project/ray#53727).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    global _started_here
+    _started_here = True
     ray.init(
         address="local",
         num_cpus=local_cores() + 1,
@@ -93,23 +99,27 @@ def cluster_resources() -> tuple[float, float]:
     return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
 
 
-def share_cpus(num_workers: int, cpus_per_worker: float | None, gpus_per_worker: float) -> float:
+def share_cpus(
+    num_workers: int, cpus_per_worker: float | None, gpus_per_worker: float, say: Callable[[str], None]
+) -> float:
     """CPUs for each of ``num_workers``, one CPU being left to reading.
 
+    A cluster may grow, so one that is too small now is only spoken of; Ray started here cannot.
+
     Raises:
-        ConfigError: the cluster cannot hold the workers and still read.
+        ConfigError: Ray was started here, and this machine cannot hold the workers and still read.
     """
     cpus, gpus = cluster_resources()
     if cpus_per_worker is None:
         cpus_per_worker = 1.0 if gpus_per_worker else float(max(1, int(cpus - 1) // num_workers))
-    if num_workers * cpus_per_worker > cpus - 1:
-        raise ConfigError(
-            f"{num_workers} workers of {cpus_per_worker:g} CPUs do not leave one for reading on a cluster of "
-            f"{cpus:g}: use fewer workers, a smaller cpus_per_worker, or a larger cluster"
-        )
-    if num_workers * gpus_per_worker > gpus:
-        raise ConfigError(
-            f"{num_workers} workers of {gpus_per_worker:g} GPUs need more than the cluster's {gpus:g}: use fewer "
-            "workers, or set gpus_per_worker to 0 to run on CPUs"
-        )
+    for kind, wanted, available in (
+        ("CPUs", num_workers * cpus_per_worker + 1, cpus),
+        ("GPUs", num_workers * gpus_per_worker, gpus),
+    ):
+        if wanted <= available:
+            continue
+        shortage = f"{num_workers} workers and reading want {wanted:g} {kind}, and there are {available:g}"
+        if _started_here:
+            raise ConfigError(f"{shortage}: use fewer workers, or less for each (0 GPUs run on CPUs)")
+        say(f"{shortage} now: waiting for the cluster to grow")
     return cpus_per_worker

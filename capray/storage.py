@@ -90,7 +90,7 @@ def _uri_of(root: Location, path: str) -> str:
 
 
 def iter_files(root: Location) -> Iterator[Entry]:
-    """Every file below ``root``, in the order the store lists them, without holding the whole listing.
+    """Every file below ``root``, in the order the store lists them.
 
     Raises:
         StorageError: the store cannot be reached or refuses the listing.

@@ -228,7 +228,7 @@ def start_cli(*arguments: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_driver_stopped_half_way_is_taken_up_again(tmp_path, model, number):
     photos = set(write_photos(tmp_path / "photos", 60))
     output = tmp_path / "out"

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -195,12 +195,13 @@ class _Run:
         try:
             self._list(source)
             self._settle()
+            self.summary.status = "complete"
+            self._record()
         except BaseException as error:
             self._save_what_is_held(error)
             raise
-        self.summary.status = "complete"
-        self._record()
-        self.plan.remove()
+        finally:
+            self.plan.remove()
         return self.summary
 
     @cached_property
@@ -215,7 +216,7 @@ class _Run:
         if number is None:
             fitting = gpus / gpus_per_actor if gpus_per_actor else (cpus - 1) / config.threads_per_actor
             number = max(1, int(fitting))
-        cluster.share_cpus(number, config.threads_per_actor, gpus_per_actor)
+        cluster.share_cpus(number, config.threads_per_actor, gpus_per_actor, self.display.say)
         return _Actors(number, gpus_per_actor, config.threads_per_actor)
 
     @cached_property
@@ -277,6 +278,7 @@ class _Run:
                 f"with {actors.number} actor{'s' if actors.number > 1 else ''}, {precision}"
             )
             self._pass(work)
+        self.writer.before_publish()
         remove_duplicates(self.output)
         lost, names = self.plan.unaccounted()
         if lost:
@@ -293,13 +295,13 @@ class _Run:
         done = 0
         with _streamed(self._dataset(work)) as tables:
             for table in tables:
-                self.signals.check()
                 self.seconds_in_passes = before + time.monotonic() - started
                 if table is None:
-                    self._publish_due()
-                    continue
-                done += table.num_rows
-                self._take(table)
+                    self._publish(self.writer.tick)
+                else:
+                    done += table.num_rows
+                    self._take(table)
+                self.signals.check()
                 rate = done / (time.monotonic() - started)
                 failed = sum(count for kind, count in self.results.items() if kind != "captioned")
                 figures = f"{done:,}/{work.num_images:,} images  {rate:.1f} images/s  {failed:,} failed"
@@ -310,19 +312,17 @@ class _Run:
     def _take(self, table: pa.Table) -> None:
         kinds = ["captioned" if kind is None else kind for kind in table["error_type"].to_pylist()]
         self.results.update(kinds)
-        parts = self.writer.num_parts
-        self.writer.add(table)
-        if self.writer.num_parts > parts:
-            self._record()
+        self._publish(lambda: self.writer.add(table))
         total = self.results.total()
         if total >= HOPELESS_AFTER and not self.results["captioned"]:
             ((kind, count),) = self.results.most_common(1)
-            example = next(m for m in table["message"].to_pylist() if m)
+            example = table["message"][0].as_py()
             raise CaprayError(f"the first {total} images all failed, {count} of them as {kind}: {example}")
 
-    def _publish_due(self) -> None:
+    def _publish(self, write: Callable[[], None]) -> None:
+        """Let the writer do something, and refresh the run's record if it published a part."""
         parts = self.writer.num_parts
-        self.writer.tick()
+        write()
         if self.writer.num_parts > parts:
             self._record()
 
@@ -367,6 +367,8 @@ class _Run:
     def _save_what_is_held(self, error: BaseException) -> None:
         """Publish what was done before the run ended early, and say so in its record, as far as that is possible."""
         self.summary.status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+        if not self.summary.passes:
+            return
         with suppress(CaprayError):
             self.writer.flush()
             self._record()

@@ -7,7 +7,7 @@ and writes what is left as files of small row groups: one row group is one block
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import duckdb
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from capray.captioning.rows import PLAN
 from capray.output import Output, create_view, first_row
-from capray.storage import Location, write_atomic
+from capray.storage import Location, storage_errors, write_atomic
 from capray.tables import CAPTIONS, FINAL_FAILURES, encode_parquet
 
 MAX_BLOCK_ROWS = 512
@@ -116,8 +116,9 @@ class Plan:
         return count, [name for (name,) in names]
 
     def remove(self) -> None:
-        """Delete the plan; what is done is in the parts."""
-        self.folder.fs.rm(self.folder.path, recursive=True)
+        """Delete this plan and what killed runs left of theirs; what is done is in the parts."""
+        with storage_errors(f"removing {self.output.plan.uri}"), suppress(FileNotFoundError):
+            self.output.plan.fs.rm(self.output.plan.path, recursive=True)
 
     @contextmanager
     def _connect(self) -> Generator[duckdb.DuckDBPyConnection]:
