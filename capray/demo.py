@@ -45,7 +45,7 @@ RECIPE = {
     "batch_size": 80,
     "learning_rate": 2e-3,
     "encoder_learning_rate": 1e-3,
-    "epochs": 8,
+    "epochs": 6,
     "beam_size": 3,
 }
 """Training settings that suit drawings and minutes."""

@@ -164,7 +164,7 @@ class Source:
         if columns.split:
             splits = table[columns.split].to_pylist()
             rows = [row for row in rows if splits[row] == self.config.split]
-            table = table.take(rows)
+            table = table.take(pa.array(rows, pa.int64()))
         ids = table[columns.image_id].cast(pa.string())
         if ids.null_count:
             raise DataError(f"column {columns.image_id!r} of {path!r} has {ids.null_count} rows without an image id")
