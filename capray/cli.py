@@ -38,6 +38,8 @@ app = App(
     help="Train an image captioner on Ray, caption images by the million, query the captions with SQL.",
     version=capray.__version__,
     help_format="plaintext",
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
     default_parameter=Parameter(negative_iterable=()),
 )
 prepare_app = App(name="prepare", help="Turn a captioned data set into the Samples table that `train` reads.")
@@ -142,6 +144,9 @@ CONFIGS: dict[tuple[str, ...], type[Settings]] = {
     ("query",): QueryConfig,
     ("demo",): DemoConfig,
 }
+
+
+app.meta.suppress_keyboard_interrupt = False
 
 
 @app.meta.default

@@ -27,7 +27,7 @@ from capray.vocabulary import tokenise
 
 MARGIN = 0.10
 """BLEU-4 by which the captioner must beat what does not look at the image."""
-NUM_CONSTANTS_TRIED = 50
+NUM_CONSTANTS_TRIED = 20
 
 RECIPE = {
     "encoder": "tiny",
@@ -79,8 +79,8 @@ def demo(config: DemoConfig) -> None:
     for name, score in scores.items():
         print(f"BLEU-4 {score:.3f}  {name}")
     console.rule("5. query")
-    sql = "SELECT image_id, caption, round(score, 2) AS score FROM captions ORDER BY image_id LIMIT 5"
-    console.print(f'capray query {tables} "{sql}"')
+    sql = "SELECT image_id, caption, round(score::DOUBLE, 2) AS score FROM captions ORDER BY image_id LIMIT 5"
+    console.print(f'capray query {tables} "{sql}"', soft_wrap=True)
     run_query(QueryConfig(output=tables, sql=sql))
     _say_where(config.out, samples, result.best, tables, time.monotonic() - started)
     captioner, *controls = scores.values()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+import duckdb
+
 from capray.config import EvaluateConfig
 from capray.errors import DataError
 from capray.metrics import corpus_bleu
@@ -68,14 +70,15 @@ def _matched(config: EvaluateConfig) -> tuple[dict[str, str], dict[str, list[str
     """Captions and references of the split, both by the key they are matched by."""
     samples = locate(config.references)
     files = [Location(entry.uri, samples.fs, entry.path) for entry in find_parquet(config.references)]
-    with require_output(config.output).connect() as connection:
-        if not samples.is_local:
-            connection.register_filesystem(samples.fs)
+    with require_output(config.output).connect(samples) as connection:
         create_view(connection, "samples", files, SAMPLES)
         key = "image_id" if config.match == "image_id" else "regexp_extract(image_id, '[^/]*$')"
-        references = connection.execute(
-            f"SELECT {key}, captions FROM samples WHERE split = ? ORDER BY image_id", [config.split]
-        ).fetchall()
+        try:
+            references = connection.execute(
+                f"SELECT {key}, captions FROM samples WHERE split = ? ORDER BY image_id", [config.split]
+            ).fetchall()
+        except duckdb.BinderException as error:
+            raise DataError(f"{config.references!r} is no Samples table: {str(error).splitlines()[0]}") from error
         captions = connection.execute(
             f"SELECT {key}, caption FROM captions WHERE {key} IN (SELECT {key} FROM samples WHERE split = ?)",
             [config.split],

@@ -20,6 +20,7 @@ from capray.tables import CAPTIONS, FAILURES, SCHEMA_VERSION
 if TYPE_CHECKING:
     import duckdb
 
+MEMORY_LIMIT = "2GB"
 _CURRENT_FAILURES = """
 SELECT f.* FROM failure_log f
 WHERE NOT EXISTS (SELECT 1 FROM captions c WHERE c.image_id = f.image_id)
@@ -57,14 +58,14 @@ class Output:
         return [folder.join(name) for name in list_names(folder, ".parquet") if name.startswith("part-")]
 
     @contextmanager
-    def connect(self, memory_limit: str = "2GB") -> Generator[duckdb.DuckDBPyConnection]:
+    def connect(self, *others: Location) -> Generator[duckdb.DuckDBPyConnection]:
         """DuckDB with the views ``captions``, ``failures`` (each id's latest, while it has no caption) and
-        ``failure_log`` over the parts there are now. Works out of core beyond ``memory_limit``.
+        ``failure_log`` over the parts there are now. It also reads the filesystems of ``others``.
 
         Raises:
             StorageError: a part cannot be read.
         """
-        with tempfile.TemporaryDirectory() as temporary, open_duckdb(self.root, temporary, memory_limit) as connection:
+        with tempfile.TemporaryDirectory() as temporary, open_duckdb(temporary, self.root, *others) as connection:
             for view, folder, schema in (
                 ("captions", self.captions, CAPTIONS),
                 ("failure_log", self.failures, FAILURES),
@@ -83,30 +84,35 @@ def require_output(uri: str) -> Output:
 
 
 @contextmanager
-def open_duckdb(root: Location, temporary: str, memory_limit: str = "2GB") -> Generator[duckdb.DuckDBPyConnection]:
-    """A DuckDB connection that reads ``root``'s filesystem, spills to ``temporary`` and downloads no extensions."""
+def open_duckdb(temporary: str, *places: Location) -> Generator[duckdb.DuckDBPyConnection]:
+    """A DuckDB connection that reads the filesystems of ``places``, spills to ``temporary`` beyond MEMORY_LIMIT and
+    downloads no extensions."""
     import duckdb
 
     settings: dict[str, str | float | list[str]] = {
-        "memory_limit": memory_limit,
+        "memory_limit": MEMORY_LIMIT,
         "temp_directory": temporary,
         "autoinstall_known_extensions": "false",
         "TimeZone": "UTC",
     }
-    with duckdb.connect(config=settings) as connection, storage_errors(f"reading {root.uri}"):
-        if not root.is_local:
-            connection.register_filesystem(root.fs)
+    remote = {type(place.fs): place.fs for place in places if not place.is_local}
+    reading = f"reading {', '.join(place.uri for place in places)}"
+    with duckdb.connect(config=settings) as connection, storage_errors(reading):
+        for fs in remote.values():
+            connection.register_filesystem(fs)
         try:
             yield connection
-        except duckdb.IOException as error:
-            raise StorageError(f"reading {root.uri}: {error}") from error
+        except (duckdb.IOException, duckdb.InvalidInputException) as error:
+            raise StorageError(f"{reading}: {error}") from error
 
 
 def create_view(connection: duckdb.DuckDBPyConnection, name: str, files: list[Location], schema: pa.Schema) -> None:
     """A view over Parquet ``files``; over no rows of ``schema`` where there are none."""
     if files:
         listed = ", ".join("'" + duckdb_path(file).replace("'", "''") + "'" for file in files)
-        connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{listed}], union_by_name = true)")
+        connection.execute(
+            f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
+        )
     else:
         connection.register(name, schema.empty_table())
 

@@ -30,7 +30,9 @@ FROM captions
 _KINDS = (
     "SELECT error_type, count(*) AS images, min(message) AS example FROM failures GROUP BY ALL ORDER BY images DESC"
 )
-_ROWS = f"SELECT image_id, caption, round(score, 3) AS score FROM captions ORDER BY image_id LIMIT {NUM_ROWS_SHOWN}"
+_ROWS = (
+    f"SELECT image_id, caption, round(score::DOUBLE, 3) AS score FROM captions ORDER BY image_id LIMIT {NUM_ROWS_SHOWN}"
+)
 
 
 def run_query(config: QueryConfig, stream: TextIO | None = None) -> None:
@@ -43,15 +45,20 @@ def run_query(config: QueryConfig, stream: TextIO | None = None) -> None:
     import duckdb
 
     stream = stream or sys.stdout
+    answers = []
     with require_output(config.output).connect() as connection:
         for sql in [config.sql] if config.sql is not None else _summary(connection):
             try:
                 result = connection.execute(sql)
-                names = [column[0] for column in result.description or []]
-                rows = result.fetchall()
+                if result is None:
+                    raise ConfigError(f"{sql!r} holds no query")
+                answers.append(([column[0] for column in result.description or []], result.fetchall()))
             except (duckdb.ProgrammingError, duckdb.DataError) as error:
+                if isinstance(error, duckdb.InvalidInputException):
+                    raise
                 raise ConfigError(f"{error}\n  (views: captions, failures, failure_log)") from error
-            _WRITERS[config.format](names, rows, stream)
+    for names, rows in answers:
+        _WRITERS[config.format](names, rows, stream)
 
 
 def _summary(connection: duckdb.DuckDBPyConnection) -> list[str]:
@@ -63,7 +70,7 @@ def _write_table(names: list[str], rows: list[tuple[Any, ...]], stream: TextIO) 
     table = Table(*names)
     for row in rows:
         table.add_row(*("" if value is None else _plain(value) for value in row))
-    console = Console(file=stream, width=None if stream.isatty() else 160, highlight=False, markup=False)
+    console = Console(file=stream, width=None if stream.isatty() else 160, highlight=False, markup=False, emoji=False)
     console.print(table)
 
 

@@ -101,11 +101,13 @@ def iter_files(root: Location) -> Iterator[Entry]:
                 folders.sort()
                 for name in sorted(files):
                     path = os.path.join(folder, name)
-                    yield Entry(path, path, os.path.getsize(path))
+                    yield Entry(path, path, os.lstat(path).st_size)
             return
         prefix = root.path.rstrip("/") + "/"
         for path, info in root.fs.find(prefix, detail=True).items():
-            yield Entry(_uri_of(root, path), path, info["size"])
+            is_marker = path.endswith("/") or path == root.path.rstrip("/")
+            if not is_marker:
+                yield Entry(_uri_of(root, path), path, info["size"])
 
 
 def _raise(error: OSError) -> None:
@@ -179,23 +181,30 @@ def write_atomic(location: Location, data: bytes, scratch: Location | None = Non
             os.close(handle)
 
 
+def is_glob(location: Location) -> bool:
+    """Whether the path is a pattern, and not a file or folder whose name looks like one."""
+    return any(sign in location.path for sign in "*?[") and not exists(location)
+
+
 def find_parquet(uri: str) -> list[Entry]:
-    """The Parquet files ``uri`` names: one file, a glob, or every ``*.parquet`` of a folder.
+    """The Parquet files ``uri`` names: one file, a glob, or every ``*.parquet`` of a folder (but not of its private
+    folders, whose names begin with ``_``).
 
     Raises:
         DataError: there is none.
-        StorageError: the store cannot be reached.
+        StorageError: the store cannot be reached, or a local folder is missing.
     """
     root = locate(uri)
-    if any(sign in root.path for sign in "*?["):
+    if is_glob(root):
         with storage_errors(f"listing {uri}"):
             found = root.fs.glob(root.path, detail=True)
-        entries = [Entry(_uri_of(root, path), path, info["size"]) for path, info in sorted(found.items())]
+        files = sorted((path, info) for path, info in found.items() if info["type"] == "file")
+        entries = [Entry(_uri_of(root, path), path, info["size"]) for path, info in files if path.endswith(".parquet")]
     elif is_file(root):
         entries = [Entry(root.uri, root.path, root.fs.size(root.path))]
     else:
         entries = [entry for entry in iter_files(root) if entry.path.endswith(".parquet")]
-        entries = [entry for entry in entries if "/_" not in entry.path[len(root.path) :]]
+        entries = [entry for entry in entries if "/_" not in entry.path[len(root.path.rstrip("/")) :]]
     if not entries:
         raise DataError(f"no Parquet files at {uri!r}")
     return entries

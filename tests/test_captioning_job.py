@@ -16,8 +16,9 @@ import s3fs
 from PIL import Image
 
 from capray.captioning.job import caption
-from capray.config import CaptionConfig
+from capray.config import CaptionConfig, EvaluateConfig
 from capray.errors import CaprayError, ConfigError, OutputConflictError
+from capray.evaluation import evaluate
 from capray.tables import CAPTIONS, FAILURES
 from tests.conftest import image_bytes, make_model, write_photos
 from tests.oracle import check_exactly_once, read_parts
@@ -249,6 +250,16 @@ def test_a_driver_stopped_half_way_is_taken_up_again(tmp_path, model, number):
     assert summary.captioned_before == before
     assert summary.captions == 60 - before
     assert set(check_exactly_once(str(output), photos)) == photos
+
+
+def test_samples_captioned_and_scored_on_s3(samples, model, s3):
+    fs = s3fs.S3FileSystem()
+    for file in Path(samples).iterdir():
+        fs.put_file(str(file), f"{s3}/scored/samples/{file.name}")
+    run(f"{s3}/scored/samples", f"{s3}/scored/out", model, split="dev")
+    config = EvaluateConfig(output=f"{s3}/scored/out", references=f"{s3}/scored/samples", split="dev")
+    evaluation = evaluate(config)
+    assert (evaluation.matched, evaluation.references, evaluation.withheld) == (6, 30, None)
 
 
 def test_the_oracle_notices_what_is_wrong(tmp_path):

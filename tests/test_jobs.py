@@ -38,7 +38,11 @@ def head(s3):
     }
     environment.pop("RAY_ADDRESS", None)
     command = [RAY, "start", "--head", "--block", "--num-cpus=5", f"--port={gcs}", f"--temp-dir={folder}/ray"]
-    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
+    command += [
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={free_port()}",
+    ]
     command += [f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"]
     with open(f"{folder}/log", "w") as log:
         started = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

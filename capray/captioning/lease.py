@@ -7,13 +7,15 @@ between machines.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -179,6 +181,7 @@ class Lease:
                 return False
             with os.fdopen(handle, "wb") as file:
                 file.write(self._body())
+            self._version = self._body()
             return True
         created = self._put(IfNoneMatch="*")
         if created and self._put(IfNoneMatch="*"):
@@ -192,12 +195,13 @@ class Lease:
         """Replace the lease file if it still is at ``version``; False when it is not."""
         if not self.place.is_local:
             return self._put(IfMatch=version)
-        found, now = self._read()
-        if now != version and (found is None or found.token != self.claim.token):
-            return False
-        write_atomic(self.place, self._body(), self.scratch)
-        self._version = self._body()
-        return True
+        with _locked(f"{self.place.path}.lock"):
+            _, now = self._read()
+            if now != version:
+                return False
+            write_atomic(self.place, self._body(), self.scratch)
+            self._version = self._body()
+            return True
 
     def _put(self, **condition: str) -> bool:
         bucket, _, key = self.place.path.partition("/")
@@ -229,8 +233,17 @@ class Lease:
             self.place.fs.rm_file(self.place.path)
 
 
+@contextmanager
+def _locked(path: str) -> Generator[None]:
+    """Alone among the processes of this machine: comparing and replacing a file are two steps."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _parse(data: bytes) -> Claim:
-    """The claim in ``data``; a file still empty, its owner between creating and writing it, is a claim of nobody."""
-    if not data:
+    """The claim in ``data``; a file not yet written, or damaged, is a claim of nobody, to be watched until it expires."""
+    try:
+        return Claim(**json.loads(data))
+    except (ValueError, TypeError):
         return Claim("", "", "", 0, 0)
-    return Claim(**json.loads(data))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from capray.captioning.rows import PLAN
 from capray.config import CaptionConfig
 from capray.errors import CaprayError, ConfigError, DataError
-from capray.storage import Location, find_parquet, is_file, is_folder, iter_files, locate, storage_errors
+from capray.storage import Location, find_parquet, is_file, is_folder, is_glob, iter_files, locate, storage_errors
 
 _ROWS_PER_CHUNK = 100_000
 _HIDDEN = (".", "_")
@@ -66,11 +66,10 @@ class Source:
             )
 
     def _is_parquet(self) -> bool:
-        path = self.place.path
-        if any(sign in path for sign in "*?[") or path.endswith(".parquet"):
+        if is_glob(self.place):
             return True
         if is_file(self.place):
-            return False
+            return self.place.path.endswith(".parquet")
         if self.place.is_local and not is_folder(self.place):
             raise ConfigError(f"there is nothing at {self.config.input!r}")
         first = next((entry for entry in self._files()), None)

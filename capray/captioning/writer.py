@@ -58,7 +58,7 @@ class PartWriter:
             self._oldest = self.clock()
         self._held = pa.concat_tables([self._held, results.cast(RESULTS)])
         while self._held.num_rows >= self.part_rows:
-            self._publish(self._held.slice(0, self.part_rows))
+            self._publish()
             self._oldest = self.clock()
         self.tick()
 
@@ -69,25 +69,26 @@ class PartWriter:
 
     def flush(self) -> None:
         """Publish what is held."""
-        if self._held.num_rows:
-            self._publish(self._held)
+        while self._held.num_rows:
+            self._publish()
 
-    def _publish(self, rows: pa.Table) -> None:
+    def _publish(self) -> None:
+        """Cut a part and publish it. When that fails its rows stay held, and the next cut replaces what is there of it."""
         self.before_publish()
+        rows = self._held.slice(0, self.part_rows)
         name = f"part-{self.run_id}-{self._sequence:05d}.parquet"
         failed = pc.field("error_type").is_valid()
         captions = self._with_run(rows.filter(~failed), CAPTIONS)
         failures = rows.filter(failed)
         if captions.num_rows:
             write_atomic(self.output.captions.join(name), encode_parquet(captions), self.output.scratch)
-            self.num_captions += captions.num_rows
-            self.num_parts += 1
         if failures.num_rows:
             now = pa.array([time.time_ns() // 1000] * failures.num_rows, FAILURES.field("failed_at").type)
             table = self._with_run(failures.append_column("failed_at", now), FAILURES)
             write_atomic(self.output.failures.join(name), encode_parquet(table), self.output.scratch)
-            self.failures.update(failures["error_type"].to_pylist())
-            self.num_parts += 1
+        self.num_captions += captions.num_rows
+        self.failures.update(failures["error_type"].to_pylist())
+        self.num_parts += (captions.num_rows > 0) + (failures.num_rows > 0)
         self._sequence += 1
         self._held = self._held.slice(rows.num_rows)
 

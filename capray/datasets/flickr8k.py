@@ -26,7 +26,7 @@ def prepare_flickr8k(config: FlickrConfig) -> Prepared:
     """Write the Samples table of Flickr8k. Images in no split, or without captions, are left out and counted.
 
     Raises:
-        DataError: a part of the layout is missing or malformed, or a split list names no image that is there.
+        DataError: a part of the layout is missing or malformed, or an image is in two splits.
         ConfigError: the output is not empty.
     """
     raw = locate(config.raw)
@@ -34,19 +34,21 @@ def prepare_flickr8k(config: FlickrConfig) -> Prepared:
         raise DataError(f"no folder at {config.raw!r}")
     images = _images(raw)
     captions = _captions(raw)
-    splits = {split: _split(raw, name) for split, name in SPLITS.items()}
     notes: list[str] = []
+    splits = {split: _split(raw, name, notes) for split, name in SPLITS.items()}
+    listed: dict[str, str] = {}
+    for split, names in splits.items():
+        for name in names:
+            if listed.setdefault(name, split) != split:
+                raise DataError(f"{name!r} is listed in both the {listed[name]} and the {split} split")
     return write_samples(_samples(images, captions, splits, notes), config.output, "flickr8k", notes)
 
 
 def _samples(
     images: dict[str, Location], captions: dict[str, list[str]], splits: dict[str, list[str]], notes: list[str]
 ) -> Iterator[Sample]:
-    listed: dict[str, str] = {}
+    listed = {name for names in splits.values() for name in names}
     for split, names in splits.items():
-        for name in names:
-            if listed.setdefault(name, split) != split:
-                raise DataError(f"{name!r} is listed in both the {listed[name]} and the {split} split")
         present = [name for name in names if name in images]
         captioned = [name for name in present if captions.get(name)]
         if len(present) < len(names):
@@ -82,19 +84,20 @@ def _text(raw: Location, name: str) -> str | None:
 
 def _captions(raw: Location) -> dict[str, list[str]]:
     """The raw captions by image name, in the order of their numbers."""
-    captions: dict[str, list[str]] = {}
     text = _text(raw, _TOKENS)
     if text is not None:
-        for number, line in enumerate(text.splitlines(), start=1):
+        numbered: dict[str, list[tuple[int, str]]] = {}
+        for line_number, line in enumerate(text.splitlines(), start=1):
             key, tab, caption = line.partition("\t")
-            name, sign, _ = key.rpartition("#")
-            if not tab or not sign:
-                raise DataError(f"{_TOKENS}, line {number}: expected NAME.jpg#k<TAB>caption, not {line[:60]!r}")
-            captions.setdefault(name, []).append(caption.strip())
-        return captions
+            name, sign, number = key.rpartition("#")
+            if not tab or not sign or not number.isdigit():
+                raise DataError(f"{_TOKENS}, line {line_number}: expected NAME.jpg#k<TAB>caption, not {line[:60]!r}")
+            numbered.setdefault(name, []).append((int(number), caption.strip()))
+        return {name: [caption for _, caption in sorted(found)] for name, found in numbered.items()}
     text = _text(raw, _KAGGLE)
     if text is None:
         raise DataError(f"{raw.uri!r} has no captions: expected {_TOKENS} or {_KAGGLE}")
+    captions: dict[str, list[str]] = {}
     rows = csv.reader(io.StringIO(text))
     header = next(rows, [])
     if [column.strip() for column in header] != ["image", "caption"]:
@@ -106,11 +109,16 @@ def _captions(raw: Location) -> dict[str, list[str]]:
     return captions
 
 
-def _split(raw: Location, name: str) -> list[str]:
+def _split(raw: Location, name: str, notes: list[str]) -> list[str]:
+    """The image names of a split list, each once."""
     text = _text(raw, name)
     if text is None:
         raise DataError(
             f"{raw.uri!r} has no {name}: Kaggle's copy leaves the split lists out; they are in Flickr8k_text.zip of the "
             "original release"
         )
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    names = list(dict.fromkeys(lines))
+    if len(names) < len(lines):
+        notes.append(f"{name}: {len(lines) - len(names)} lines repeat an image")
+    return names
