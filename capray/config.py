@@ -138,8 +138,8 @@ class ImageLimits(Settings):
 
     max_image_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
     """Largest encoded image in bytes."""
-    max_image_pixels: Annotated[int, Field(ge=1)] = 100_000_000
-    """Largest image in pixels, judged from its header before anything is decoded."""
+    max_image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 100_000_000
+    """Largest image in pixels, judged from its header before anything is decoded (Pillow opens no larger ones)."""
 
 
 class Architecture(Preprocessing):

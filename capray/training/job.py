@@ -134,7 +134,6 @@ def _fit(
         "board": board,
         "threads": max(1, int(cpus)),
         "num_pairs": num_pairs,
-        "num_images": text.num_images,
     }
     output = locate(config.output)
     trainer = TorchTrainer(
@@ -147,7 +146,7 @@ def _fit(
         ),
         run_config=RunConfig(  # ty: ignore[invalid-argument-type]
             name="checkpoints",
-            storage_path=output.path if not output.is_local else output.uri,
+            storage_path=output.path,
             storage_filesystem=None if output.is_local else _arrow_filesystem(output.fs),
             checkpoint_config=CheckpointConfig(num_to_keep=2),  # ty: ignore[invalid-argument-type]
             failure_config=FailureConfig(config.max_restarts),  # ty: ignore[invalid-argument-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -98,4 +99,5 @@ def start_run(config: TrainConfig, known_run_id: str | None, parameters: Mapping
             client.log_param(run.info.run_id, name, str(value)[:500])
         return Run(uri, run.info.run_id)
     except MlflowException as error:
-        raise StorageError(f"MLflow at {uri!r}: {str(error).splitlines()[0]}; or set tracking_uri to 'none'") from error
+        shown = re.sub(r"//[^/@]*@", "//…@", f"MLflow at {uri!r}: {str(error).splitlines()[0]}")
+        raise StorageError(f"{shown}; or set tracking_uri to 'none'") from error

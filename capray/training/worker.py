@@ -129,7 +129,7 @@ class Worker:
         self.config = config = TrainConfig(**settings["config"])
         self.board = settings["board"]
         self.run = Run(**settings["run"])
-        self.num_pairs, self.num_images = settings["num_pairs"], settings["num_images"]
+        self.num_pairs = settings["num_pairs"]
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
