@@ -4,8 +4,9 @@ import pyarrow as pa
 import pytest
 import s3fs
 
-from capray.captioning.fetching import Fetcher, read_image
+from capray.captioning.fetching import Fetcher
 from capray.captioning.plan import Work
+from capray.captioning.reading import read_image
 from capray.captioning.rows import FETCHED, PLAN
 from capray.config import ImageLimits, Preprocessing
 from capray.images import ImageError

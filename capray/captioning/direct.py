@@ -31,7 +31,7 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
 
     import torch
 
-    from capray.captioning.fetching import read_image
+    from capray.captioning.reading import read_image
     from capray.images import ImageError, load
     from capray.model.captioner import autocast
     from capray.model.checkpoint import load_captioner
