@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from capray.captioning.rows import RESULTS
 from capray.output import Output
-from capray.storage import write_atomic
+from capray.storage import Location, write_atomic
 from capray.tables import CAPTIONS, FAILURES, encode_parquet
 
 
@@ -74,23 +74,27 @@ class PartWriter:
 
     def _publish(self) -> None:
         """Cut a part and publish it. When that fails its rows stay held, and the next cut replaces what is there of it."""
-        self.before_publish()
         rows = self._held.slice(0, self.part_rows)
         name = f"part-{self.run_id}-{self._sequence:05d}.parquet"
         failed = pc.field("error_type").is_valid()
         captions = self._with_run(rows.filter(~failed), CAPTIONS)
         failures = rows.filter(failed)
         if captions.num_rows:
-            write_atomic(self.output.captions.join(name), encode_parquet(captions), self.output.scratch)
+            self._write(self.output.captions.join(name), captions)
         if failures.num_rows:
             now = pa.array([time.time_ns() // 1000] * failures.num_rows, FAILURES.field("failed_at").type)
             table = self._with_run(failures.append_column("failed_at", now), FAILURES)
-            write_atomic(self.output.failures.join(name), encode_parquet(table), self.output.scratch)
+            self._write(self.output.failures.join(name), table)
         self.num_captions += captions.num_rows
         self.failures.update(failures["error_type"].to_pylist())
         self.num_parts += (captions.num_rows > 0) + (failures.num_rows > 0)
         self._sequence += 1
         self._held = self._held.slice(rows.num_rows)
+
+    def _write(self, part: Location, table: pa.Table) -> None:
+        data = encode_parquet(table)
+        self.before_publish()
+        write_atomic(part, data, self.output.scratch)
 
     def _with_run(self, rows: pa.Table, schema: pa.Schema) -> pa.Table:
         run = pa.array([self.run_id] * rows.num_rows, pa.string())
