@@ -45,20 +45,26 @@ class Store:
         self.honours, self.has_conditional_delete = honours, has_conditional_delete
         self.objects: dict[str, bytes] = {}
         self.log: list[str] = []
+        """The path of every PUT that was committed."""
+        self.requests: list[tuple[str, str]] = []
+        """Verb and path of every request that was sent."""
         self.faults: dict[int, Fault] = {}
-        self.num_requests = 0
         self.is_process_dead = False
         self.answers = threading.Event()
         """Cleared, the server takes requests and says nothing."""
         self.answers.set()
         self._lock = threading.RLock()
 
-    def request(self, action):
+    @property
+    def num_requests(self) -> int:
+        return len(self.requests)
+
+    def request(self, verb: str, path: str, action):
         """What ``action`` returns, unless a fault is due."""
         self.answers.wait()
         with self._lock:
             fault = self.faults.get(self.num_requests)
-            self.num_requests += 1
+            self.requests.append((verb, path))
         if self.is_process_dead:
             raise Crash
         if fault is Fault.FAILS:
@@ -131,21 +137,21 @@ class ModelFileSystem(AbstractFileSystem):
         if method == "put_object":
             if_none_match = conditions.pop("IfNoneMatch", None)
             assert not conditions
-            return {"ETag": store.request(lambda: store.put(path, Body, if_none_match, if_match))}
+            return {"ETag": store.request("PUT", path, lambda: store.put(path, Body, if_none_match, if_match))}
         assert not conditions
         if method == "head_object":
-            return {"ETag": store.request(lambda: store.etag(path))}
+            return {"ETag": store.request("HEAD", path, lambda: store.etag(path))}
         assert method == "delete_object"
-        store.request(lambda: store.delete(path, if_match))
+        store.request("DELETE", path, lambda: store.delete(path, if_match))
         return {}
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs) -> None:
         path = self._strip_protocol(path)
-        self.store.request(lambda: self.store.put(path, value))
+        self.store.request("PUT", path, lambda: self.store.put(path, value))
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs) -> bytes:
         path = self._strip_protocol(path)
-        return self.store.request(lambda: self.store.get(path))[start:end]
+        return self.store.request("GET", path, lambda: self.store.get(path))[start:end]
 
     def _open(self, path: str, mode: str = "rb", **kwargs) -> io.BytesIO:
         assert mode == "rb", "streaming into an object publishes half of it when something fails"
@@ -153,7 +159,7 @@ class ModelFileSystem(AbstractFileSystem):
 
     def rm_file(self, path: str) -> None:
         path = self._strip_protocol(path)
-        self.store.request(lambda: self.store.delete(path))
+        self.store.request("DELETE", path, lambda: self.store.delete(path))
 
     _rm = rm_file
 
@@ -162,7 +168,7 @@ class ModelFileSystem(AbstractFileSystem):
 
     def ls(self, path: str, detail: bool = True, **kwargs) -> list:
         path = self._strip_protocol(path).rstrip("/")
-        found = self.store.request(lambda: self._list(path))
+        found = self.store.request("LIST", path, lambda: self._list(path))
         if not found:
             raise FileNotFoundError(path)
         return found if detail else [info["name"] for info in found]
