@@ -222,24 +222,20 @@ class Lease:
                 if not self._is_ours(seen):
                     self._lost = f"it was taken by {seen.claim.describe()}" if seen.claim else "its file was removed"
                     return
-                # An earlier renewal whose answer was lost. It proves nothing about now: contenders have watched it since.
+                # Ours, its answer lost. It may be an old one, watched by contenders since: only a new one proves anything.
                 self._version = seen.version
             raise StorageError("the store refuses to replace a version that stands there")
 
     def _write(self, version: Any) -> Seen | None:
-        """Write the next claim over ``version`` (None: where there is no file). None once it stands there; else what does.
-
-        A refusal is not the last word: when an answer is lost the client asks again, and is refused because of itself.
+        """Write the next claim over ``version`` (None: where there is no file). None when it was written; else what stands
+        there, which may be this very claim: when an answer is lost the client asks again, and is refused because of itself.
         """
         self.claim = replace(self.claim, sequence=self.claim.sequence + 1)
         started = now()
         data = json.dumps(asdict(self.claim)).encode()
         written = self._store.create(data) if version is None else self._store.replace(data, version)
         if written is None:
-            seen = self._look()
-            if seen.claim != self.claim:
-                return seen
-            written = seen.version
+            return self._look()
         self._version, self._confirmed = written, started
         return None
 
