@@ -9,11 +9,16 @@ Axes: B images, H rows, W columns, 3 channels.
 from __future__ import annotations
 
 import io
+import re
+import struct
 import warnings
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from capray.config import ImageLimits, Preprocessing
 
@@ -30,12 +35,59 @@ _MAGIC = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"GIF8": "GIF",
+    b"BM": "BMP",
     b"RIFF": "WEBP",
     b"II*\x00": "TIFF",
     b"MM\x00*": "TIFF",
-    b"BM": "BMP",
+    b"II+\x00": "TIFF",
+    b"\x00\x00\x01\x00": "ICO",
+    b"\xff\x4f\xff\x51": "JPEG2000",
+    b"\x00\x00\x00\x0cjP  ": "JPEG2000",
 }
-_UNSUPPORTED_MAGIC = {b"%PDF": "PDF", b"%!PS": "PostScript", b"8BPS": "Photoshop", b"<svg": "SVG", b"gimp xcf": "XCF"}
+_UNSUPPORTED_MAGIC = {
+    b"%PDF": "PDF",
+    b"%!PS": "PostScript",
+    b"\xc5\xd0\xd3\xc6": "PostScript",
+    b"8BPS": "Photoshop",
+    b"gimp xcf": "XCF",
+    b"<svg": "SVG",
+    b"\xff\x0a": "JPEG XL",
+    b"\x00\x00\x00\x0cJXL ": "JPEG XL",
+    b"II\xbc\x01": "JPEG XR",
+    b"qoif": "QOI",
+    b"icns": "ICNS",
+    b"DDS ": "DDS",
+    b"BLP1": "BLP",
+    b"BLP2": "BLP",
+    b"Image type:": "IM",
+    b"DanM": "MSP",
+    b"LinS": "MSP",
+    b"SIMPLE  =": "FITS",
+    b"/* XPM": "XPM",
+}
+_BRANDS = {
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"),
+    b"crx ": "Canon raw",
+}
+_TRUNCATED = ("truncated", "unexpected end", "not enough", "reached eof", "expected to read")
+_UNSUPPORTED = ("unsupported", "not supported", "not yet supported", "cannot handle", "unknown pixel mode")
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MAX_JPEG_REPEATS = 100
+"""Scans, or EXIF segments, of one JPEG: each scan costs a pass over all pixels, and Pillow joins the EXIF segments in
+quadratic time. Encoders write about ten scans and one segment."""
+_MAX_JPEG2000_TILES = 16_384
+"""OpenJPEG keeps 10 KB for each, however small."""
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
+
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(Exception):
@@ -73,56 +125,214 @@ def decode(data: bytes, limits: ImageLimits | None = None, at_least: int | None 
         raise ImageError("too_large", f"{len(data)} bytes, over the limit of {limits.max_image_bytes}")
     if not data:
         raise ImageError("truncated", "0 bytes")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError as error:
-            raise _unidentified(data) from error
-        except Exception as error:
-            raise _decoding_error(error) from error
-        if image.width * image.height > limits.max_image_pixels:
-            raise ImageError(
-                "too_large", f"{image.width}x{image.height} pixels, over the limit of {limits.max_image_pixels}"
-            )
-        try:
-            width, height = image.size
-            if image.getexif().get(0x0112) in (5, 6, 7, 8):
-                width, height = height, width
-            if at_least:
-                image.draft(None, (at_least, at_least))
-            image.load()
-            return Decoded(_to_rgb(ImageOps.exif_transpose(image)), width, height)
-        except Exception as error:
-            raise _decoding_error(error) from error
+    _refuse_costly(data, limits)
+    if data.startswith(b"BM") and b"\x00" not in data[:18]:
+        raise ImageError("not_an_image", f"not an image: begins with {data[:8]!r}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise _unidentified(data) from error
+    except Exception as error:
+        raise _decoding_error(error, data) from error
+    try:
+        _refuse_pixels(*image.size, limits)
+        if isinstance(image, TiffImageFile):
+            _check_tile_size(image, limits)
+        elif image.format == "JPEG2000":
+            _check_tiles(data)
+        elif image.format == "PNG":
+            _check_png(data)
+        elif image.format == "TGA" and data[2] in (1, 9) and not data[1]:
+            raise ImageError("not_an_image", "not an image: a TGA header without its palette")
+        elif image.format == "PCX" and _lacks_palette(image, data):
+            raise ImageError("truncated", "a PCX file without its palette")
+        declared = image.size
+        reduced = image.draft(None, (at_least, at_least)) if at_least else None
+        image.load()
+        if image.format in ("JPEG", "MPO") and _jpeg_stops_early(image, data, at_least):
+            raise ImageError("truncated", "a JPEG whose data ends before its picture does")
+        orientation = _orientation(image)
+        upright = _to_rgb(image)
+        if orientation in _TRANSPOSE:
+            upright = upright.transpose(_TRANSPOSE[orientation])
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _decoding_error(error, data) from error
+    if not reduced:
+        width, height = upright.size
+    else:
+        width, height = declared[::-1] if orientation >= 5 else declared
+    return Decoded(upright, width, height)
+
+
+def _refuse_pixels(width: int, height: int, limits: ImageLimits, where: str = "") -> None:
+    if width * height > limits.max_image_pixels:
+        message = f"{width}x{height} pixels {where}".rstrip()
+        raise ImageError("too_large", f"{message}, over the limit of {limits.max_image_pixels}")
+
+
+def _check_tile_size(image: TiffImageFile, limits: ImageLimits) -> None:
+    """A TIFF is unpacked tile by tile, and a tile may be larger than the image."""
+    width, height = image.tag_v2.get(322, 1), image.tag_v2.get(323, 1)
+    if not isinstance(width, int) or not isinstance(height, int):
+        raise ImageError("decode_error", f"a TIFF with tiles of {width!r} by {height!r}")
+    _refuse_pixels(width, height, limits, "in a tile")
+
+
+def _refuse_costly(data: bytes, limits: ImageLimits) -> None:
+    """Refuse what would be costly already while Pillow opens it, or costs more than its pixels tell."""
+    if data.startswith(b"\x00\x00\x01\x00"):
+        for header in re.finditer(rb"\x89PNG\r\n\x1a\n....IHDR(.{8})", data, re.DOTALL):
+            _refuse_pixels(*struct.unpack(">2I", header[1]), limits, "in an icon")
+    if data.startswith(b"\xff\xd8"):
+        for marker, sign, what in ((0xDA, b"", "scans"), (0xE1, b"Exif\x00\x00", "EXIF segments")):
+            if data.count(sign or bytes((0xFF, marker))) > _MAX_JPEG_REPEATS:
+                found = [at for kind, at in _jpeg_markers(data) if kind == marker and data.startswith(sign, at + 2)]
+                if len(found) > _MAX_JPEG_REPEATS:
+                    raise ImageError(
+                        "too_large", f"a JPEG of {len(found)} {what}, over the limit of {_MAX_JPEG_REPEATS}"
+                    )
+
+
+def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
+    """The markers of a JPEG up to the end of its first image, and where each one's segment begins."""
+    position = 2
+    while found := _JPEG_MARKER.search(data, position):
+        position = found.end()
+        yield found[1][0], position
+        if found[1] == b"\xd9":
+            return
+        position += int.from_bytes(data[position : position + 2], "big")
+
+
+def _jpeg_stops_early(image: Image.Image, data: bytes, at_least: int | None) -> bool:
+    """Whether a JPEG is cut off although it has an end marker.
+
+    libjpeg makes what is missing grey and says nothing. A last pixel of that grey raises the suspicion; bytes put in
+    before the end marker decide: a decoder that still waits for data takes them for pixels.
+    """
+    last = image.getpixel((image.width - 1, image.height - 1))
+    if any(value not in (127, 128) for value in (last if isinstance(last, tuple) else (last,))):
+        return False
+    end = next((at - 2 for kind, at in _jpeg_markers(data) if kind == 0xD9), len(data))
+    noise = b"".join(bytes((*range(37, 250, 9), 0xFF, restart)) for restart in range(0xD0, 0xD8))
+    other = Image.open(io.BytesIO(data[:end] + noise + data[end:]), formats=["JPEG"])
+    if at_least:
+        other.draft(None, (at_least, at_least))
+    return ImageChops.difference(image.convert("RGB"), other.convert("RGB")).getbbox() is not None
+
+
+def _check_png(data: bytes) -> None:
+    """Pillow leaves the checksums of the pixels unread."""
+    position = 8
+    while position + 12 <= len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        end = position + 8 + length
+        checksum = data[end : end + 4]
+        kind = data[position + 4 : position + 8]
+        if kind == b"IDAT" and len(checksum) == 4 and zlib.crc32(data[position + 4 : end]) != int.from_bytes(checksum):
+            raise ImageError("decode_error", f"damaged PNG data at byte {position}")
+        position = end + 4
+
+
+def _check_tiles(data: bytes) -> None:
+    """OpenJPEG leaves black, and says nothing, the tiles of a JPEG 2000 that ends between two of them."""
+    start = data.index(b"\xff\x4f\xff\x51")
+    right, bottom, _, _, width, height, left, top = struct.unpack_from(">8I", data, start + 8)
+    tiles = -((left - right) // width) * -((top - bottom) // height)
+    if tiles > _MAX_JPEG2000_TILES:
+        raise ImageError("too_large", f"a JPEG 2000 of {tiles} tiles, over the limit of {_MAX_JPEG2000_TILES}")
+    seen = set()
+    position = data.find(b"\xff\x90\x00\x0a", start)
+    while position >= 0 and data.startswith(b"\xff\x90\x00\x0a", position):
+        tile, length = struct.unpack_from(">HI", data, position + 4)
+        seen.add(tile)
+        position = position + length if length else len(data)
+    if len(seen) < tiles:
+        raise ImageError("truncated", f"a JPEG 2000 file with {len(seen)} of its {tiles} tiles")
+
+
+def _lacks_palette(image: Image.Image, data: bytes) -> bool:
+    """Pillow takes a PCX of 256 colours for a grey one when its palette, which comes last, is missing."""
+    coloured = data[1] == 5 and data[3] == 8 and data[65] == 1
+    return coloured and image.mode == "L" and data[-769:-768] != b"\x0c"
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:
+        return 1
+    return orientation if orientation in _TRANSPOSE else 1
 
 
 def _unidentified(data: bytes) -> ImageError:
-    head = data[:64].lstrip()
+    text = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
     for magic, name in _UNSUPPORTED_MAGIC.items():
-        if head.startswith(magic):
+        if text.startswith(magic) or data.startswith(magic):
             return ImageError("unsupported_format", f"{name} files are not read")
-    if data[4:8] == b"ftyp":
-        return ImageError("unsupported_format", f"{data[8:12].decode('latin-1')} files are not read")
+    if text.startswith((b"<?xml", b"<!--", b"<!DOCTYPE svg")) and b"<svg" in text and b"<html" not in text:
+        return ImageError("unsupported_format", "SVG files are not read")
+    if data[4:8] == b"ftyp" and data[8:12] in _BRANDS:
+        return ImageError("unsupported_format", f"{_BRANDS[data[8:12]]} files are not read")
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
+        return _decoding_error(SyntaxError("not a valid AVIF file"), data)
+    if data.startswith(b"RIFF") and not b"WEBP".startswith(data[8:12]):
+        return ImageError("not_an_image", f"not an image: RIFF of kind {data[8:12]!r}")
     for magic, name in _MAGIC.items():
-        if data.startswith(magic):
-            return ImageError("truncated", f"a {name} file that ends within its header, after {len(data)} bytes")
+        if data.startswith(magic) and name in Image.OPEN:
+            try:
+                Image.OPEN[name][0](io.BytesIO(data), "")
+            except Exception as error:
+                return _decoding_error(error.__cause__ or error, data)
     return ImageError("not_an_image", f"not an image: begins with {data[:8]!r}")
 
 
-def _decoding_error(error: Exception) -> ImageError:
+def _decoding_error(error: BaseException, data: bytes) -> ImageError:
     message = f"{type(error).__name__}: {error}"
-    text = str(error).lower()
+    text = message.lower()
     if isinstance(error, Image.DecompressionBombError):
         return ImageError("too_large", message)
-    if isinstance(error, EOFError) or any(sign in text for sign in ("truncated", "unexpected end", "not enough data")):
-        return ImageError("truncated", message)
+    ran_out = isinstance(error, (EOFError, IndexError, struct.error)) or any(sign in text for sign in _TRUNCATED)
+    if ran_out or _ends_early(data):
+        return ImageError("truncated", f"{message} ({len(data)} bytes)")
+    if any(sign in text for sign in _UNSUPPORTED):
+        return ImageError("unsupported_format", message)
     return ImageError("decode_error", message)
+
+
+def _ends_early(data: bytes) -> bool:
+    """Whether a file that could not be decoded is shorter than it says itself."""
+    if data.startswith(b"\xff\xd8"):
+        return b"\xff\xda" not in data
+    if data.startswith(b"RIFF"):
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if data.startswith((b"II*\x00", b"MM\x00*")):
+        order = "little" if data.startswith(b"II") else "big"
+        directory = int.from_bytes(data[4:8], order)
+        return len(data) < directory + 2 + 12 * int.from_bytes(data[directory : directory + 2], order)
+    if data[4:8] in (b"ftyp", b"jP  "):
+        position, length = 0, 8
+        while length >= 8 and position + 8 <= len(data):
+            length = int.from_bytes(data[position : position + 4], "big")
+            position += length
+        return position != len(data) and length >= 8
+    return False
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+        tags = getattr(image, "tag_v2", {})
+        values = np.asarray(image)
+        if tags.get(258) == (12,):
+            values = values << 4
+        pixels = _to_8_bits(values)
+        if tags.get(262) == 0:
+            pixels = 255 - pixels
+        if isinstance(image.info.get("transparency"), int):
+            pixels[values == image.info["transparency"]] = 255
+        return Image.fromarray(pixels).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -133,8 +343,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
     """Integers are on a scale of 16 bits; floats on one of 0 to 1 where they fit it, else of 8 bits."""
     if values.dtype.kind == "f":
-        scale = 255.0 if values.size and values.max() <= 1 else 1.0
-        return np.clip(np.nan_to_num(values) * scale, 0, 255).astype(np.uint8)
+        scale = 255.0 if values.max(where=np.isfinite(values), initial=0) <= 1 else 1.0
+        return np.multiply(np.clip(np.nan_to_num(values), 0, 255 / scale), scale).astype(np.uint8)
     return (np.clip(values.astype(np.int64), 0, 65535) >> 8).astype(np.uint8)
 
 
