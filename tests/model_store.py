@@ -28,7 +28,7 @@ class Fault(Enum):
     """What happens to one request."""
 
     CRASH_BEFORE = "the process ends before the server has the request"
-    CRASH_AFTER = "the server did it, the process ends before the answer"
+    CRASH_AFTER = "the server did it or refused, the process ends before the answer"
     FAILS = "an error, and nothing was done"
     ANSWER_LOST = "it was done, and the client raises"
     ANSWER_LOST_AND_ASKED_AGAIN = "it was done, and the client asks again, as botocore does"
@@ -72,10 +72,12 @@ class Store:
         if fault is Fault.CRASH_BEFORE:
             self.is_process_dead = True
             raise Crash
-        answer = action()
-        if fault is Fault.CRASH_AFTER:
-            self.is_process_dead = True
-            raise Crash
+        try:
+            answer = action()
+        finally:
+            if fault is Fault.CRASH_AFTER:
+                self.is_process_dead = True
+                raise Crash
         if fault is Fault.ANSWER_LOST:
             raise TimeoutError("Read timeout on endpoint")
         return action() if fault is Fault.ANSWER_LOST_AND_ASKED_AGAIN else answer
