@@ -1,6 +1,7 @@
 """`capray`: thin and lazy. Parses settings and calls the one function each job has; torch and Ray load when needed.
 
-Exit codes: 0 done, 1 fault, 2 the user's mistake or an output held by another run, 130 and 143 stopped by a signal.
+Exit codes: 0 done, 1 fault, 2 the user's mistake or an output held by another run, 3 images have failed (when asked for),
+130 and 143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from capray.config import (
     explain,
     read_yaml,
 )
-from capray.errors import CaprayError, ConfigError, Interrupted
+from capray.errors import CaprayError, ConfigError, ImagesFailed, Interrupted
 
 Flat = Parameter(name="*")
 _DEMO = DemoConfig()
@@ -80,10 +81,15 @@ def train(config: Annotated[TrainConfig, Flat]) -> None:
 
 
 @app.command
-def caption(config: Annotated[CaptionConfig, Flat], *photos: str) -> None:
-    """Caption a source of images into Parquet tables; the same command does what is missing.
+def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = False) -> None:
+    """Caption inputs (the last argument is the output) into Parquet tables; the same command does what is missing.
 
     `capray caption PHOTO … --model DIR` captions single photos instead, one per line.
+
+    Parameters
+    ----------
+    json
+        Print the summary as JSON.
     """
     from capray.captioning.direct import are_photos, caption_photos
 
@@ -92,14 +98,17 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str) -> None:
         caption_photos(paths, config)
         return
     if photos:
-        raise ConfigError(f"{len(paths)} arguments, and {paths[-1]!r} is no photo: give INPUT OUTPUT, or photos only")
+        config = config.model_copy(update={"also": (*config.also, *paths[1:-1]), "output": paths[-1]})
     if config.output is None:
         raise ConfigError(
             f"{config.input!r} is no photo: an output is needed for its tables (capray caption INPUT OUTPUT)"
         )
     from capray.captioning.job import caption as run
 
-    print(run(config).text())
+    summary = run(config)
+    print(summary.json() if json else summary.text())
+    if config.fail_on_failures and summary.current_failures:
+        raise ImagesFailed(f"{sum(summary.current_failures.values()):,} images have failed")
 
 
 @app.command

@@ -99,6 +99,13 @@ def cluster_resources() -> tuple[float, float]:
     return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
 
 
+def task_attempt() -> int:
+    """How often the task that runs here was started before, because its process died (Ray tells it by no public name)."""
+    from ray._private.worker import global_worker
+
+    return global_worker.core_worker.get_current_task_attempt_number()  # ty: ignore[missing-attribute]
+
+
 def share_cpus(
     num_workers: int, cpus_per_worker: float | None, gpus_per_worker: float, say: Callable[[str], None]
 ) -> float:

@@ -20,6 +20,10 @@ from capray.errors import ConfigError
 T = TypeVar("T", bound="Settings")
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Channels = tuple[float, float, float]
+FailureKind = Literal[
+    "missing", "too_large", "not_an_image", "truncated", "unsupported_format", "decode_error", "crashed"
+]
+"""The final kinds of failure: those another attempt is not expected to mend."""
 
 
 class Settings(BaseModel):
@@ -281,26 +285,60 @@ class TrainConfig(ImageLimits, Decoding, Architecture):
         return self
 
 
-class CaptionConfig(ImageLimits, Decoding):
+class SourceSettings(Settings):
+    """What of the inputs is wanted, and how tables among them are read."""
+
+    input_kind: Literal["auto", "images", "parquet", "tar", "manifest", "inventory"] = "auto"
+    """What the inputs are: a folder or prefix of images, Parquet tables, tar shards (WebDataset, img2dataset), manifests
+    of URIs (CSV, JSONL, text), or an S3 Inventory's manifest.json; judged from names when auto."""
+    include: tuple[str, ...] = ()
+    """Only images that match one of these globs. A glob is compared with the image id, less the input's own URI in
+    front; `*` matches `/` too."""
+    exclude: tuple[str, ...] = ()
+    """No images that match one of these globs, nor tar shards whose names do."""
+    split: str | None = None
+    """Only the rows of this split, of a Samples table."""
+    id_column: str | None = None
+    """Column of the image ids of a table, manifest or img2dataset sidecar; when not given, `image_id`, else the URI
+    column (of tar shards: the URI of the shard, `#`, and the member)."""
+    image_column: str | None = None
+    """Column of encoded image bytes of a Parquet input; when not given, `image` if there is one."""
+    uri_column: str | None = None
+    """Column of image URIs of a table or manifest; when not given, `uri`, `url` or `path`, if there is no image column."""
+    shard: str | None = None
+    """`i/n`: only the i-th (from 1) of n parts of the images, by a hash of the image id (tar shards: of the shard's
+    URI). An output keeps to its part; give each part an output of its own."""
+
+    @field_validator("shard")
+    @classmethod
+    def _a_part_of_the_whole(cls, shard: str | None) -> str | None:
+        if shard is None:
+            return None
+        part, _, parts = shard.partition("/")
+        if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+            raise ValueError(f"must be i/n with 1 <= i <= n (1/4 … 4/4), not {shard!r}")
+        return f"{int(part)}/{int(parts)}"
+
+
+class CaptionConfig(ImageLimits, SourceSettings, Decoding):
     """Caption every image of a source into Parquet tables, as a resumable Ray Data job."""
 
     positional: ClassVar[tuple[str, ...]] = ("input", "output")
 
     input: str
-    """Images: a folder, an s3:// prefix, or Parquet (file, folder or glob) with an image or URI column."""
+    """Images: a folder, an s3:// prefix, Parquet with an image or URI column, tar shards, a manifest of URIs, or an S3
+    Inventory; a glob of such files too."""
     output: str | None = None
     """Folder or URI for the tables. Without it the arguments are photos, captioned one per line."""
+    also: tuple[str, ...] = ()
+    """Further inputs, captioned into the same output."""
     model: str
     """Captioner folder or URI."""
 
-    split: str | None = None
-    """Only the rows of this split, of a Samples table."""
-    id_column: str | None = None
-    """Column of the image ids of a Parquet input; when not given, `image_id`, else the URI column."""
-    image_column: str | None = None
-    """Column of encoded image bytes of a Parquet input; when not given, `image` if there is one."""
-    uri_column: str | None = None
-    """Column of image URIs of a Parquet input; when not given, `uri` or `url` if there is one and no image column."""
+    keep: tuple[str, ...] = ()
+    """Columns of a table, manifest or img2dataset sidecar to carry into the captions, in a struct `source`."""
+    attention: bool = False
+    """Store the caption's tokens and the attention over the grid at each of them."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the encoder and decoder; auto is bf16 on GPUs and fp32 on CPUs."""
@@ -319,8 +357,60 @@ class CaptionConfig(ImageLimits, Decoding):
     """Rows after which a part is cut and published."""
     part_seconds: Annotated[float, Field(gt=0)] = 60
     """Seconds after which a part is cut and published."""
-    retry_failed: bool = False
-    """Attempt the images again whose current failure is final."""
+    retry_failed: tuple[FailureKind, ...] | None = None
+    """Attempt the images again whose current failure is final: of these kinds, or of all when none is named."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Attempt at most this many images in this run."""
+    relist: bool = False
+    """List the inputs anew instead of going on with the listing an interrupted run has stored."""
+    dry_run: bool = False
+    """Write nothing: list the inputs, time the captioning of a few images, and print what a run would do."""
+
+    max_failure_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Stop when more than this share of the last 2,000 results (judged from 200) are failures that may pass."""
+    max_bad_images: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Stop when more than this share of the last 2,000 results (judged from 200) are images that cannot be read; never
+    when not given."""
+    fail_on_failures: bool = False
+    """Exit with code 3 when images have failed."""
+    steal_lease: bool = False
+    """Take the output from the run that holds its lease without waiting until that run is known to be gone."""
+    unsafe_no_lease: bool = False
+    """Write without a lease, to a store without conditional writes: two runs at once would spoil the output."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.input, *self.also)
+
+
+class VerifyConfig(SourceSettings):
+    """Prove the promise of a captioning job over one output, or over several that share the work."""
+
+    positional: ClassVar[tuple[str, ...]] = ("output",)
+
+    output: str
+    """Folder or URI a captioning job wrote."""
+    also: tuple[str, ...] = ()
+    """Further outputs, the other parts of the same work."""
+    against: tuple[str, ...] = ()
+    """Inputs, every image of which must be accounted for."""
+    check_bytes: Annotated[int, Field(ge=0)] = 0
+    """Read so many images again, drawn at random, and compare their SHA-256."""
+    json_output: bool = False
+    """Print JSON."""
+
+
+class CompactConfig(Settings):
+    """Copy a captioning output into a new one, sorted by image id, in large parts."""
+
+    positional: ClassVar[tuple[str, ...]] = ("output", "new")
+
+    output: str
+    """Folder or URI a captioning job wrote; it stays as it is."""
+    new: str
+    """Folder or URI for the copy."""
+    part_rows: Annotated[int, Field(ge=1)] = 500_000
+    """Rows of a part of the copy."""
 
 
 class EvaluateConfig(Settings):

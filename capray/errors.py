@@ -43,3 +43,9 @@ class Interrupted(CaprayError):
 
     def __reduce__(self):
         return type(self), (self.args[0], self.signal_number)
+
+
+class ImagesFailed(CaprayError):
+    """Images have failed, and the caller wanted to know by the exit code: 3."""
+
+    exit_code = 3

@@ -85,7 +85,7 @@ def storage_errors(doing: str) -> Generator[None]:
         raise StorageError(f"{doing}: {error}{hint}") from error
 
 
-def _uri_of(root: Location, path: str) -> str:
+def uri_of(root: Location, path: str) -> str:
     return path if root.is_local else f"{root.uri.split('://', 1)[0]}://{path}"
 
 
@@ -103,11 +103,27 @@ def iter_files(root: Location) -> Iterator[Entry]:
                     path = os.path.join(folder, name)
                     yield Entry(path, path, os.lstat(path).st_size)
             return
-        prefix = root.path.rstrip("/") + "/"
-        for path, info in root.fs.find(prefix, detail=True).items():
-            is_marker = path.endswith("/") or path == root.path.rstrip("/")
+        if hasattr(root.fs, "call_s3"):
+            yield from _iter_s3(root)
+            return
+        for path, info in root.fs.find(root.path.rstrip("/") + "/", detail=True).items():
+            yield Entry(uri_of(root, path), path, info["size"])
+
+
+def _iter_s3(root: Location) -> Iterator[Entry]:
+    """Page by page, so that whoever needs a few names does not wait for all."""
+    bucket, _, key = root.path.rstrip("/").partition("/")
+    arguments = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
+    while True:
+        answer = root.fs.call_s3("list_objects_v2", **arguments)
+        for entry in answer.get("Contents", ()):
+            is_marker = entry["Key"].endswith("/") and not entry["Size"]
             if not is_marker:
-                yield Entry(_uri_of(root, path), path, info["size"])
+                path = f"{bucket}/{entry['Key']}"
+                yield Entry(uri_of(root, path), path, entry["Size"])
+        if not answer.get("IsTruncated"):
+            return
+        arguments["ContinuationToken"] = answer["NextContinuationToken"]
 
 
 def _raise(error: OSError) -> None:
@@ -199,7 +215,7 @@ def find_parquet(uri: str) -> list[Entry]:
         with storage_errors(f"listing {uri}"):
             found = root.fs.glob(root.path, detail=True)
         files = sorted((path, info) for path, info in found.items() if info["type"] == "file")
-        entries = [Entry(_uri_of(root, path), path, info["size"]) for path, info in files if path.endswith(".parquet")]
+        entries = [Entry(uri_of(root, path), path, info["size"]) for path, info in files if path.endswith(".parquet")]
     elif is_file(root):
         entries = [Entry(root.uri, root.path, root.fs.size(root.path))]
     else:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+from typing import get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from capray.config import FailureKind
 
 SCHEMA_VERSION = 1
 """Version of the output tables, in every part's metadata and in job.json."""
@@ -46,6 +49,20 @@ CAPTIONS = pa.schema(
 )
 """One row per captioned image. ``log_prob`` is natural, summed over tokens; ``score`` is what beams are ranked by."""
 
+
+def captions_schema(source: pa.DataType | None = None, attention: bool = False) -> pa.Schema:
+    """CAPTIONS with the columns a job asked for: ``source`` (a struct of carried columns), ``tokens`` and ``attention``
+    (tokens x positions of the grid)."""
+    fields = list(CAPTIONS)
+    if source is not None:
+        fields.append(pa.field("source", source))
+    if attention:
+        weights = pa.list_(pa.field("element", pa.list_(pa.field("element", pa.float32()))))
+        fields.append(pa.field("tokens", pa.list_(pa.field("element", pa.string())), nullable=False))
+        fields.append(pa.field("attention", weights, nullable=False))
+    return pa.schema(fields, metadata=_METADATA)
+
+
 FAILURES = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -59,15 +76,7 @@ FAILURES = pa.schema(
 )
 """A log: one row per image and attempt that failed."""
 
-FINAL_FAILURES = (
-    "missing",
-    "too_large",
-    "not_an_image",
-    "truncated",
-    "unsupported_format",
-    "decode_error",
-    "crashed",
-)
+FINAL_FAILURES: tuple[str, ...] = get_args(FailureKind)
 """Kinds of failure that another attempt cannot mend."""
 
 TRANSIENT_FAILURES = ("denied", "unreadable_storage", "captioning_error")

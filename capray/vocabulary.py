@@ -62,6 +62,10 @@ class Vocabulary:
             words.append(self._tokens[i])
         return words
 
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """The tokens of ``ids``, special ones too."""
+        return [self._tokens[i] for i in ids]
+
     def to_json(self) -> str:
         return json.dumps({"words": self.words}, ensure_ascii=False, indent=0)
 

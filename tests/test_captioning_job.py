@@ -76,7 +76,7 @@ def test_a_folder_with_bad_images(tmp_path, photos, model):
 
     (tmp_path / "photos" / "zero bytes.jpg").write_bytes(image_bytes())
     new = write_photos(tmp_path / "photos" / "more", 2, seed=1)
-    third = run(tmp_path / "photos", output, model, retry_failed=True)
+    third = run(tmp_path / "photos", output, model, retry_failed=())
     assert third.captions == 4, "two new ones, the mended one, and the one no longer too large"
     assert set(check_exactly_once(str(output), photos | set(bad) | set(new))) >= set(new)
     assert third.current_failures == {"truncated": 1, "not_an_image": 1, "unsupported_format": 1}

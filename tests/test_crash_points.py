@@ -512,7 +512,6 @@ class TestFrozen:
         crash_and_go_on(world, [])
 
 
-@pytest.mark.xfail(reason="remove_duplicates leaves a lone part alone", strict=False)
 def test_an_id_twice_in_the_only_part_is_removed():
     output = Output(World(Bucket(), {}).place.uri)
     writer = PartWriter(output, "run-0001", 3, 60, lambda: None)

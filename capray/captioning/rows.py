@@ -1,23 +1,35 @@
-"""What flows through the job, as Arrow columns: planned images, fetched images, results."""
+"""What flows through the job, as Arrow columns: planned images, fetched images, results.
+
+Ray Data may cut and join blocks as it likes, and a replayed task that cuts elsewhere would lose or repeat rows. So a block
+of ours travels as one row of Ray's, its table encoded in the column ``block``: there is nothing to cut.
+"""
 
 from __future__ import annotations
 
 import pyarrow as pa
 
-from capray.tables import CAPTIONS
+from capray.tables import captions_schema
 
 PLAN = pa.schema(
     [
         pa.field("position", pa.int64(), nullable=False),
+        pa.field("input", pa.int16(), nullable=False),
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("uri", pa.string()),
         pa.field("container", pa.string()),
         pa.field("row_group", pa.int32()),
         pa.field("row", pa.int32()),
+        pa.field("member", pa.string()),
+        pa.field("offset", pa.int64()),
+        pa.field("size", pa.int64()),
     ]
 )
-"""One wanted image: its place in the source's order and its id, and either the URI of its bytes, or the Parquet file, row
-group and row that hold them."""
+"""One wanted image: its place in the listing, the number of its input, its id, and where its bytes are: at a URI, or in a
+container: row ``row`` of a row group of a Parquet file, or ``size`` bytes at ``offset`` of a tar (null while only the
+member's name is known). A row with a container and neither row nor member is a tar whose members are not known yet."""
+
+MEMBERS = pa.schema([("image_id", pa.string()), ("member", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+"""The images in a tar."""
 
 FETCHED = pa.schema(
     [
@@ -35,11 +47,62 @@ FETCHED = pa.schema(
 )
 """``pixels`` are uint8 at the encoder's input size; null, with the reason, where there is no image."""
 
-RESULTS = pa.schema(
+BLOCK = pa.schema(
     [
-        *(pa.field(field.name, field.type) for field in CAPTIONS),
-        pa.field("error_type", pa.string()),
-        pa.field("message", pa.string()),
+        ("block", pa.binary()),
+        ("input", pa.int16()),
+        ("container", pa.string()),
+        ("members", pa.binary()),
+        ("fault", pa.string()),
     ]
 )
-"""The columns of a caption, or else why there is none."""
+"""One row: a block, and, when a tar was read to its end, which one, and its MEMBERS or why they cannot be had."""
+
+
+def plan_schema(source: pa.DataType | None = None) -> pa.Schema:
+    """PLAN, with the carried columns ``source`` where there are any."""
+    return PLAN if source is None else PLAN.append(pa.field("source", source))
+
+
+def fetched_schema(source: pa.DataType | None = None) -> pa.Schema:
+    return FETCHED if source is None else FETCHED.append(pa.field("source", source))
+
+
+def results_schema(source: pa.DataType | None = None, attention: bool = False) -> pa.Schema:
+    """The columns of a caption, or else why there is none."""
+    fields = [pa.field(field.name, field.type) for field in captions_schema(source, attention)]
+    return pa.schema([*fields, pa.field("error_type", pa.string()), pa.field("message", pa.string())])
+
+
+RESULTS = results_schema()
+
+
+def block_of(
+    table: pa.Table,
+    number: int | None = None,
+    container: str | None = None,
+    members: pa.Table | None = None,
+    fault: str | None = None,
+) -> pa.Table:
+    """``table`` as a BLOCK row."""
+    packed = None if members is None else _pack(members)
+    values = (_pack(table), number, container, packed, fault)
+    return pa.table([pa.array([value], column.type) for value, column in zip(values, BLOCK, strict=True)], schema=BLOCK)
+
+
+def repacked(row: pa.Table, table: pa.Table) -> pa.Table:
+    """The BLOCK ``row`` with another table in it."""
+    return row.set_column(0, BLOCK.field("block"), pa.array([_pack(table)], pa.binary()))
+
+
+def unpack(row: pa.Table, column: str = "block") -> pa.Table | None:
+    """The table in ``column`` of a BLOCK row, without copying its buffers."""
+    value = row[column][0]
+    return pa.ipc.open_stream(value.as_buffer()).read_all() if value.is_valid else None
+
+
+def _pack(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capray.captioning.rows import RESULTS
+from capray.captioning.rows import results_schema
 from capray.output import Output
 from capray.storage import Location, write_atomic
-from capray.tables import CAPTIONS, FAILURES, encode_parquet
+from capray.tables import FAILURES, captions_schema, encode_parquet
 
 
 class PartWriter:
@@ -28,6 +28,7 @@ class PartWriter:
         part_rows, part_seconds: when a part is cut.
         before_publish: called before each publish; raises when this run may not write (its lease is lost).
         clock: seconds, monotonic.
+        source_type, attention: the columns the captions have besides those they always have.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class PartWriter:
         part_seconds: float,
         before_publish: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
+        source_type: pa.DataType | None = None,
+        attention: bool = False,
     ):
         self.output, self.run_id = output, run_id
         self.part_rows, self.part_seconds = part_rows, part_seconds
@@ -45,7 +48,9 @@ class PartWriter:
         self.num_captions = self.num_parts = 0
         self.failures: Counter[str] = Counter()
         self._sequence = 0
-        self._held = RESULTS.empty_table()
+        self._results = results_schema(source_type, attention)
+        self._captions = captions_schema(source_type, attention)
+        self._held = self._results.empty_table()
         self._oldest = 0.0
 
     @property
@@ -56,7 +61,7 @@ class PartWriter:
         """Take RESULTS rows, and publish the parts they fill."""
         if not self._held.num_rows:
             self._oldest = self.clock()
-        self._held = pa.concat_tables([self._held, results.cast(RESULTS)])
+        self._held = pa.concat_tables([self._held, results.cast(self._results)])
         while self._held.num_rows >= self.part_rows:
             self._publish()
             self._oldest = self.clock()
@@ -77,7 +82,7 @@ class PartWriter:
         rows = self._held.slice(0, self.part_rows)
         name = f"part-{self.run_id}-{self._sequence:05d}.parquet"
         failed = pc.field("error_type").is_valid()
-        captions = self._with_run(rows.filter(~failed), CAPTIONS)
+        captions = self._with_run(rows.filter(~failed), self._captions)
         failures = rows.filter(failed)
         if captions.num_rows:
             self._write(self.output.captions.join(name), captions)

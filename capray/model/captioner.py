@@ -20,7 +20,7 @@ from capray.images import normalise
 from capray.model.beam import beam_search
 from capray.model.decoder import Decoder, Memory, State
 from capray.model.encoder import Encoder
-from capray.vocabulary import Vocabulary
+from capray.vocabulary import PAD, START, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Hypothesis:
     """One caption of an image.
 
     ``log_prob`` is natural and summed over ``num_tokens`` tokens, ``<end>`` included; ``score`` is after length
-    normalisation; ``finished`` tells whether it ended with ``<end>``.
+    normalisation; ``finished`` tells whether it ended with ``<end>``; ``token_ids`` are what was emitted.
     """
 
     caption: str
@@ -36,6 +36,7 @@ class Hypothesis:
     score: float
     num_tokens: int
     finished: bool
+    token_ids: tuple[int, ...] = ()
 
 
 class _Search(NamedTuple):
@@ -142,13 +143,25 @@ class Captioner(nn.Module):
         beams = beam_search(self.next_log_probs(memory), start, num_images, decoding, self.device)
         tokens_BNT, *numbers = (part.tolist() for part in beams)
         return [
-            [
-                Hypothesis(" ".join(self.vocabulary.decode(tokens[:num_tokens])), log_prob, score, num_tokens, finished)
-                for tokens, num_tokens, log_prob, score, finished in zip(*image, strict=True)
-                if num_tokens
-            ]
+            [self._hypothesis(*numbers) for numbers in zip(*image, strict=True) if numbers[1]]
             for image in zip(tokens_BNT, *numbers, strict=True)
         ]
+
+    def _hypothesis(
+        self, tokens: list[int], num_tokens: int, log_prob: float, score: float, finished: bool
+    ) -> Hypothesis:
+        ids = tuple(tokens[:num_tokens])
+        return Hypothesis(" ".join(self.vocabulary.decode(ids)), log_prob, score, num_tokens, finished, ids)
+
+    @torch.inference_mode()
+    def attend(self, memory: Memory, token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The attention over the grid at each token of a caption per image: (tokens, P) each, on the CPU."""
+        lengths = [len(ids) for ids in token_ids]
+        inputs_B1T = torch.full((len(lengths), 1, max(lengths, default=0)), PAD, device=self.device)
+        for i, ids in enumerate(token_ids):
+            inputs_B1T[i, 0, : len(ids)] = torch.tensor([START, *ids][: len(ids)])
+        _, alpha_B1TP = self(memory, inputs_B1T, torch.tensor(lengths, device=self.device)[:, None])
+        return [alpha_TP[:length].float().cpu() for alpha_TP, length in zip(alpha_B1TP[:, 0], lengths, strict=True)]
 
 
 def _pool(part_BPX: torch.Tensor, size: torch.Size, pool: int) -> torch.Tensor:

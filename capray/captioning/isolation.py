@@ -1,0 +1,134 @@
+"""A function in a process of its own, with limits of memory and time: what kills it kills nothing else.
+
+The child is started anew by command, never forked: its parent has threads, and perhaps a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+_START_SECONDS = 600.0
+
+
+class Crashed(Exception):
+    """The child died, or was ended for what it used, while it worked on a value."""
+
+
+class Isolated:
+    """``build(*arguments)``, called in a child process, gives the function that ``call`` calls there.
+
+    Args:
+        build: a module's function or a class, by reference.
+        seconds: time a call may take.
+        memory_bytes: address space of the child; unlimited when None.
+
+    Raises:
+        RuntimeError: the child cannot be started, whatever it is given.
+    """
+
+    def __init__(
+        self, build: Callable[..., Callable], arguments: tuple, seconds: float, memory_bytes: int | None = None
+    ):
+        self._spec = pickle.dumps((build, arguments, memory_bytes))
+        self.seconds = seconds
+        self._child: subprocess.Popen | None = None
+        self._pipe: Connection | None = None
+
+    def call(self, value: Any) -> Any:
+        """The function's result for ``value``; what it raises is raised here.
+
+        Raises:
+            Crashed: the child died of it, or took too long.
+        """
+        if self._child is None:
+            self._start()
+        assert self._pipe is not None
+        try:
+            self._pipe.send(value)
+            if not self._pipe.poll(self.seconds):
+                raise Crashed(f"took over {self.seconds:g} seconds")
+            ok, result = self._pipe.recv()
+        except (EOFError, OSError):
+            raise Crashed(self._death()) from None
+        finally:
+            if self._child is not None and sys.exc_info()[0] is not None:
+                self.close()
+        if ok:
+            return result
+        if isinstance(result, MemoryError):
+            raise Crashed("needs more memory than it may have")
+        raise result
+
+    def close(self) -> None:
+        if self._child is not None:
+            assert self._pipe is not None
+            self._pipe.close()
+            self._child.kill()
+            self._child.wait()
+        self._child = self._pipe = None
+
+    def __enter__(self) -> Isolated:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        ours, theirs = Pipe()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        command = [sys.executable, "-c", "from capray.captioning.isolation import serve; serve()", str(theirs.fileno())]
+        self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+        theirs.close()
+        self._pipe = ours
+        try:
+            ours.send_bytes(self._spec)
+            ready = ours.poll(_START_SECONDS) and ours.recv()
+        except (EOFError, OSError):
+            ready = False
+        if ready is not True:
+            reason = self._death() if not ready else f"{type(ready).__name__}: {ready}"
+            self.close()
+            raise RuntimeError(f"a child process for careful work cannot be started: {reason}")
+
+    def _death(self) -> str:
+        assert self._child is not None
+        try:
+            code = self._child.wait(5)
+        except subprocess.TimeoutExpired:
+            return "closed its connection"
+        return f"killed its process by {signal.Signals(-code).name}" if code < 0 else f"ended its process with {code}"
+
+
+def serve() -> None:
+    """The child's life: build the function, then answer until the parent is gone."""
+    pipe = Connection(int(sys.argv[1]))
+    build, arguments, memory_bytes = pickle.loads(pipe.recv_bytes())  # noqa: S301 (the parent's own)
+    try:
+        function = build(*arguments)
+    except BaseException as error:
+        pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+        return
+    if memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    pipe.send(True)
+    while True:
+        try:
+            value = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = True, function(value)
+        except Exception as error:
+            answer = False, error
+        try:
+            pipe.send(answer)
+        except (TypeError, AttributeError, pickle.PicklingError):
+            pipe.send((False, RuntimeError(repr(answer[1]))))

@@ -1,0 +1,120 @@
+"""Where images come from: folders and prefixes, Parquet, tar shards, manifests, S3 inventories."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+
+from capray.captioning.sources.base import Source, is_hidden
+from capray.captioning.sources.objects import Images
+from capray.captioning.sources.tables import MANIFESTS, Inventory, Manifest, Parquet
+from capray.captioning.sources.tars import Tars
+from capray.config import SourceSettings
+from capray.errors import ConfigError
+from capray.storage import Entry, Location, is_file, is_folder, is_glob, iter_files, locate, storage_errors, uri_of
+
+_SAMPLE = 1000
+_SIDECARS = (".parquet", ".json", ".txt", ".csv")
+
+__all__ = ["Source", "open_sources"]
+
+
+def open_sources(inputs: tuple[str, ...], settings: SourceSettings, keep: tuple[str, ...] = ()) -> list[Source]:
+    """The inputs, opened.
+
+    Raises:
+        ConfigError: nothing there, empty, of no known kind, or settings that do not fit it.
+        DataError: a file that is not what its name says.
+        StorageError: the store cannot be reached.
+    """
+    sources = [_open(uri, settings, keep) for uri in inputs]
+    types = {str(source.source_type): source for source in sources}
+    if len(types) > 1:
+        first, second, *_ = types.values()
+        raise ConfigError(
+            f"the columns to keep have other types in {first.place.uri!r} ({first.source_type}) than in "
+            f"{second.place.uri!r} ({second.source_type}): caption them into two outputs"
+        )
+    return sources
+
+
+def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
+    scheme = uri.split("://", 1)[0].lower() if "://" in uri else ""
+    if scheme in ("http", "https"):
+        raise ConfigError(
+            f"{uri!r}: http(s) URIs are not read; fetch them into tar shards or a bucket first (img2dataset)"
+        )
+    place = locate(uri)
+    files = _files(place)
+    sample = list(itertools.islice(files, _SAMPLE))
+    if not sample:
+        raise ConfigError(f"there are no images at {uri!r}: it is empty, or does not exist")
+    kind = settings.input_kind if settings.input_kind != "auto" else _judge(place, sample)
+    if kind == "images":
+        if is_glob(place):
+            raise ConfigError(f"{uri!r}: a glob names tables or tars; for images give the folder and --include")
+        return Images(place, settings, keep)
+    if kind == "inventory":
+        return Inventory(place, settings, keep)
+    shown, hidden = [], 0
+    for entry in itertools.chain(sample, files):
+        if is_hidden(entry.path[len(place.path) :] if entry.path != place.path else "", (".", "_")):
+            hidden += 1
+        else:
+            shown.append(entry)
+    if kind == "manifest":
+        return Manifest(place, settings, keep, _ending(shown, MANIFESTS, uri))
+    if kind == "parquet":
+        return Parquet(place, settings, keep, _ending(shown, (".parquet",), uri), hidden)
+    tars = _ending(shown, (".tar",), uri)
+    beside = {entry.path: entry for entry in shown if entry.path.endswith(".parquet")}
+    sidecars = {
+        tar.path: beside[other] for tar in tars if (other := tar.path.removesuffix(".tar") + ".parquet") in beside
+    }
+    return Tars(place, settings, keep, tars, sidecars, hidden)
+
+
+def _files(place: Location):
+    """What the input names, as files: itself, the matches of its glob, or what lies below it."""
+    if is_glob(place):
+        with storage_errors(f"listing {place.uri}"):
+            found = place.fs.glob(place.path, detail=True)
+        for path, info in sorted(found.items()):
+            if info["type"] == "file":
+                yield Entry(uri_of(place, path), path, info["size"])
+    elif is_file(place):
+        yield Entry(place.uri, place.path, 0)
+    elif place.is_local and not is_folder(place):
+        raise ConfigError(f"there is nothing at {place.uri!r}")
+    else:
+        yield from iter_files(place)
+
+
+def _judge(place: Location, sample: list[Entry]) -> str:
+    """The kind of input, from the names of its first files."""
+    names = [entry.path for entry in sample if not is_hidden(entry.path[len(place.path) :], (".", "_"))]
+    if len(sample) == 1 and sample[0].path == place.path:
+        names = [place.path]
+        if place.path.lower().endswith(MANIFESTS):
+            return "manifest"
+        if place.path.endswith("manifest.json"):
+            return "inventory"
+    for name in names:
+        if fnmatch.fnmatch(name, "*.tar.*") or name.endswith(".tgz"):
+            raise ConfigError(f"{name!r} is a compressed tar, which is not read: unpack the compression (gunzip) first")
+    if any(name.endswith(".tar") for name in names) and all(name.endswith((".tar", *_SIDECARS)) for name in names):
+        return "tar"
+    if any(name.endswith(".parquet") for name in names) and all(
+        name.endswith((".parquet", ".json", ".md")) for name in names
+    ):
+        return "parquet"
+    if is_glob(place) and names and all(name.lower().endswith(MANIFESTS) for name in names):
+        return "manifest"
+    return "images"
+
+
+def _ending(entries: list[Entry], suffixes: tuple[str, ...], uri: str) -> list[Entry]:
+    found = [entry for entry in entries if entry.path.lower().endswith(suffixes)]
+    if not found:
+        raise ConfigError(f"no files ending in {' or '.join(suffixes)} at {uri!r}")
+    return found

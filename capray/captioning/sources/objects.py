@@ -1,0 +1,120 @@
+"""A folder or prefix of image files: every file is an image until its content says otherwise.
+
+A prefix is listed level by level until there are prefixes enough to list side by side, then each to its depth.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from capray.captioning.sources.base import ROWS_PER_PAGE, Page, Source, is_hidden, plan_rows
+from capray.storage import Location, is_file, storage_errors
+
+MAX_LEVELS = 3
+"""Levels below the input that are looked into for prefixes to list side by side."""
+
+_LAST = "\U0010ffff"
+
+
+class Images(Source):
+    kind = "images"
+    hidden_signs: ClassVar[tuple[str, ...]] = (".",)
+
+    def __init__(self, place: Location, settings, keep=()):
+        super().__init__(place, settings, keep)
+        self.refuse("split", "id_column", "image_column", "uri_column", "keep")
+
+    def units(self) -> list[str]:
+        return [f"0:{self.place.path}"]
+
+    def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
+        level, path = unit.split(":", 1)
+        with storage_errors(f"listing {self.place.uri}"):
+            if is_file(self.place):
+                info = self.place.fs.info(self.place.path)
+                yield self._page([(self.place.path, info["size"])])
+            elif self.place.is_local:
+                yield from self._list_folder(path, after)
+            elif hasattr(self.place.fs, "call_s3"):
+                yield from self._list_prefix(path, int(level), after)
+            else:
+                found = self.place.fs.find(path, detail=True)
+                yield self._page([(name, info["size"]) for name, info in found.items()])
+
+    def _page(self, files: list[tuple[str, int]], after: Any = None, found: tuple[str, ...] = ()) -> Page:
+        root = self.place.path
+        shown = [(path, size) for path, size in files if not is_hidden(path[len(root) :], self.hidden_signs)]
+        uris = [self._uri(path) for path, _ in shown]
+        rows = plan_rows({"image_id": uris, "uri": uris, "size": [size for _, size in shown]})
+        return Page(rows, after, found, len(files) - len(shown))
+
+    def _uri(self, path: str) -> str:
+        if self.place.is_local:
+            return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return f"{self.place.uri.split('://', 1)[0]}://{path}"
+
+    def _list_folder(self, root: str, after: list[str] | None) -> Iterator[Page]:
+        """Every regular file below ``root`` in the order of its folders' names, links to folders followed once."""
+        files: list[tuple[str, int]] = []
+        seen: set[tuple[int, int]] = set()
+        for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+            here = os.stat(folder)
+            if (here.st_dev, here.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((here.st_dev, here.st_ino))
+            folders.sort()
+            for name in sorted(names):
+                path = os.path.join(folder, name)
+                if after is not None:
+                    if [folder, name] == after:
+                        after = None
+                    continue
+                info = _stat(path)
+                if info is None or stat.S_ISREG(info.st_mode):
+                    files.append((path, info.st_size if info else 0))
+                if len(files) == ROWS_PER_PAGE:
+                    yield self._page(files, [folder, name])
+                    files = []
+        yield self._page(files)
+
+    def _list_prefix(self, prefix: str, level: int, after: str | None) -> Iterator[Page]:
+        bucket, _, key = prefix.partition("/")
+        arguments = {"Bucket": bucket, "Prefix": f"{key.rstrip('/')}/" if key and not level else key}
+        if level < MAX_LEVELS:
+            arguments["Delimiter"] = "/"
+        if after is not None:
+            arguments["StartAfter"] = after
+        while True:
+            answer = self.place.fs.call_s3("list_objects_v2", **arguments)
+            objects = [
+                (entry["Key"], entry["Size"])
+                for entry in answer.get("Contents", ())
+                if entry["Size"] or not entry["Key"].endswith("/")
+            ]
+            prefixes = [entry["Prefix"] for entry in answer.get("CommonPrefixes", ())]
+            # Behind a common prefix means behind every key that begins with it.
+            last = max([*(name for name, _ in objects), *(name + _LAST for name in prefixes)], default=after)
+            yield self._page(
+                [(f"{bucket}/{name}", size) for name, size in objects],
+                last,
+                tuple(f"{level + 1}:{bucket}/{name}" for name in prefixes),
+            )
+            if not answer.get("IsTruncated"):
+                return
+            arguments["ContinuationToken"] = answer["NextContinuationToken"]
+
+
+def _stat(path: str) -> os.stat_result | None:
+    """None for a link to nowhere, which is listed and will be missing."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,350 @@
+"""Parquet with images or URIs, and manifests of URIs: CSV, JSONL, text, and an S3 Inventory's data files."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import unquote_plus
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from capray.captioning.sources.base import ROWS_PER_PAGE, Page, Selection, Source, plan_rows
+from capray.config import SourceSettings
+from capray.errors import ConfigError, DataError
+from capray.storage import Entry, Location, locate, read_bytes, storage_errors
+
+_ABSOLUTE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.\-]*://")
+_WEB = re.compile(r"https?://", re.IGNORECASE)
+_URI_NAMES = ("uri", "url", "path")
+MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".ndjson.gz", ".txt.gz")
+
+
+def _choose(given: str | None, guesses: tuple[str, ...], columns: list[str], where: str) -> str | None:
+    """The column ``given``, or the first of ``guesses`` there is."""
+    if given is not None:
+        _require(given, columns, where)
+        return given
+    return next((name for name in guesses if name in columns), None)
+
+
+def _require(name: str, columns: list[str], where: str) -> None:
+    if name not in columns:
+        raise ConfigError(f"{where!r} has no column {name!r}; its columns: {', '.join(columns)}")
+
+
+class Parquet(Source):
+    """Parquet files. Of those that hold images only the ids (and carried columns) are read to list them."""
+
+    kind = "parquet"
+
+    def __init__(
+        self, place: Location, settings: SourceSettings, keep: tuple[str, ...], files: list[Entry], hidden: int = 0
+    ):
+        super().__init__(place, settings, keep)
+        self.files, self._hidden = files, hidden
+        first = files[0].uri
+        with storage_errors(f"reading {first}"):
+            try:
+                schema = pq.read_schema(files[0].path, filesystem=place.fs)
+            except pa.ArrowInvalid as error:
+                raise DataError(f"{first!r} is not Parquet: {error}") from error
+        names = schema.names
+        split = "split" if settings.split else None
+        for name in filter(None, (split, *keep)):
+            _require(name, names, first)
+        image = None if settings.uri_column else _choose(settings.image_column, ("image",), names, first)
+        uri = _choose(settings.uri_column, _URI_NAMES, names, first) if image is None else None
+        if image is None and uri is None:
+            raise ConfigError(
+                f"{first!r} has no column of images or URIs that is known: name it with image_column or uri_column; "
+                f"its columns: {', '.join(names)}"
+            )
+        if image is not None and not _is_binary(schema.field(image).type):
+            raise ConfigError(
+                f"column {image!r} of {first!r} holds {schema.field(image).type}, not encoded image bytes"
+            )
+        image_id = _choose(settings.id_column, ("image_id",), names, first) or uri
+        if image_id is None:
+            raise ConfigError(
+                f"{first!r} needs a column of image ids: name it with id_column; its columns: {', '.join(names)}"
+            )
+        self._id, self._image, self._uri, self._split = image_id, image, uri, split
+        self._source_type = pa.struct([pa.field(name, schema.field(name).type) for name in keep]) if keep else None
+
+    @property
+    def source_type(self) -> pa.DataType | None:
+        return self._source_type
+
+    @property
+    def image_column(self) -> str | None:
+        return self._image
+
+    def units(self) -> list[str]:
+        return [entry.path for entry in self.files]
+
+    def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
+        hidden = self._hidden if unit == self.files[0].path and after is None else 0
+        wanted = [name for name in dict.fromkeys((self._id, self._uri, self._split, *self.keep)) if name]
+        uri = _uri_like(self.place, unit)
+        with storage_errors(f"reading {uri}"), _parquet_errors(uri):
+            file = pq.ParquetFile(unit, filesystem=self.place.fs)
+            for name in filter(None, (*wanted, self._image)):
+                if name not in file.schema_arrow.names:
+                    raise DataError(f"{uri!r} has no column {name!r}, which the first file has")
+            for group in range(0 if after is None else after + 1, file.num_row_groups):
+                yield Page(self._rows(uri, group, file.read_row_group(group, columns=wanted)), group, (), hidden)
+                hidden = 0
+
+    def _rows(self, uri: str, group: int, table: pa.Table) -> pa.Table:
+        numbers = pa.array(range(table.num_rows), pa.int32())
+        if self._split:
+            mask = pa.array([split == self.settings.split for split in table[self._split].to_pylist()], pa.bool_())
+            table, numbers = table.filter(mask), numbers.filter(mask)
+        ids = table[self._id].cast(pa.string())
+        if ids.null_count:
+            raise DataError(f"column {self._id!r} of {uri!r} has {ids.null_count} rows without an image id")
+        columns: dict[str, Any] = {"image_id": ids}
+        if self._uri:
+            columns["uri"] = table[self._uri].cast(pa.string())
+        else:
+            columns["container"] = pa.repeat(pa.scalar(uri), table.num_rows)
+            columns["row_group"] = pa.repeat(pa.scalar(group, pa.int32()), table.num_rows)
+            columns["row"] = numbers
+        if self.keep:
+            columns["source"] = _struct(table, self.keep, self._source_type)
+        return plan_rows(columns)
+
+
+def _struct(table: pa.Table, keep: tuple[str, ...], source_type: pa.DataType | None) -> pa.Array:
+    """The columns ``keep`` as one struct column."""
+    assert source_type is not None
+    parts = [table[name].combine_chunks().cast(source_type.field(name).type) for name in keep]
+    return pa.StructArray.from_arrays(parts, fields=[source_type.field(name) for name in keep])
+
+
+def _is_binary(column_type: pa.DataType) -> bool:
+    return pa.types.is_binary(column_type) or pa.types.is_large_binary(column_type)
+
+
+def _uri_like(place: Location, path: str) -> str:
+    return path if place.is_local else f"{place.uri.split('://', 1)[0]}://{path}"
+
+
+@contextmanager
+def _parquet_errors(uri: str):
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise DataError(f"{uri!r}: {error}") from error
+
+
+class Manifest(Source):
+    """Lists of URIs. A URI without a scheme that is no absolute path is relative to the manifest's folder."""
+
+    kind = "manifest"
+
+    def __init__(self, place: Location, settings: SourceSettings, keep: tuple[str, ...], files: list[Entry]):
+        super().__init__(place, settings, keep)
+        self.refuse("split", "image_column")
+        self.files = files
+        if all(_suffix(entry.path) == "txt" for entry in files):
+            self.refuse("id_column", "uri_column", "keep")
+
+    @property
+    def source_type(self) -> pa.DataType | None:
+        return pa.struct([pa.field(name, pa.string()) for name in self.keep]) if self.keep else None
+
+    def units(self) -> list[str]:
+        return [entry.path for entry in self.files]
+
+    def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
+        uri = _uri_like(self.place, unit)
+        read = {"csv": self._csv, "tsv": self._csv, "jsonl": self._jsonl, "ndjson": self._jsonl, "txt": self._text}
+        done = 0
+        with storage_errors(f"reading {uri}"), _parquet_errors(uri):
+            for rows in read[_suffix(unit)](unit, uri):
+                done += rows.num_rows
+                if after is None or done > after:
+                    skipped = max(0, (after or 0) - (done - rows.num_rows))
+                    yield Page(self._resolved(rows.slice(skipped), uri), done)
+
+    def _open(self, path: str):
+        return self.place.fs.open(path, "rb", compression="gzip" if path.endswith(".gz") else None)
+
+    def _csv(self, path: str, uri: str) -> Iterator[pa.Table]:
+        delimiter = "\t" if _suffix(path) == "tsv" else ","
+        parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+        with self._open(path) as file:
+            header = pa_csv.open_csv(file, parse_options=parse).schema.names
+        columns = self._columns(header, uri)
+        wanted = list(dict.fromkeys((*columns, *self.keep)))
+        convert = pa_csv.ConvertOptions(
+            column_types=dict.fromkeys(wanted, pa.string()),
+            include_columns=wanted,
+            strings_can_be_null=True,
+            null_values=[""],
+        )
+        read = pa_csv.ReadOptions(block_size=16 * 2**20)
+        with self._open(path) as file:
+            for batch in pa_csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):
+                yield self._table(pa.Table.from_batches([batch]), *columns, uri)
+
+    def _jsonl(self, path: str, uri: str) -> Iterator[pa.Table]:
+        with self._open(path) as file:
+            for number, lines in enumerate(_batched(filter(None, map(bytes.strip, file)), ROWS_PER_PAGE)):
+                try:
+                    records = [json.loads(line) for line in lines]
+                except ValueError as error:
+                    raise DataError(f"{uri!r} has a line that is not JSON: {error}") from error
+                if not all(isinstance(record, dict) for record in records):
+                    raise DataError(f"{uri!r} has a line that is not a JSON object")
+                if number == 0:
+                    columns = self._columns(list(records[0]), uri)
+                wanted = dict.fromkeys((*columns, *self.keep))
+                table = {
+                    name: pa.array([_text_of(record.get(name)) for record in records], pa.string()) for name in wanted
+                }
+                yield self._table(pa.table(table), *columns, uri)
+
+    def _text(self, path: str, uri: str) -> Iterator[pa.Table]:
+        with self._open(path) as file:
+            lines = filter(None, (line.rstrip(b"\r\n") for line in file))
+            for batch in _batched(lines, ROWS_PER_PAGE):
+                try:
+                    names = pa.array([line.decode() for line in batch], pa.string())
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{uri!r} is not UTF-8: {error}") from error
+                yield pa.table({"image_id": names, "uri": names})
+
+    def _columns(self, columns: list[str], uri: str) -> tuple[str, str]:
+        """The names of the id and URI columns."""
+        chosen = _choose(self.settings.uri_column, _URI_NAMES, columns, uri)
+        if chosen is None:
+            raise ConfigError(
+                f"{uri!r} has no column of URIs that is known: name it with uri_column; its columns: {', '.join(columns)}"
+            )
+        for name in self.keep:
+            _require(name, columns, uri)
+        return _choose(self.settings.id_column, ("image_id",), columns, uri) or chosen, chosen
+
+    def _table(self, table: pa.Table, id_column: str, uri_column: str, uri: str) -> pa.Table:
+        if table[id_column].null_count:
+            raise DataError(f"column {id_column!r} of {uri!r} has {table[id_column].null_count} rows without a value")
+        columns = {"image_id": table[id_column], "uri": table[uri_column]}
+        if self.keep:
+            columns["source"] = _struct(table, self.keep, self.source_type)
+        return pa.table(columns)
+
+    def _resolved(self, rows: pa.Table, uri: str) -> pa.Table:
+        folder = posixpath.dirname(uri)
+        uris = rows["uri"].to_pylist()
+        for name in uris:
+            if name is not None and _WEB.match(name):
+                raise ConfigError(
+                    f"{uri!r} lists {name!r}: http(s) URIs are not read; fetch them into tar shards or a bucket first "
+                    "(img2dataset)"
+                )
+        whole = [name if name is None or _ABSOLUTE.match(name) else f"{folder}/{name}" for name in uris]
+        return rows.set_column(rows.column_names.index("uri"), "uri", pa.array(whole, pa.string()))
+
+
+class Inventory(Source):
+    """An S3 Inventory, named by its manifest.json: CSV or Parquet data files of keys."""
+
+    kind = "inventory"
+
+    def __init__(self, place: Location, settings: SourceSettings, keep: tuple[str, ...] = ()):
+        super().__init__(place, settings, keep)
+        self.refuse("split", "id_column", "image_column", "uri_column", "keep")
+        try:
+            manifest = json.loads(read_bytes(place))
+            self._format = manifest["fileFormat"]
+            bucket = manifest["destinationBucket"].rsplit(":", 1)[-1]
+            self._files = [f"s3://{bucket}/{file['key']}" for file in manifest["files"]]
+            self._schema = manifest["fileSchema"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{place.uri!r} is not the manifest.json of an S3 Inventory: {error!r}") from error
+        if self._format not in ("CSV", "Parquet"):
+            raise ConfigError(f"{place.uri!r} is an inventory in {self._format}: have it made as CSV or Parquet")
+        self.selection = Selection.of(settings, f"s3://{manifest['sourceBucket']}")
+
+    def units(self) -> list[str]:
+        return self._files
+
+    def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
+        with storage_errors(f"reading {unit}"), _parquet_errors(unit):
+            tables = self._csv(unit) if self._format == "CSV" else self._parquet(unit)
+            for number, table in enumerate(tables):
+                if after is None or number > after:
+                    yield Page(self._rows(table), number)
+
+    def _csv(self, unit: str) -> Iterator[dict[str, list[str]]]:
+        names = [name.strip() for name in self._schema.split(",")]
+        place = locate(unit)
+        options = pa_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+        with place.fs.open(place.path, "rb", compression="gzip" if unit.endswith(".gz") else None) as file:
+            reader = pa_csv.open_csv(
+                file,
+                read_options=pa_csv.ReadOptions(column_names=names, block_size=16 * 2**20),
+                parse_options=pa_csv.ParseOptions(newlines_in_values=True),
+                convert_options=options,
+            )
+            for batch in reader:
+                columns = {_plain(name): batch[name].to_pylist() for name in names}
+                # Keys are URL-encoded in CSV inventories, and in those only.
+                columns["key"] = [unquote_plus(key) for key in columns["key"]]
+                yield columns
+
+    def _parquet(self, unit: str) -> Iterator[dict[str, list[str]]]:
+        place = locate(unit)
+        file = pq.ParquetFile(place.path, filesystem=place.fs)
+        wanted = [
+            n for n in file.schema_arrow.names if _plain(n) in ("bucket", "key", "size", "islatest", "isdeletemarker")
+        ]
+        for batch in file.iter_batches(ROWS_PER_PAGE, columns=wanted):
+            yield {_plain(name): batch[name].to_pylist() for name in wanted}
+
+    def _rows(self, columns: dict[str, list]) -> pa.Table:
+        count = len(columns["key"])
+        sizes = [int(size) if size not in (None, "") else None for size in columns.get("size", [None] * count)]
+        latest = columns.get("islatest", [True] * count)
+        deleted = columns.get("isdeletemarker", [False] * count)
+        keep = [
+            i
+            for i in range(count)
+            if str(latest[i]).lower() != "false"
+            and str(deleted[i]).lower() != "true"
+            and not (columns["key"][i].endswith("/") and not sizes[i])
+        ]
+        uris = [f"s3://{columns['bucket'][i]}/{columns['key'][i]}" for i in keep]
+        return plan_rows({"image_id": uris, "uri": uris, "size": [sizes[i] for i in keep]})
+
+
+def _plain(name: str) -> str:
+    """An inventory's column under one name: ``Key`` in CSV, ``key`` in Parquet; ``IsLatest`` and ``is_latest``."""
+    return name.strip().lower().replace("_", "")
+
+
+def _suffix(path: str) -> str:
+    return path.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+
+
+def _text_of(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _batched(items: Iterator, size: int) -> Iterator[list]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
