@@ -1,7 +1,6 @@
 """What is still to do is what is wanted, less what is captioned, less what failed for good."""
 
 import datetime
-import itertools
 import tempfile
 from pathlib import Path
 
@@ -11,8 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capray.captioning.plan import ATTEMPTS_PER_RUN, BLOCKS_PER_FILE, MAX_BLOCK_ROWS, Plan, Work, remove_duplicates
-from capray.captioning.rows import PLAN
+from capray.captioning.listing import Listing
+from capray.captioning.plan import ATTEMPTS_PER_RUN, UNITS_PER_FILE, Plan, Work, remove_duplicates
+from capray.captioning.rows import MEMBERS, PLAN
+from capray.captioning.sources import open_sources
+from capray.config import CaptionConfig, SourceSettings
 from capray.output import Output
 from capray.storage import iter_files, write_atomic
 from capray.tables import CAPTIONS, FAILURES, FINAL_FAILURES, TRANSIENT_FAILURES, encode_parquet
@@ -23,9 +25,12 @@ START = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
 
 
 def wanted(ids: list[str], first: int = 0) -> pa.Table:
-    positions = list(range(first, first + len(ids)))
-    columns = {"position": positions, "image_id": ids, "uri": [f"/photos/{name}" for name in ids]}
-    return pa.table({name: columns.get(name, [None] * len(ids)) for name in PLAN.names}, schema=PLAN)
+    return rows_of([{"image_id": name, "uri": f"/photos/{name}"} for name in ids], first)
+
+
+def rows_of(rows: list[dict], first: int = 0) -> pa.Table:
+    numbered = [{"position": i, "input": 0, **row} for i, row in enumerate(rows, first)]
+    return pa.Table.from_pylist([{name: row.get(name) for name in PLAN.names} for row in numbered], schema=PLAN)
 
 
 def write_captions(output: Output, ids: list[str], run: str = EARLIER, number: int = 0, caption: str = "x") -> None:
@@ -58,28 +63,37 @@ def write_failures(output: Output, failures: list[tuple[str, str]], run: str = E
     write_atomic(output.failures.join(f"part-{run}-{number:05d}.parquet"), encode_parquet(table))
 
 
-def make_plan(output: Output, *chunks: list[str], retry_failed: bool = False) -> Plan:
-    plan = Plan(output, NOW, retry_failed)
-    starts = itertools.accumulate(map(len, chunks), initial=0)
-    listed = list(plan.list_wanted(wanted(ids, first) for ids, first in zip(chunks, starts, strict=False)))
-    assert listed == list(itertools.accumulate(map(len, chunks)))
-    return plan
+def make_plan(output: Output, *chunks: list[str] | pa.Table, retry_failed: bool = False) -> Plan:
+    """A plan of a listing that holds ``chunks``: of ids, or of rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = Path(folder, "listed.txt")
+        manifest.write_text("unused")
+        config = CaptionConfig(input=str(manifest), output=output.root.uri, model="m")
+        listing = Listing(output, open_sources(config.inputs, SourceSettings()), config)
+    for chunk in chunks:
+        listing._store([chunk if isinstance(chunk, pa.Table) else wanted(chunk)], 0, {}, {})
+    return Plan(output, NOW, listing, FINAL_FAILURES if retry_failed else ())
+
+
+def units_of(work: Work, output: Output) -> list[pa.Table]:
+    """The rows of every unit, read the way a fetching task reads them."""
+    units = [work.unit(index) for index in range(work.num_units)]
+    fs = output.root.fs
+    assert sum(pq.ParquetFile(file.path, filesystem=fs).num_row_groups for file in work.files) == len(units)
+    return [pq.ParquetFile(path, filesystem=fs).read_row_group(group) for path, group in units]
 
 
 def ids_of(work: Work, output: Output) -> list[str]:
-    """The image ids of every block, read the way a fetching task reads them."""
-    blocks = [work.block(index) for index in range(work.num_blocks)]
-    fs = output.root.fs
-    tables = [pq.ParquetFile(path, filesystem=fs).read_row_group(group) for path, group in blocks]
+    """The image ids of every unit, of images by URI."""
+    tables = units_of(work, output)
     sizes = [table.num_rows for table in tables]
     assert sizes[:-1] == [work.block_rows] * (len(sizes) - 1)
     assert sum(sizes) == work.num_images
-    assert sum(pq.ParquetFile(file.path, filesystem=fs).num_row_groups for file in work.files) == len(blocks)
     return [name for table in tables for name in table["image_id"].to_pylist()]
 
 
-def todo(plan: Plan, pass_number: int = 1) -> list[str]:
-    return ids_of(plan.remaining(pass_number, batch_size=2, num_parallel=lambda: 1), plan.output)
+def todo(plan: Plan) -> list[str]:
+    return ids_of(plan.remaining(block_rows=2), plan.output)
 
 
 @pytest.fixture
@@ -90,7 +104,7 @@ def output(tmp_path) -> Output:
 class TestRemaining:
     def test_of_a_new_output_everything_in_order(self, output):
         plan = make_plan(output, ["c", "a"], ["b"])
-        work = plan.remaining(1, batch_size=2, num_parallel=lambda: 1)
+        work = plan.remaining(block_rows=2)
         assert ids_of(work, output) == ["c", "a", "b"]
         table = pq.read_table(work.files[0].path)
         assert table.schema.equals(PLAN)
@@ -102,7 +116,7 @@ class TestRemaining:
         plan = make_plan(output, ["a", "b", "c", "d"])
         assert todo(plan) == ["b", "d"]
         write_captions(output, ["d"], run=NOW)
-        assert todo(plan, 2) == ["b"], "a pass sees what was published meanwhile"
+        assert todo(plan) == ["b"], "a pass sees what was published meanwhile"
 
     @pytest.mark.parametrize("kind", FINAL_FAILURES)
     def test_a_final_failure_is_not_tried_again(self, output, kind):
@@ -115,7 +129,7 @@ class TestRemaining:
         plan = make_plan(output, ["a", "b"], retry_failed=True)
         assert todo(plan) == ["a", "b"]
         write_failures(output, [("a", "truncated")], run=NOW)
-        assert todo(plan, 2) == ["b"]
+        assert todo(plan) == ["b"]
 
     @pytest.mark.parametrize("kind", TRANSIENT_FAILURES)
     @pytest.mark.parametrize("retry_failed", [False, True])
@@ -124,7 +138,7 @@ class TestRemaining:
             write_failures(output, [("a", kind)], number=number)
         plan = make_plan(output, ["a"], retry_failed=retry_failed)
         attempts = 0
-        while todo(plan, attempts + 1):
+        while todo(plan):
             write_failures(output, [("a", kind)], run=NOW, number=attempts)
             attempts += 1
         assert attempts == ATTEMPTS_PER_RUN
@@ -151,18 +165,13 @@ class TestRemaining:
         write_captions(output, names[::2])
         assert todo(plan) == names[1::2]
 
-    def test_nothing_to_do_asks_for_no_actors(self, output):
+    def test_nothing_to_do(self, output):
         write_captions(output, ["a"])
-
-        def asked():
-            raise AssertionError("asked")
-
-        work = make_plan(output, ["a"]).remaining(1, batch_size=2, num_parallel=asked)
-        assert (work.num_images, work.num_blocks, work.files) == (0, 0, [])
+        work = make_plan(output, ["a"]).remaining(block_rows=2)
+        assert (work.num_images, work.num_units, work.num_tars, work.files) == (0, 0, 0, [])
 
     def test_nothing_wanted(self, output):
-        plan = Plan(output, NOW, False)
-        assert list(plan.list_wanted([])) == []
+        plan = make_plan(output)
         assert todo(plan) == []
         assert plan.unaccounted() == (0, [])
 
@@ -189,37 +198,110 @@ class TestRemaining:
             assert connection.execute("SELECT DISTINCT run_id FROM captions").fetchall() == [(EARLIER,)]
 
 
-class TestBlocks:
-    @pytest.mark.parametrize(
-        ("num_images", "batch_size", "num_parallel", "block_rows"),
-        [
-            (1, 64, 1, 64),
-            (100, 8, 1, 32),  # a quarter of the work in whole batches
-            (100, 8, 4, 8),
-            (5000, 64, 2, MAX_BLOCK_ROWS),
-            (3000, 300, 1, MAX_BLOCK_ROWS),
-            (3000, 4096, 1, MAX_BLOCK_ROWS),
-            (250, 1, 64, 1),
-            (201, 2, 1000, 2),
-        ],
-    )
-    def test_row_groups_are_blocks(self, output, num_images, batch_size, num_parallel, block_rows):
+class TestFresh:
+    def test_only_the_new_chunks_are_looked_at(self, output):
+        plan = make_plan(output, ["a", "b"], ["c", "a"])
+        first, second = plan.listing.chunks()
+        assert ids_of(plan.fresh([first], 2), output) == ["a", "b"]
+        write_captions(output, ["a"], run=NOW)
+        assert ids_of(plan.fresh([second], 2), output) == ["c"]
+
+    @pytest.mark.parametrize("kind", ["missing", "denied"])
+    def test_what_this_run_has_attempted_is_left_out(self, output, kind):
+        write_failures(output, [("a", "denied")])
+        write_failures(output, [("b", kind)], run=NOW)
+        plan = make_plan(output, ["a", "b", "c"], retry_failed=True)
+        assert ids_of(plan.fresh(plan.listing.chunks(), 2), output) == ["a", "c"]
+
+    def test_a_limit_counts_what_is_to_be_done(self, output):
+        write_captions(output, ["a"])
+        plan = make_plan(output, ["a", "b", "c", "d"])
+        assert ids_of(plan.fresh(plan.listing.chunks(), 2, limit=2), output) == ["b", "c"]
+        assert ids_of(plan.remaining(2, limit=1), output) == ["b"]
+
+
+class TestUnits:
+    @pytest.mark.parametrize(("num_images", "block_rows"), [(1, 64), (100, 32), (100, 100), (250, 1), (201, 2)])
+    def test_images_by_uri_are_cut_by_number(self, output, num_images, block_rows):
         names = [f"{i:06d}" for i in range(num_images)]
-        plan = make_plan(output, names)
-        work = plan.remaining(1, batch_size, lambda: num_parallel)
+        work = make_plan(output, names).remaining(block_rows)
         assert work.block_rows == block_rows
-        assert work.num_blocks == -(-num_images // block_rows)
-        assert len(work.files) == -(-work.num_blocks // BLOCKS_PER_FILE)
+        assert work.num_units == -(-num_images // block_rows)
+        assert len(work.files) == -(-work.num_units // UNITS_PER_FILE)
         assert ids_of(work, output) == names
 
-    def test_a_block_is_found_in_its_file(self, output):
+    def test_a_unit_is_found_in_its_file(self, output):
         files = [output.plan.join(f"{i}.parquet") for i in range(3)]
-        work = Work(files, num_images=2 * BLOCKS_PER_FILE * 4 + 1, block_rows=4)
-        assert work.num_blocks == 2 * BLOCKS_PER_FILE + 1
-        assert work.block(0) == (files[0].path, 0)
-        assert work.block(BLOCKS_PER_FILE - 1) == (files[0].path, BLOCKS_PER_FILE - 1)
-        assert work.block(BLOCKS_PER_FILE) == (files[1].path, 0)
-        assert work.block(2 * BLOCKS_PER_FILE) == (files[2].path, 0)
+        work = Work(files, 2 * UNITS_PER_FILE + 1, num_images=2 * UNITS_PER_FILE * 4 + 1, num_tars=0, block_rows=4)
+        assert work.unit(0) == (files[0].path, 0)
+        assert work.unit(UNITS_PER_FILE - 1) == (files[0].path, UNITS_PER_FILE - 1)
+        assert work.unit(UNITS_PER_FILE) == (files[1].path, 0)
+        assert work.unit(2 * UNITS_PER_FILE) == (files[2].path, 0)
+
+    def test_a_row_group_is_never_cut(self, output):
+        rows = [
+            {"image_id": f"{container}-{group}-{i}", "container": container, "row_group": group, "row": i}
+            for container, group, size in [("a", 0, 10), ("a", 1, 3), ("b", 1, 2), ("b", 2, 4), ("c", 0, 9)]
+            for i in range(size)
+        ]
+        plan = make_plan(output, rows_of(rows[:7]), rows_of(rows[7:]))
+        units = units_of(plan.remaining(4), output)
+        assert [unit["image_id"].to_pylist() for unit in units] == [
+            [row["image_id"] for row in part] for part in (rows[:10], rows[10:15], rows[15:19], rows[19:])
+        ]
+
+    def test_known_members_of_a_tar_stay_together(self, output):
+        rows = [{"image_id": f"t{t}#{i}", "container": f"t{t}", "member": f"{i}"} for t in range(3) for i in range(5)]
+        units = units_of(make_plan(output, rows_of(rows)).remaining(2), output)
+        assert [set(unit["container"].to_pylist()) for unit in units] == [{"t0"}, {"t1"}, {"t2"}]
+        assert [unit.num_rows for unit in units] == [5, 5, 5]
+
+    def test_a_mixture_loses_nothing(self, output):
+        rows = [{"image_id": f"u{i}", "uri": f"/u{i}"} for i in range(5)]
+        rows += [{"image_id": f"p{i}", "container": "p", "row_group": 0, "row": i} for i in range(3)]
+        rows += [{"image_id": f"v{i}", "uri": f"/v{i}"} for i in range(4)]
+        units = units_of(make_plan(output, rows_of(rows)).remaining(2), output)
+        assert [name for unit in units for name in unit["image_id"].to_pylist()] == [row["image_id"] for row in rows]
+
+
+class TestTars:
+    def plan(self, output: Output) -> Plan:
+        tars = [{"image_id": f"/t{i}.tar", "container": f"/t{i}.tar"} for i in range(3)]
+        return make_plan(output, rows_of(tars), ["a"])
+
+    def test_one_whose_members_are_unknown_is_a_unit_with_what_is_settled_of_it(self, output):
+        write_captions(output, ["/t1.tar#x.jpg", "/t1.tar#y#z.jpg", "/t1.tarx#x.jpg"])
+        write_failures(output, [("/t2.tar#bad.jpg", "truncated"), ("/t2.tar#later.jpg", "denied")])
+        plan = self.plan(output)
+        work = plan.remaining(4)
+        assert (work.num_images, work.num_tars, work.num_units) == (1, 3, 4)
+        images, *tars = units_of(work, output)
+        assert images["image_id"].to_pylist() == ["a"]
+        by_tar = {tar["image_id"][0].as_py(): tar for tar in tars}
+        settled = {name: set(tar["member"].to_pylist()[1:]) for name, tar in by_tar.items()}
+        assert settled == {"/t0.tar": set(), "/t1.tar": {"x.jpg", "y#z.jpg"}, "/t2.tar": {"bad.jpg"}}
+        assert all(set(tar["container"].to_pylist()) == {name} for name, tar in by_tar.items())
+
+    def test_once_its_members_are_known_they_are_what_remains(self, output):
+        plan = self.plan(output)
+        assert plan.unread_tars() == ["/t0.tar", "/t1.tar", "/t2.tar"]
+        members = [{"image_id": f"/t1.tar#{i}", "member": f"{i}", "offset": 512 * i, "size": 9} for i in range(3)]
+        plan.listing.add_members(0, "/t1.tar", pa.Table.from_pylist(members, schema=MEMBERS))
+        write_captions(output, ["/t1.tar#0"], run=NOW)
+        write_failures(output, [("/t1.tar#1", "denied")], run=NOW)
+        assert plan.unread_tars() == ["/t0.tar", "/t2.tar"]
+        work = plan.remaining(8, given_up=frozenset(["/t0.tar"]))
+        assert (work.num_images, work.num_tars) == (3, 1)
+        images, tar = units_of(work, output)
+        assert images["image_id"].to_pylist() == ["a", "/t1.tar#1", "/t1.tar#2"]
+        assert images["offset"].to_pylist() == [None, 512, 1024]
+        assert tar["image_id"].to_pylist() == ["/t2.tar"]
+        assert plan.unaccounted() == (2, ["/t1.tar#2", "a"])
+        assert plan.count_wanted().images == 4
+
+    def test_a_limit_that_is_used_up_leaves_the_tars(self, output):
+        assert self.plan(output).remaining(4, limit=1).num_tars == 0
+        assert self.plan(output).remaining(4, limit=2).num_tars == 3
 
 
 class TestUnaccounted:
@@ -237,9 +319,18 @@ class TestUnaccounted:
         plan = make_plan(output, ["a", "b"])
         todo(plan)
         plan.remove()
-        files = [path for path in Path(output.root.path).rglob("*") if path.is_file()]
-        assert [path.name for path in files] == [f"part-{EARLIER}-00000.parquet"]
+        files = {path.name for path in Path(output.root.path).rglob("*") if path.is_file()}
+        assert files == {f"part-{EARLIER}-00000.parquet", "chunk-000000.parquet", "state.json"}
+        plan.listing.remove()
+        files = {path.name for path in Path(output.root.path).rglob("*") if path.is_file()}
+        assert files == {f"part-{EARLIER}-00000.parquet"}
 
+    def test_what_killed_runs_left_goes_but_the_listing_stays(self, output):
+        killed, plan = make_plan(output, ["a"]), make_plan(output, ["a"])
+        killed.run_id, killed.folder = EARLIER, output.plan.join(EARLIER)
+        todo(killed)
+        plan.remove_others()
+        assert [path.name for path in Path(output.plan.path).iterdir()] == ["listing"]
 
 class TestRemoveDuplicates:
     def rows(self, output: Output) -> dict[str, list[tuple[str, str]]]:
