@@ -41,7 +41,7 @@ app = App(
     help_format="plaintext",
     result_action="return_value",
     suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(negative_iterable=()),
+    default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
 )
 prepare_app = App(name="prepare", help="Turn a captioned data set into the Samples table that `train` reads.")
 app.command(prepare_app)
@@ -103,6 +103,11 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
         raise ConfigError(
             f"{config.input!r} is no photo: an output is needed for its tables (capray caption INPUT OUTPUT)"
         )
+    if config.dry_run:
+        from capray.captioning.rehearsal import rehearse
+
+        print(rehearse(config).text())
+        return
     from capray.captioning.job import caption as run
 
     summary = run(config)

@@ -1,10 +1,12 @@
 """The captioning job on Ray: exactly once, resumable, one bad image costing one row."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from capray.captioning.job import caption
 from capray.config import CaptionConfig, EvaluateConfig
@@ -130,6 +133,107 @@ def test_s3_in_and_out_gives_the_same_captions(tmp_path, photos, model, s3):
     again = run(f"{s3}/photos", f"{s3}/out", f"{s3}/model")
     assert (again.captions, again.captioned_before) == (0, 11)
     assert not fs.exists(f"{s3}/out/_capray/lease.json")
+
+
+def add_to_tar(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_images_that_kill_their_process_cost_a_row_each(tmp_path, model):
+    photos = set(write_photos(tmp_path / "photos", 40))
+    mark = PngInfo()
+    mark.add_text("note", "KILLS-THE-DECODER")
+    decoding, captioning = tmp_path / "photos" / "photo-0007-a.png", tmp_path / "photos" / "photo-0023-a.png"
+    decoding.write_bytes(image_bytes(pnginfo=mark))
+    captioning.write_bytes(image_bytes(Image.new("RGB", (32, 32), (255, 0, 255))))
+    summary = run(tmp_path / "photos", tmp_path / "out", model)
+    captions = check_exactly_once(str(tmp_path / "out"), photos | {str(decoding), str(captioning)})
+    assert set(captions) == photos
+    failures = {row["image_id"]: row for row in read_parts(str(tmp_path / "out"), "failures")}
+    assert set(failures) == {str(decoding), str(captioning)}
+    assert {row["error_type"] for row in failures.values()} == {"crashed"}
+    assert failures[str(decoding)]["message"] == "decoding killed its process by SIGKILL"
+    assert failures[str(captioning)]["message"] == "captioning killed its process by SIGKILL"
+    assert summary.passes == 1
+
+
+def test_tar_shards_and_a_folder_into_one_output(tmp_path, photos, model):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    wanted = set(photos)
+    for shard in range(2):
+        path = shards / f"{shard:05d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for i in range(6):
+                add_to_tar(tar, f"{i:03d}.jpg", Path(sorted(photos)[i]).read_bytes())
+                add_to_tar(tar, f"{i:03d}.txt", b"a caption")
+                wanted.add(f"{path}#{i:03d}.jpg")
+    data = (shards / "00001.tar").read_bytes()
+    with tarfile.open(shards / "00001.tar") as tar:
+        last = tar.getmember("005.jpg")
+    (shards / "00001.tar").write_bytes(data[: last.offset_data + 100])
+
+    limited = run(shards, tmp_path / "out", model, also=(str(tmp_path / "photos"),), limit=4)
+    assert limited.captions >= 4
+    assert limited.left > 0
+    summary = run(shards, tmp_path / "out", model, also=(str(tmp_path / "photos"),))
+    rows = read_parts(str(tmp_path / "out"), "captions")
+    assert len(rows) == len({row["image_id"] for row in rows}) == 21
+    assert {row["image_id"] for row in rows} == wanted - {f"{shards}/00001.tar#005.jpg"}
+    assert summary.current_failures == {"truncated": 1}
+    by_id = {row["image_id"]: row["caption"] for row in rows}
+    assert all(by_id[f"{shards}/00000.tar#{i:03d}.jpg"] == by_id[sorted(photos)[i]] for i in range(6))
+    assert run(shards, tmp_path / "out", model, also=(str(tmp_path / "photos"),)).captions == 0
+
+
+def test_a_tar_that_cannot_be_read_is_a_fault_and_all_else_is_done(tmp_path, photos, model):
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "a.tar", "w") as tar:
+        add_to_tar(tar, "x.jpg", image_bytes())
+    (tmp_path / "shards" / "b.tar").write_bytes(b"no tar" * 1000)
+    with pytest.raises(CaprayError, match=r"1 files of the input cannot be read: .*b\.tar"):
+        run(tmp_path / "shards", tmp_path / "out", model)
+    assert len(read_parts(str(tmp_path / "out"), "captions")) == 1
+    assert run(tmp_path / "shards", tmp_path / "out", model, exclude=("b.tar",)).status == "complete"
+
+
+def test_a_manifest_with_kept_columns_and_attention(tmp_path, photos, model):
+    names = sorted(photos)
+    lines = ["path,who,when", *(f'{name},"photographer {i}, the",{2000 + i}' for i, name in enumerate(names))]
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    run(tmp_path / "list.csv", tmp_path / "out", model, keep=("who", "when"), attention=True)
+    rows = {row["image_id"]: row for row in read_parts(str(tmp_path / "out"), "captions")}
+    assert rows[names[3]]["source"] == {"who": "photographer 3, the", "when": "2003"}
+    for row in rows.values():
+        assert len(row["tokens"]) == len(row["attention"]) == row["num_tokens"]
+        assert " ".join(token for token in row["tokens"] if token != "<end>") == row["caption"]
+        assert all(sum(weights) == pytest.approx(1, abs=1e-3) for weights in row["attention"])
+    with pytest.raises(OutputConflictError, match="kept_columns"):
+        run(tmp_path / "list.csv", tmp_path / "out", model, attention=True)
+
+
+def test_shards_share_the_work_exactly(tmp_path, photos, model):
+    parts = []
+    for i in (1, 2):
+        run(tmp_path / "photos", tmp_path / f"out{i}", model, shard=f"{i}/2")
+        parts.append({row["image_id"] for row in read_parts(str(tmp_path / f"out{i}"), "captions")})
+    assert parts[0] | parts[1] == photos
+    assert not parts[0] & parts[1]
+    with pytest.raises(OutputConflictError, match="shard: 1/2 -> 2/2"):
+        run(tmp_path / "photos", tmp_path / "out1", model, shard="2/2")
+
+
+def test_too_many_bad_images_stop_the_job(tmp_path, model):
+    folder = tmp_path / "photos"
+    write_photos(folder, 100)
+    for i in range(150):
+        (folder / f"text-{i}.jpg").write_text("no image")
+    with pytest.raises(CaprayError, match=r"images failed, above max_bad_images 0\.4: not an image"):
+        run(folder, tmp_path / "out", model, batch_size=16, max_bad_images=0.4)
+    assert read_parts(str(tmp_path / "out"), "failures"), "what was done is kept"
+    assert run(folder, tmp_path / "out", model, batch_size=16).current_failures == {"not_an_image": 150}
 
 
 class TestRefusals:

@@ -332,6 +332,7 @@ class TestUnaccounted:
         plan.remove_others()
         assert [path.name for path in Path(output.plan.path).iterdir()] == ["listing"]
 
+
 class TestRemoveDuplicates:
     def rows(self, output: Output) -> dict[str, list[tuple[str, str]]]:
         parts = {part.path.rsplit("/", 1)[1]: part for part in output.parts(output.captions)}

@@ -104,19 +104,16 @@ def caption(config: CaptionConfig) -> Summary:
     """
     output_uri = config.output
     assert output_uri is not None
-    inputs = [locate(uri).uri for uri in config.inputs]
-    config = config.model_copy(
-        update={"model": locate(config.model).uri, "input": inputs[0], "also": tuple(inputs[1:])}
-    )
+    config = localised(config)
     captioner, model_id = load_captioner(config.model)
     preprocessing = captioner.architecture.subset(Preprocessing)
     if config.attention and captioner.architecture.attention == "none":
         raise ConfigError(f"the model at {config.model!r} has no attention: leave --attention out")
     del captioner
     output = Output(output_uri)
-    _check_apart(config, output)
+    check_apart(config, output)
     sources = open_sources(config.inputs, config.subset(SourceSettings), config.keep)
-    _check_job(config, output, model_id, sources)
+    check_job(config, output, model_id, sources)
     lease = Lease(
         output.private,
         steal=config.steal_lease,
@@ -129,7 +126,18 @@ def caption(config: CaptionConfig) -> Summary:
             return _Run(config, output, model_id, preprocessing, lease, signals, display, sources).caption()
 
 
-def _check_apart(config: CaptionConfig, output: Output) -> None:
+def localised(config: CaptionConfig) -> CaptionConfig:
+    """``config`` with absolute paths, which mean the same to every process."""
+    inputs = [locate(uri).uri for uri in config.inputs]
+    return config.model_copy(update={"model": locate(config.model).uri, "input": inputs[0], "also": tuple(inputs[1:])})
+
+
+def retried_kinds(config: CaptionConfig) -> tuple[str, ...]:
+    """The final kinds of failure to attempt again."""
+    return FINAL_FAILURES if config.retry_failed == () else config.retry_failed or ()
+
+
+def check_apart(config: CaptionConfig, output: Output) -> None:
     for uri in config.inputs:
         place = locate(uri)
         inside = f"{output.root.path.rstrip('/')}/".startswith(f"{place.path.rstrip('/')}/")
@@ -153,7 +161,7 @@ def _job_of(config: CaptionConfig, model_id: str, sources: list[Source]) -> dict
     }
 
 
-def _check_job(config: CaptionConfig, output: Output, model_id: str, sources: list[Source]) -> dict[str, Any] | None:
+def check_job(config: CaptionConfig, output: Output, model_id: str, sources: list[Source]) -> dict[str, Any] | None:
     """The output's job.json, or None; an error when the output belongs to another job."""
     job = output.read_job()
     if job is None:
@@ -251,8 +259,7 @@ class _Run:
             attention=config.attention,
         )
         self.listing = Listing(output, sources, config, config.relist)
-        retried = config.retry_failed
-        self.plan = Plan(output, run_id, self.listing, FINAL_FAILURES if retried == () else retried or ())
+        self.plan = Plan(output, run_id, self.listing, retried_kinds(config))
         self.results: Counter[str] = Counter()
         self.example = ""
         self.recent: deque[str] = deque(maxlen=RATE_WINDOW)
@@ -365,7 +372,7 @@ class _Run:
     @cached_property
     def precision(self) -> str:
         """The precision the job runs with: resolved once, and kept in job.json, which is written where there is none."""
-        job = _check_job(self.config, self.output, self.summary.model_id, self.sources)
+        job = check_job(self.config, self.output, self.summary.model_id, self.sources)
         if job is not None:
             return job["precision"]
         precision = self.config.precision

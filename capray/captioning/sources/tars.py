@@ -142,6 +142,8 @@ def images_of(tar: tarfile.TarFile, max_bytes: int) -> Iterator[tuple[tarfile.Ta
             if member.size <= max_bytes:
                 data += file.read()
         yield member, data, len(data) == member.size
+        if len(data) < member.size <= max_bytes:
+            return  # The tar ends here.
 
 
 def members_of(uri: str) -> list[str]:
