@@ -143,12 +143,13 @@ class TestObjects:
         assert last == {"input": None, "container": None, "fault": None, "members": None}
 
     @pytest.mark.parametrize("block_rows", [1, 3, 4, 8, 100])
-    def test_a_replay_gives_the_same_blocks(self, fetcher_of, rows, block_rows):
+    def test_a_replay_gives_the_same_blocks(self, fetcher_of, rows, block_rows, monkeypatch):
         fetcher = fetcher_of(rows, block_rows)
         first = [block.to_pylist() for block in fetcher.fetch(0)]
         assert len(first) == -(-8 // block_rows)
         assert [block.to_pylist() for block in fetcher.fetch(0)] == first
         assert [block.to_pylist() for block in fetcher.fetch(0, careful=True)] == first
+        monkeypatch.setattr("capray.cluster.task_attempt", lambda: 0)
         assert [block.to_pylist() for block in fetch_unit(pa.table({"id": [0]}), fetcher)] == first
 
     def test_a_known_size_above_the_limit_is_not_read(self, fetcher_of, monkeypatch, rows):
@@ -305,8 +306,7 @@ class TestWholeTar:
         tar = self.cut(tmp_path, lambda members: members[2].offset_data + left)
         fetched, last = fetch(fetcher_of([self.row(tar)]), careful)
         assert kinds(fetched) == [None, None, "truncated"]
-        assert (last["members"], last["container"]) == (None, tar)
-        assert "damaged" in last["fault"]
+        assert (last["container"], last["fault"], len(last["members"])) == (tar, None, 3)
 
     @pytest.mark.parametrize("left", [1, 511])
     def test_cut_within_a_header(self, tmp_path, fetcher_of, left):
@@ -411,7 +411,7 @@ class TestKnownMembers:
             rows = [{"image_id": "5", "container": tar, "member": "5.png", **place}]
             assert kinds(fetch(fetcher_of(rows))[0]) == [kind]
         rows = [{"image_id": f"{i}", "container": tar, "member": f"{i}.png"} for i in (1, 5, 6)]
-        assert kinds(fetch(fetcher_of(rows))[0]) == [None, "truncated", "unreadable_storage"]
+        assert kinds(fetch(fetcher_of(rows))[0]) == [None, "truncated", "missing"]
         os.unlink(tar)
         assert kinds(fetch(fetcher_of(rows))[0]) == ["unreadable_storage"] * 3
         assert kinds(fetch(fetcher_of([row | place for row in rows]))[0]) == ["unreadable_storage"] * 3

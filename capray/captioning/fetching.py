@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -228,19 +228,20 @@ class Fetcher:
         if all(row["offset"] is not None for row in rows):
             yield from self._members_by_place(container, rows)
             return
-        wanted = {row["member"]: row for row in rows}
+        wanted: dict[str, list[Row]] = {}
+        for row in rows:
+            wanted.setdefault(row["member"], []).append(row)
         problem = ImageError("missing", f"{container} has no such member")
         try:
             with opened(container) as tar:
                 for member, data, whole in images_of(tar, self.limits.max_image_bytes):
-                    row = wanted.pop(member.name, None)
-                    if row is not None:
+                    for row in wanted.pop(member.name, ()):
                         yield row, self._of_member(member.size, data, whole)
                     if not wanted:
                         return
         except CaprayError as error:
             problem = ImageError("unreadable_storage", str(error))
-        for row in wanted.values():
+        for row in chain.from_iterable(wanted.values()):
             yield row, problem
 
     def _members_by_place(self, container: str, rows: list[Row]) -> Iterator[tuple[Row, Data]]:

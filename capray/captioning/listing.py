@@ -94,9 +94,13 @@ class Listing:
         return fresh
 
     def __enter__(self) -> Listing:
-        for name in list_names(self.folder, ".parquet"):
-            if name not in self._state.chunks and name not in self._state.member_chunks:
-                self.folder.fs.rm_file(self.folder.join(name).path)
+        counted = {*self._state.chunks, *self._state.member_chunks}
+        others = [name for name in list_names(self.folder, ".parquet") if name not in counted]
+        if others:
+            # A listing that is dropped must not be taken up by a later run once its chunks are gone.
+            self._save()
+        for name in others:
+            self.folder.fs.rm_file(self.folder.join(name).path)
         if not self._state.complete:
             for i, unit, after in self._state.pending:
                 self._units.put((i, unit, after))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import re
 
 from capray.captioning.sources.base import Source, is_hidden
 from capray.captioning.sources.objects import Images
@@ -58,7 +59,7 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
         return Inventory(place, settings, keep)
     shown, hidden = [], 0
     for entry in itertools.chain(sample, files):
-        if is_hidden(entry.path[len(place.path) :] if entry.path != place.path else "", (".", "_")):
+        if is_hidden(_below(place, entry), (".", "_")):
             hidden += 1
         else:
             shown.append(entry)
@@ -90,9 +91,17 @@ def _files(place: Location):
         yield from iter_files(place)
 
 
+def _below(place: Location, entry: Entry) -> str:
+    """The part of ``entry``'s path below the input; of a glob's match, below the folders in front of the first sign."""
+    root = place.path
+    if not entry.path.startswith(root):
+        root = re.split(r"[*?\[]", root, maxsplit=1)[0].rpartition("/")[0]
+    return entry.path[len(root) :]
+
+
 def _judge(place: Location, sample: list[Entry]) -> str:
     """The kind of input, from the names of its first files."""
-    names = [entry.path for entry in sample if not is_hidden(entry.path[len(place.path) :], (".", "_"))]
+    names = [entry.path for entry in sample if not is_hidden(_below(place, entry), (".", "_"))]
     if len(sample) == 1 and sample[0].path == place.path:
         names = [place.path]
         if place.path.lower().endswith(MANIFESTS):

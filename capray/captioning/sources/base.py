@@ -88,7 +88,9 @@ class Selection:
         keep = []
         for image_id, container, member, group in zip(ids, containers, members, groups, strict=True):
             is_tar = container is not None and group is None
-            globbed = not self.excludes(container) if is_tar and member is None else self.has(image_id)
+            globbed = not is_tar or not self.excludes(container)
+            if not is_tar or member is not None:
+                globbed = globbed and self.has(image_id)
             keep.append(globbed and self.in_shard(container if is_tar else image_id))
         return rows.filter(pa.array(keep, pa.bool_()))
 

@@ -33,16 +33,17 @@ class Images(Source):
     def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
         level, path = unit.split(":", 1)
         with storage_errors(f"listing {self.place.uri}"):
-            if is_file(self.place):
-                info = self.place.fs.info(self.place.path)
-                yield self._page([(self.place.path, info["size"])])
+            if level == "0" and is_file(self.place):
+                if after is None:
+                    info = self.place.fs.info(self.place.path)
+                    yield self._page([(self.place.path, info["size"])], True)
             elif self.place.is_local:
                 yield from self._list_folder(path, after)
             elif hasattr(self.place.fs, "call_s3"):
                 yield from self._list_prefix(path, int(level), after)
-            else:
+            elif after is None:
                 found = self.place.fs.find(path, detail=True)
-                yield self._page([(name, info["size"]) for name, info in found.items()])
+                yield self._page([(name, info["size"]) for name, info in found.items()], True)
 
     def _page(self, files: list[tuple[str, int]], after: Any = None, found: tuple[str, ...] = ()) -> Page:
         root = self.place.path
@@ -60,6 +61,7 @@ class Images(Source):
         """Every regular file below ``root`` in the order of its folders' names, links to folders followed once."""
         files: list[tuple[str, int]] = []
         seen: set[tuple[int, int]] = set()
+        last = after
         for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
             here = os.stat(folder)
             if (here.st_dev, here.st_ino) in seen:
@@ -69,17 +71,17 @@ class Images(Source):
             folders.sort()
             for name in sorted(names):
                 path = os.path.join(folder, name)
-                if after is not None:
-                    if [folder, name] == after:
-                        after = None
+                # By order, not by finding it again: what the last page ended with may be gone.
+                if after is not None and (_parts(folder), name) <= (_parts(after[0]), after[1]):
                     continue
                 info = _stat(path)
                 if info is None or stat.S_ISREG(info.st_mode):
                     files.append((path, info.st_size if info else 0))
+                    last = [folder, name]
                 if len(files) == ROWS_PER_PAGE:
-                    yield self._page(files, [folder, name])
+                    yield self._page(files, last)
                     files = []
-        yield self._page(files)
+        yield self._page(files, last)
 
     def _list_prefix(self, prefix: str, level: int, after: str | None) -> Iterator[Page]:
         bucket, _, key = prefix.partition("/")
@@ -114,6 +116,11 @@ def _stat(path: str) -> os.stat_result | None:
         return os.stat(path)
     except FileNotFoundError:
         return None
+
+
+def _parts(folder: str) -> list[str]:
+    """What folders sort by in the order ``os.walk`` comes to them."""
+    return folder.split(os.sep)
 
 
 def _raise(error: OSError) -> None:

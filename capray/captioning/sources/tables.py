@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import posixpath
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -140,7 +142,7 @@ def _uri_like(place: Location, path: str) -> str:
 def _parquet_errors(uri: str):
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, gzip.BadGzipFile, zlib.error, EOFError, UnicodeError) as error:
         raise DataError(f"{uri!r}: {error}") from error
 
 

@@ -65,6 +65,8 @@ class Tars(Source):
         return [entry.path for entry in self.files]
 
     def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
+        if after is not None:
+            return
         uri = _uri_like(self.place, unit)
         hidden = self._hidden if unit == self.files[0].path else 0
         sidecar = self._sidecars.get(unit)
@@ -116,7 +118,10 @@ def opened(uri: str) -> Generator[tarfile.TarFile]:
     options = {} if place.is_local else {"block_size": _READ_AHEAD_BYTES, "cache_type": "readahead"}
     with storage_errors(f"reading {uri}"):
         try:
-            with place.fs.open(place.path, "rb", **options) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            with (
+                place.fs.open(place.path, "rb", **options) as stream,
+                tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
+            ):
                 yield tar
         except tarfile.TarError as error:
             raise DataError(f"{uri!r} is damaged, or no tar: {error}") from error
@@ -144,6 +149,15 @@ def images_of(tar: tarfile.TarFile, max_bytes: int) -> Iterator[tuple[tarfile.Ta
         yield member, data, len(data) == member.size
         if len(data) < member.size <= max_bytes:
             return  # The tar ends here.
+    _check_end(tar)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raise ReadError unless ``tar`` was read to its end: tarfile takes a header that is cut or spoilt for the end."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError(f"there is no member's header at byte {tar.offset}")
 
 
 def members_of(uri: str) -> list[str]:
