@@ -1,5 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-fast demo bench
+.PHONY: help setup check format test test-fast demo bench chaos
+ROUNDS ?= 6
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
@@ -29,3 +30,7 @@ demo:  ## Draw a data set, train, caption, evaluate, query: a few minutes
 bench:  ## Print the benchmarks' figures beside their references
 	uv run python benchmarks/captioning.py
 	uv run python benchmarks/writer.py
+	uv run python benchmarks/planning.py
+
+chaos:  ## Kill things at random for ROUNDS rounds, each judged by the oracle
+	uv run python -m tests.chaos --rounds $(ROUNDS)

