@@ -360,7 +360,7 @@ class CaptionConfig(ImageLimits, SourceSettings, Decoding):
     retry_failed: tuple[FailureKind, ...] | None = None
     """Attempt the images again whose current failure is final: of these kinds, or of all when none is named."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Attempt at most this many images in this run."""
+    """Attempt at most this many images in this run (a tar shard without a sidecar is read whole, one in a pass)."""
     relist: bool = False
     """List the inputs anew instead of going on with the listing an interrupted run has stored."""
     dry_run: bool = False

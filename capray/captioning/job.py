@@ -84,7 +84,9 @@ class Summary:
         if self.duplicates:
             lines.append(f"  note: {self.duplicates:,} rows of the input repeat an image id and were captioned once")
         if self.left:
-            lines.append(f"  note: the limit was reached; the same command goes on with the {self.left:,} images left")
+            lines.append(
+                f"  note: stopped at the limit; the same command goes on ({self.left:,} images or shards known of)"
+            )
         if self.hidden_files:
             lines.append(
                 f"  note: {self.hidden_files:,} hidden files (names that begin with ., in tables and shards _) were left out"
@@ -263,7 +265,6 @@ class _Run:
         self.results: Counter[str] = Counter()
         self.example = ""
         self.recent: deque[str] = deque(maxlen=RATE_WINDOW)
-        self.attempted = 0
         self.tar_attempts: Counter[str] = Counter()
         self.tar_faults: dict[str, str] = {}
         self.started = time.monotonic()
@@ -276,7 +277,7 @@ class _Run:
                 self._caption_while_listing()
                 self._count()
                 self._settle()
-            if not self.summary.left:
+            if self.listing.is_complete and not self.summary.left:
                 self.listing.remove()
             self.summary.status = "complete"
             self._record()
@@ -310,7 +311,7 @@ class _Run:
                 self._caption(
                     self.plan.fresh([*fresh, *self._members()], self.block_rows, self._room_left()), "captioning"
                 )
-            if is_complete and taken == len(self.listing.chunks()):
+            if not self._room() or (is_complete and taken == len(self.listing.chunks())):
                 return
 
     def _members(self) -> list[Any]:
@@ -324,10 +325,10 @@ class _Run:
         return min(MAX_BLOCK_ROWS, fitting, self.config.batch_size)
 
     def _room_left(self) -> int | None:
-        return None if self.config.limit is None else self.config.limit - self.attempted
+        return None if self.config.limit is None else max(0, self.config.limit - self.results.total())
 
     def _room(self) -> bool:
-        return self.config.limit is None or self.attempted < self.config.limit
+        return self._room_left() != 0
 
     def _count(self) -> None:
         wanted = self.plan.count_wanted()
@@ -343,7 +344,6 @@ class _Run:
         if not work.num_units:
             return
         self.summary.passes += 1
-        self.attempted += work.num_images
         actors, precision = self.actors, self.precision
         self._record()
         tars = f" and {work.num_tars:,} tar shards" if work.num_tars else ""
@@ -411,11 +411,12 @@ class _Run:
                 f"{lost} images have neither a caption nor a failure after {self.summary.passes} passes: "
                 f"{', '.join(names)}{' …' if lost > len(names) else ''}; run the same command again"
             )
-        self.summary.left = lost
+        untried = [uri for uri in unread if uri not in self.tar_attempts]
+        self.summary.left = lost + len(untried) + (not self.listing.is_complete)
         with self.output.connect() as connection:
             kinds = connection.execute("SELECT error_type, count(*) FROM failures GROUP BY ALL ORDER BY ALL").fetchall()
         self.summary.current_failures = dict(kinds)
-        faults = self.listing.faults | {uri: self.tar_faults.get(uri, "not read") for uri in unread if self._room()}
+        faults = self.listing.faults | {uri: self.tar_faults[uri] for uri in unread if uri in self.tar_faults}
         if faults:
             some = "; ".join(f"{uri}: {reason}" for uri, reason in list(faults.items())[:5])
             raise CaprayError(

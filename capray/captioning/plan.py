@@ -98,6 +98,8 @@ class Plan:
             (num_images,) = first_row(connection, "SELECT count(*) FROM todo")
             has_room = limit is None or num_images < limit
             tars = self._unread_tars(connection, given_up) if has_room else []
+            if limit is not None:
+                tars = tars[:1]
             units: Iterator[pa.Table] = iter(())
             if num_images:
                 reader = connection.sql("SELECT * FROM todo ORDER BY position").to_arrow_reader(100_000)
