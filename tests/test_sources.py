@@ -1,0 +1,676 @@
+"""Every kind of input is judged rightly and listed wholly: each image once, under its exact id."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import tarfile
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capray.captioning.sources import open_sources
+from capray.captioning.sources.base import Selection, Source
+from capray.captioning.sources.objects import MAX_LEVELS
+from capray.config import SourceSettings
+from capray.errors import ConfigError, DataError, StorageError
+
+ODD = [
+    "a b.jpg",
+    "a#b.jpg",
+    "a%2Fb.jpg",
+    "new\nline.jpg",
+    "\u00e4.jpg",
+    "a\u0308.jpg",
+    "\u732b.jpg",
+    "q?[x]*.jpg",
+    "a+b.jpg",
+]
+
+
+def opened(uri, keep=(), **options) -> Source:
+    (source,) = open_sources((str(uri),), SourceSettings(**options), tuple(keep))
+    return source
+
+
+def listed(source: Source) -> list[dict]:
+    """All wanted rows, every page taken up again behind itself on the way."""
+    waiting = [(unit, None) for unit in source.units()]
+    known = {unit for unit, _ in waiting}
+    rows = []
+    while waiting:
+        unit, after = waiting.pop(0)
+        page = next(iter(source.pages(unit, after)), None)
+        if page is None:
+            continue
+        rows += source.selection.filter(page.rows).to_pylist()
+        for name in page.found:
+            if name not in known:
+                known.add(name)
+                waiting.append((name, None))
+        if page.rows.num_rows or page.after != after:
+            assert page.after is not None, "nothing says where to go on"
+            waiting.append((unit, page.after))
+    return rows
+
+
+def ids(uri, **options) -> list[str]:
+    return [row["image_id"] for row in listed(opened(uri, **options))]
+
+
+def hidden(source: Source) -> int:
+    return sum(page.hidden for unit in source.units() for page in source.pages(unit))
+
+
+def touch(folder: Path, *names: str) -> list[str]:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    return [str(folder / name) for name in names]
+
+
+def write_table(path: Path, columns: dict, **options) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, **options)
+    return str(path)
+
+
+def write_tar(path: Path, names: list[str]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    return str(path)
+
+
+class TestFolder:
+    def test_nested_and_odd_names(self, tmp_path):
+        paths = touch(tmp_path / "in", *ODD, "b/x.jpg", "b/c/d/e/y.png", "b/no suffix", *(f"b/{name}" for name in ODD))
+        rows = listed(opened(tmp_path / "in"))
+        assert sorted(row["image_id"] for row in rows) == sorted(paths)
+        assert all(row["uri"] == row["image_id"] and row["size"] == 1 for row in rows)
+
+    def test_hidden_files_are_left_out_and_counted(self, tmp_path):
+        touch(tmp_path / "in", ".DS_Store", ".cache/a.jpg", "b/.hidden/c/d.jpg", "b/._e.jpg")
+        shown = touch(tmp_path / "in", "b/f.jpg", "_g/h.jpg", "_i.jpg", "j.k.jpg")
+        source = opened(tmp_path / "in")
+        assert sorted(row["image_id"] for row in listed(source)) == sorted(shown)
+        assert hidden(source) == 4
+
+    def test_a_folder_whose_own_path_is_hidden(self, tmp_path):
+        paths = touch(tmp_path / ".hidden" / "_in", "a.jpg")
+        assert ids(tmp_path / ".hidden" / "_in") == paths
+
+    def test_links(self, tmp_path):
+        touch(tmp_path / "in", "a.jpg")
+        touch(tmp_path / "other", "b.jpg")
+        (tmp_path / "in" / "linked.jpg").symlink_to(tmp_path / "other" / "b.jpg")
+        (tmp_path / "in" / "nowhere.jpg").symlink_to(tmp_path / "gone.jpg")
+        (tmp_path / "in" / "folder").symlink_to(tmp_path / "other")
+        (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+        os.mkfifo(tmp_path / "in" / "pipe.jpg")
+        names = ["a.jpg", "linked.jpg", "nowhere.jpg", "folder/b.jpg"]
+        assert ids(tmp_path / "in") == [str(tmp_path / "in" / name) for name in names]
+
+    def test_a_name_that_is_not_utf8(self, tmp_path):
+        folder = os.fsencode(tmp_path / "in")
+        os.mkdir(folder)
+        with open(os.path.join(folder, b"caf\xe9.jpg"), "wb") as file:
+            file.write(b"x")
+        assert ids(tmp_path / "in") == [f"{tmp_path}/in/caf\\xe9.jpg"]
+
+    def test_one_file(self, tmp_path):
+        (path,) = touch(tmp_path, "q[x]*.jpg")
+        assert ids(path) == [path]
+
+    @pytest.mark.parametrize("page", [1, 2, 3, 1000])
+    def test_pages_go_on_behind_the_last_even_when_it_is_gone(self, tmp_path, monkeypatch, page):
+        monkeypatch.setattr("capray.captioning.sources.objects.ROWS_PER_PAGE", page)
+        names = ["a.jpg", "z.jpg", "b/a.jpg", "b/z.jpg", "b/c/a.jpg", "b-c/x.jpg", "b.c/x.jpg", "c/a.jpg"]
+        paths = touch(tmp_path / "in", *names, *(f"{name}/{odd}" for name in ("d", "d!") for odd in ODD))
+        source = opened(tmp_path / "in")
+        (unit,) = source.units()
+        whole = [row["image_id"] for page in source.pages(unit) for row in page.rows.to_pylist()]
+        assert sorted(whole) == sorted(paths)
+        assert [row["image_id"] for row in listed(source)] == whole
+        first = next(iter(source.pages(unit)))
+        os.unlink(first.rows["image_id"][-1].as_py())
+        after = json.loads(json.dumps(first.after))
+        rest = [row["image_id"] for page in source.pages(unit, after) for row in page.rows.to_pylist()]
+        assert rest == whole[first.rows.num_rows :]
+
+    @pytest.mark.parametrize("make", [False, True])
+    def test_nothing_there(self, tmp_path, make):
+        if make:
+            (tmp_path / "in").mkdir()
+        with pytest.raises(ConfigError, match="empty|nothing at"):
+            opened(tmp_path / "in")
+
+    @pytest.mark.parametrize(
+        "option", [{"split": "test"}, {"id_column": "a"}, {"uri_column": "u"}, {"image_column": "i"}]
+    )
+    def test_settings_of_tables_mean_nothing(self, tmp_path, option):
+        touch(tmp_path / "in", "a.jpg")
+        with pytest.raises(ConfigError, match="means nothing"):
+            opened(tmp_path / "in", **option)
+        with pytest.raises(ConfigError, match="keep"):
+            opened(tmp_path / "in", keep=["a"])
+
+
+class TestPrefix:
+    @pytest.fixture(scope="class")
+    def prefix(self, s3, tmp_path_factory):
+        """Objects on several levels, more than MAX_LEVELS, and a sibling whose name goes on."""
+        root = f"{s3}/{tmp_path_factory.mktemp('prefix').name}"
+        fs = s3fs.S3FileSystem()
+        names = [f"{'/'.join('abcde'[:depth])}/{i:02d}.jpg".lstrip("/") for depth in range(6) for i in range(7)]
+        names += [f"p{i}/q{j}/{k}.jpg" for i in range(3) for j in range(3) for k in range(3)]
+        names += ["a b/c#d/%2F.jpg", "\u00e4/\u732b.jpg", "a+b/x.jpg", "a!/x.jpg", "a-/x.jpg", "a0/x.jpg"]
+        for name in [*names, ".hidden/x.jpg", "a/.x.jpg"]:
+            fs.pipe_file(f"{root}/in/{name}", b"x")
+        fs.pipe_file(f"{root}/input/other.jpg", b"x")
+        fs.pipe_file(f"{root}/in/empty.jpg", b"")
+        fs.call_s3("put_object", Bucket=root.split("/")[2], Key=f"{root.split('/', 3)[3]}/in/folder/", Body=b"")
+        return f"{root}/in", [f"{root}/in/{name}" for name in [*names, "empty.jpg"]]
+
+    @pytest.mark.parametrize("slash", ["", "/"])
+    def test_each_key_once(self, prefix, slash):
+        root, uris = prefix
+        source = opened(root + slash)
+        rows = listed(source)
+        assert Counter(row["image_id"] for row in rows) == Counter(uris)
+        assert {row["size"] for row in rows if "empty" not in row["uri"]} == {1}
+
+    def test_pages_go_on_behind_the_last_key(self, prefix, monkeypatch):
+        root, uris = prefix
+        source = opened(root)
+        call = source.place.fs.call_s3
+        calls = []
+
+        def small_pages(method, **arguments):
+            calls.append(arguments)
+            return call(method, **arguments, MaxKeys=3)
+
+        monkeypatch.setattr(source.place.fs, "call_s3", small_pages)
+        assert Counter(row["image_id"] for row in listed(source)) == Counter(uris)
+        assert any("StartAfter" in arguments for arguments in calls)
+        deep = [arguments for arguments in calls if "Delimiter" not in arguments]
+        assert all(
+            arguments["Prefix"].removeprefix(root.split("/", 3)[3]).count("/") > MAX_LEVELS for arguments in deep
+        )
+
+    def test_many_keys(self, s3, tmp_path):
+        from concurrent.futures import ThreadPoolExecutor
+
+        fs = s3fs.S3FileSystem()
+        names = [f"{i % 2}/{i:05d}.jpg" for i in range(2300)]
+        uris = [f"{s3}/{tmp_path.name}/{name}" for name in names]
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda uri: fs.pipe_file(uri, b"x"), uris))
+        assert Counter(ids(f"{s3}/{tmp_path.name}")) == Counter(uris)
+
+    def test_one_object(self, prefix):
+        assert ids(prefix[1][0]) == prefix[1][:1]
+
+    def test_an_empty_prefix(self, s3):
+        with pytest.raises(ConfigError, match="no images at"):
+            opened(f"{s3}/nothing-here")
+
+    def test_no_such_bucket(self, s3):
+        with pytest.raises(StorageError):
+            opened("s3://capray-no-such-bucket/x")
+
+
+class TestParquet:
+    def test_images_in_several_files(self, tmp_path):
+        for f in range(2):
+            columns = {"image_id": [f"{f}-{i}" for i in range(5)], "image": [b"x"] * 5}
+            write_table(tmp_path / "in" / f"part-{f}.parquet", columns, row_group_size=2)
+        write_table(tmp_path / "in" / "_private" / "x.parquet", {"a": [1]})
+        touch(tmp_path / "in", "README.md", "info.json")
+        source = opened(tmp_path / "in")
+        assert (source.kind, source.image_column, source.source_type) == ("parquet", "image", None)
+        rows = listed(source)
+        assert sorted(
+            (row["image_id"], os.path.basename(row["container"]), row["row_group"], row["row"]) for row in rows
+        ) == [(f"{f}-{i}", f"part-{f}.parquet", i // 2, i % 2) for f in range(2) for i in range(5)]
+
+    def test_uris(self, tmp_path):
+        path = write_table(tmp_path / "x.parquet", {"url": ["/a", None], "image_id": ["1", "2"], "path": ["/p", "/q"]})
+        source = opened(path)
+        assert source.image_column is None
+        assert listed(source) == [{"image_id": "1", "uri": "/a"}, {"image_id": "2", "uri": None}]
+        assert ids(path, id_column="path") == ["/p", "/q"]
+        assert [row["uri"] for row in listed(opened(path, uri_column="path"))] == ["/p", "/q"]
+
+    def test_chosen_columns_split_and_keep(self, tmp_path):
+        columns = {
+            "n": [3, 4, 5, 6],
+            "jpg": pa.array([b"x"] * 4, pa.large_binary()),
+            "uri": list("abcd"),
+            "split": ["train", "test", None, "test"],
+            "tags": [["t"], None, [], ["u", "v"]],
+        }
+        path = write_table(tmp_path / "x.parquet", columns, row_group_size=3)
+        source = opened(path, ["tags", "n"], id_column="n", image_column="jpg", split="test")
+        assert source.source_type == pa.struct(
+            [("tags", pa.list_(pa.field("element", pa.string()))), ("n", pa.int64())]
+        )
+        rows = [{name: row[name] for name in ("image_id", "row_group", "row", "source")} for row in listed(source)]
+        assert rows == [
+            {"image_id": "4", "row_group": 0, "row": 1, "source": {"tags": None, "n": 4}},
+            {"image_id": "6", "row_group": 1, "row": 0, "source": {"tags": ["u", "v"], "n": 6}},
+        ]
+
+    @pytest.mark.parametrize(
+        ("columns", "options", "message"),
+        [
+            ({"a": [1]}, {}, "no column of images or URIs"),
+            ({"image": ["text"], "image_id": ["1"]}, {}, "not encoded image bytes"),
+            ({"image": [b"x"]}, {}, "needs a column of image ids"),
+            ({"uri": ["a"]}, {"split": "test"}, "no column 'split'"),
+            ({"uri": ["a"]}, {"id_column": "b"}, "no column 'b'"),
+            ({"uri": ["a"]}, {"uri_column": "b"}, "no column 'b'"),
+            ({"uri": ["a"]}, {"image_column": "b"}, "no column 'b'"),
+        ],
+    )
+    def test_columns_that_do_not_fit(self, tmp_path, columns, options, message):
+        path = write_table(tmp_path / "x.parquet", columns)
+        with pytest.raises(ConfigError, match=message):
+            opened(path, **options)
+        with pytest.raises(ConfigError, match="no column 'zz'"):
+            opened(write_table(tmp_path / "y.parquet", {"uri": ["a"]}), ["zz"])
+
+    def test_null_ids_other_columns_and_what_is_no_parquet(self, tmp_path):
+        write_table(tmp_path / "in" / "0.parquet", {"uri": ["a", None]})
+        write_table(tmp_path / "in" / "1.parquet", {"path": ["a"]})
+        touch(tmp_path / "in", "2.parquet")
+        source = opened(tmp_path / "in")
+        for unit, message in zip(
+            source.units(), ["without an image id", "has no column 'uri'", "2.parquet"], strict=True
+        ):
+            with pytest.raises(DataError, match=message):
+                list(source.pages(unit))
+        with pytest.raises(DataError, match="not Parquet"):
+            opened(tmp_path / "in" / "2.parquet")
+
+    def test_a_glob(self, tmp_path):
+        paths = [write_table(tmp_path / "data" / f"train_{i}_.parquet", {"uri": [f"/{i}"]}) for i in range(3)]
+        write_table(tmp_path / "data" / "_x.parquet", {"uri": ["/x"]})
+        touch(tmp_path / "data", "other.jpg")
+        source = opened(tmp_path / "data" / "*.parquet")
+        assert source.units() == paths
+        assert ids(tmp_path / "*" / "train_[01]_.parquet") == ["/0", "/1"]
+        assert ids(paths[2]) == ["/2"]
+
+    def test_types_that_differ_between_inputs(self, tmp_path):
+        one = write_table(tmp_path / "1.parquet", {"uri": ["a"], "n": [1]})
+        other = write_table(tmp_path / "2.parquet", {"uri": ["a"], "n": ["1"]})
+        with pytest.raises(ConfigError, match="two outputs"):
+            open_sources((one, other), SourceSettings(), ("n",))
+
+    def test_on_s3(self, s3, tmp_path):
+        path = write_table(tmp_path / "x.parquet", {"image_id": ["1"], "image": [b"x"]})
+        fs = s3fs.S3FileSystem()
+        for name in ("train_1.parquet", "b/train_2.parquet"):
+            fs.put_file(path, f"{s3}/{tmp_path.name}/{name}")
+        for uri, count in (("", 2), ("/*.parquet", 1), ("/train_1.parquet", 1)):
+            rows = listed(opened(f"{s3}/{tmp_path.name}{uri}"))
+            assert len(rows) == count
+            assert all(row["container"].startswith(f"{s3}/{tmp_path.name}/") for row in rows)
+
+
+class TestManifests:
+    ROWS = (("1", "/abs/a.jpg", "x"), ("2", "s3://b/k#%20.jpg", 'say "hi", you'), ("3", "rel/\u00e4.jpg", "new\nline"))
+
+    def content(self, ending: str) -> bytes:
+        if ending == "jsonl":
+            lines = [json.dumps({"image_id": a, "uri": b, "note": c}) for a, b, c in self.ROWS]
+            return "\n\n".join(lines).encode()
+        text = io.StringIO()
+        writer = csv.writer(text, delimiter="\t" if ending == "tsv" else ",")
+        writer.writerows([("note", "image_id", "uri"), *((c, a, b) for a, b, c in self.ROWS)])
+        return text.getvalue().encode()
+
+    @pytest.mark.parametrize("packed", ["", ".gz"])
+    @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+    def test_tables_of_text(self, tmp_path, ending, packed):
+        content = self.content(ending)
+        path = tmp_path / f"list.{ending}{packed}"
+        path.write_bytes(gzip.compress(content) if packed else content)
+        source = opened(path, ["note"])
+        uris = ["/abs/a.jpg", "s3://b/k#%20.jpg", f"{tmp_path}/rel/\u00e4.jpg"]
+        assert source.kind == "manifest"
+        assert listed(source) == [
+            {"image_id": a, "uri": uri, "source": {"note": c}} for (a, _, c), uri in zip(self.ROWS, uris, strict=True)
+        ]
+        assert ids(path, id_column="note") == [c for *_, c in self.ROWS]
+        assert ids(path, id_column="uri") == [b for _, b, _ in self.ROWS]
+
+    @pytest.mark.parametrize("packed", ["", ".gz"])
+    def test_text(self, tmp_path, packed):
+        content = "a b.jpg\r\n\n/abs/a,b.jpg\ns3://b/\u00e4.jpg".encode()
+        path = tmp_path / f"list.txt{packed}"
+        path.write_bytes(gzip.compress(content) if packed else content)
+        assert listed(opened(path)) == [
+            {"image_id": "a b.jpg", "uri": f"{tmp_path}/a b.jpg"},
+            {"image_id": "/abs/a,b.jpg", "uri": "/abs/a,b.jpg"},
+            {"image_id": "s3://b/\u00e4.jpg", "uri": "s3://b/\u00e4.jpg"},
+        ]
+        for option in ({"id_column": "a"}, {"uri_column": "a"}, {"split": "a"}, {"image_column": "a"}):
+            with pytest.raises(ConfigError, match="means nothing"):
+                opened(path, **option)
+
+    @pytest.mark.parametrize("rows", [1, 3, 10])
+    @pytest.mark.parametrize("ending", ["jsonl", "txt"])
+    def test_pages_go_on_behind_the_last(self, tmp_path, monkeypatch, rows, ending):
+        monkeypatch.setattr("capray.captioning.sources.tables.ROWS_PER_PAGE", rows)
+        names = [f"/{i}.jpg" for i in range(10)]
+        lines = [json.dumps({"uri": name}) if ending == "jsonl" else name for name in names]
+        (tmp_path / f"x.{ending}").write_text("\n".join(lines))
+        assert ids(tmp_path / f"x.{ending}") == names
+
+    def test_values_are_not_interpreted(self, tmp_path):
+        (tmp_path / "x.csv").write_text("uri,image_id,n\n/a,007,NA\n/b,1e5,\n/c,true,null\n")
+        rows = listed(opened(tmp_path / "x.csv", ["n"]))
+        assert [(row["image_id"], row["source"]["n"]) for row in rows] == [
+            ("007", "NA"),
+            ("1e5", None),
+            ("true", "null"),
+        ]
+
+    def test_json_values_that_are_not_text(self, tmp_path):
+        (tmp_path / "x.jsonl").write_text(
+            '{"uri": "/a", "image_id": 7, "n": {"k": [1, null]}}\n{"uri": "/b", "image_id": 8}'
+        )
+        rows = listed(opened(tmp_path / "x.jsonl", ["n"]))
+        assert [(row["image_id"], row["source"]["n"]) for row in rows] == [("7", '{"k": [1, null]}'), ("8", None)]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("x.csv", b"uri,image_id\n/a,\n", "without a value"),
+            ("x.csv", b"uri,image_id\n/a\n", "x.csv"),
+            ("x.csv", b"", "x.csv"),
+            ("x.csv", b"uri\n\xff\xfe\n", "x.csv"),
+            ("x.jsonl", b'{"uri": null}', "without a value"),
+            ("x.jsonl", b"nonsense", "not JSON"),
+            ("x.jsonl", b'["uri"]', "not a JSON object"),
+            ("x.jsonl", b'{"uri": "\\ud800"}', "x.jsonl"),
+            ("x.txt", b"/a\n\xff\n", "not UTF-8"),
+            ("x.txt.gz", b"no gzip", "x.txt.gz"),
+            ("x.csv.gz", gzip.compress(b"uri\n" + os.urandom(50_000).hex().encode())[:30_000], "x.csv.gz"),
+        ],
+    )
+    def test_damage(self, tmp_path, name, content, message):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            listed(opened(tmp_path / name))
+
+    @pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.txt"])
+    def test_http_is_refused(self, tmp_path, name):
+        url = "https://example.org/a.jpg"
+        contents = {"x.csv": f"uri\n{url}", "x.jsonl": json.dumps({"uri": url}), "x.txt": url}
+        (tmp_path / name).write_text(contents[name])
+        with pytest.raises(ConfigError, match="img2dataset"):
+            listed(opened(tmp_path / name))
+        with pytest.raises(ConfigError, match="img2dataset"):
+            opened(url)
+
+    def test_columns_that_are_not_there(self, tmp_path):
+        (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+        for keep, options in (
+            ([], {}),
+            ([], {"uri_column": "c"}),
+            ([], {"uri_column": "a", "id_column": "c"}),
+            (["c"], {"uri_column": "a"}),
+        ):
+            with pytest.raises(ConfigError, match="no column"):
+                listed(opened(tmp_path / "x.csv", keep, **options))
+
+    def test_on_s3(self, s3, tmp_path):
+        s3fs.S3FileSystem().pipe_file(f"{s3}/{tmp_path.name}/lists/x.txt", b"a/b.jpg\ns3://other/c.jpg")
+        uris = [row["uri"] for row in listed(opened(f"{s3}/{tmp_path.name}/lists/x.txt"))]
+        assert uris == [f"{s3}/{tmp_path.name}/lists/a/b.jpg", "s3://other/c.jpg"]
+
+
+class TestInventory:
+    KEYS = ("p/a b.jpg", "p/a+b%2F.jpg", "p/\u00e4,\u732b.jpg", 'p/"q".jpg')
+
+    def make(self, s3, tmp_path, data: list[bytes], names: list[str], form: str, schema: str) -> str:
+        fs = s3fs.S3FileSystem()
+        bucket = s3.removeprefix("s3://")
+        for name, content in zip(names, data, strict=True):
+            fs.pipe_file(f"{bucket}/{tmp_path.name}/data/{name}", content)
+        manifest = {
+            "sourceBucket": "photos",
+            "destinationBucket": f"arn:aws:s3:::{bucket}",
+            "version": "2016-11-30",
+            "fileFormat": form,
+            "fileSchema": schema,
+            "files": [{"key": f"{tmp_path.name}/data/{name}", "size": 1, "MD5checksum": ""} for name in names],
+        }
+        uri = f"{s3}/{tmp_path.name}/2026-01-01T00-00Z/manifest.json"
+        fs.pipe_file(uri, json.dumps(manifest).encode())
+        return uri
+
+    @pytest.mark.parametrize("versions", [False, True])
+    def test_csv(self, s3, tmp_path, versions):
+        from urllib.parse import quote_plus
+
+        text = io.StringIO()
+        writer = csv.writer(text, quoting=csv.QUOTE_ALL)
+        for i, key in enumerate(self.KEYS):
+            name = quote_plus(key, safe="/")
+            if versions:
+                writer.writerow(["photos", name, f"v{i}", "true", "false", 10 + i])
+                writer.writerow(["photos", name, "old", "false", "false", 1])
+                writer.writerow(["photos", f"gone-{i}", "v", "true", "true", ""])
+            else:
+                writer.writerow(["photos", name, 10 + i])
+        writer.writerow(["photos", "p/", "v", "true", "false", 0] if versions else ["photos", "p/", 0])
+        schema = "Bucket, Key, VersionId, IsLatest, IsDeleteMarker, Size" if versions else "Bucket, Key, Size"
+        data = gzip.compress(text.getvalue().encode())
+        uri = self.make(s3, tmp_path, [data], ["1.csv.gz"], "CSV", schema)
+        source = opened(uri)
+        assert source.kind == "inventory"
+        rows = listed(source)
+        assert (
+            [row["image_id"] for row in rows]
+            == [row["uri"] for row in rows]
+            == [f"s3://photos/{key}" for key in self.KEYS]
+        )
+        assert [row["size"] for row in rows] == [10, 11, 12, 13]
+        assert ids(uri, include=["p/a*"]) == [f"s3://photos/{key}" for key in self.KEYS[:2]]
+
+    def test_parquet_in_several_files(self, s3, tmp_path):
+        data = []
+        for key in self.KEYS:
+            columns = {
+                "bucket": ["photos"] * 3,
+                "key": [key, key, f"{key}-gone"],
+                "version_id": ["2", "1", "1"],
+                "is_latest": [True, False, True],
+                "is_delete_marker": [False, False, True],
+                "size": [10, 9, None],
+            }
+            sink = io.BytesIO()
+            pq.write_table(pa.table(columns), sink)
+            data.append(sink.getvalue())
+        names = [f"{i}.parquet" for i in range(len(data))]
+        uri = self.make(s3, tmp_path, data, names, "Parquet", "message s3.inventory { }")
+        assert ids(uri) == [f"s3://photos/{key}" for key in self.KEYS]
+
+    def test_what_is_not_one(self, s3, tmp_path):
+        with pytest.raises(ConfigError, match="ORC"):
+            opened(self.make(s3, tmp_path, [], [], "ORC", "struct<>"))
+        (tmp_path / "manifest.json").write_text("{}")
+        with pytest.raises(DataError, match="not the manifest.json"):
+            opened(tmp_path / "manifest.json")
+        source = opened(self.make(s3, tmp_path, [b"no gzip"], ["x.csv.gz"], "CSV", "Bucket, Key"))
+        with pytest.raises(DataError, match=r"x\.csv\.gz"):
+            listed(source)
+
+
+class TestTars:
+    def sidecar(self, tar: str, **columns) -> None:
+        write_table(Path(tar.removesuffix(".tar") + ".parquet"), columns)
+
+    def test_without_sidecars_a_tar_is_a_row(self, tmp_path):
+        tars = [write_tar(tmp_path / "in" / f"{i}.tar", ["a.jpg"]) for i in range(3)]
+        touch(tmp_path / "in", "0_stats.json")
+        source = opened(tmp_path / "in")
+        assert source.kind == "tar"
+        assert listed(source) == [{"image_id": tar, "container": tar} for tar in tars]
+        assert ids(tmp_path / "in" / "*.tar") == tars
+        assert ids(tars[1]) == tars[1:2]
+        for keep, options in ((["caption"], {}), ([], {"id_column": "n"})):
+            with pytest.raises(DataError, match="no Parquet sidecar"):
+                opened(tmp_path / "in", keep, **options)
+
+    def test_with_sidecars_its_members_are(self, tmp_path):
+        for t in range(2):
+            tar = write_tar(tmp_path / "in" / f"{t}.tar", ["000.json", "000.webp", "002.webp"])
+            self.sidecar(
+                tar,
+                key=["000", "001", "002"],
+                status=["success", "failed_to_download", "success"],
+                caption=["x", None, "z"],
+                n=[t * 10, t * 10 + 1, t * 10 + 2],
+            )
+        source = opened(tmp_path / "in", ["caption"])
+        assert (source.kind, source.source_type) == ("tar", pa.struct([("caption", pa.string())]))
+        rows = listed(source)
+        names = [f"{tmp_path}/in/{t}.tar#{key}.webp" for t in range(2) for key in ("000", "002")]
+        assert [row["image_id"] for row in rows] == [row["uri"] for row in rows] == names
+        assert [row["member"] for row in rows] == ["000.webp", "002.webp"] * 2
+        assert [row["source"]["caption"] for row in rows] == ["x", "z"] * 2
+        assert ids(tmp_path / "in", id_column="n") == ["0", "2", "10", "12"]
+        assert ids(tmp_path / "in", include=["*000*"]) == names[::2]
+        assert ids(tmp_path / "in", exclude=["1.tar"]) == names[:2]
+
+    def test_one_tar_and_a_glob_find_sidecars(self, tmp_path):
+        tar = write_tar(tmp_path / "in" / "train_0.tar", ["0.jpg"])
+        self.sidecar(tar, key=["0"])
+        assert ids(tmp_path / "in" / "*") == [f"{tar}#0.jpg"]
+
+    def test_sidecars_that_do_not_fit(self, tmp_path):
+        tar = write_tar(tmp_path / "in" / "0.tar", ["0.jpg"])
+        self.sidecar(tar, key=["0"], n=pa.array([None], pa.int64()))
+        with pytest.raises(DataError, match="without an image id"):
+            listed(opened(tmp_path / "in", id_column="n"))
+        with pytest.raises(ConfigError, match="no column 'm'"):
+            opened(tmp_path / "in", ["m"])
+        (tmp_path / "in" / "0.parquet").write_bytes(b"no parquet")
+        with pytest.raises(DataError, match=r"0\.parquet"):
+            opened(tmp_path / "in")
+
+    def test_excluded_by_their_own_names_only(self, tmp_path):
+        tars = [write_tar(tmp_path / "in" / f"{i}.tar", ["a.jpg"]) for i in range(3)]
+        assert ids(tmp_path / "in", exclude=["1.tar"]) == [tars[0], tars[2]]
+        assert ids(tmp_path / "in", include=["*#a.jpg"]) == tars, "its members are not known yet"
+
+    @pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.tar.zst"])
+    def test_compressed_ones_are_refused(self, tmp_path, name):
+        touch(tmp_path / "in", name)
+        for uri in (tmp_path / "in", tmp_path / "in" / name):
+            with pytest.raises(ConfigError, match="compressed tar"):
+                opened(uri)
+
+
+class TestKinds:
+    @pytest.mark.parametrize(
+        ("names", "kind"),
+        [
+            (["a.jpg"], "images"),
+            (["a.jpg", "b.parquet"], "images"),
+            (["a.jpg", "b.tar"], "images"),
+            (["a.jpg", "a.txt", "a.csv"], "images"),
+            (["a.txt"], "images"),
+            (["a.tar", "a.json", "a.parquet", "a.txt"], "tar"),
+            (["_x/a.jpg", "b/a.tar"], "tar"),
+        ],
+    )
+    def test_are_judged_from_names(self, tmp_path, names, kind):
+        touch(tmp_path / "in", *names)
+        for name in names:
+            if name.endswith(".parquet"):
+                write_table(tmp_path / "in" / name, {"key": ["0"]})
+        assert opened(tmp_path / "in").kind == kind
+
+    def test_may_be_forced(self, tmp_path):
+        touch(tmp_path / "in", "a.jpg", "b.txt")
+        (tmp_path / "in" / "b.txt").write_text("/x.jpg")
+        tar = write_tar(tmp_path / "in" / "c.tar", ["x.jpg"])
+        write_table(tmp_path / "in" / "d.parquet", {"uri": ["/y.jpg"]})
+        assert ids(tmp_path / "in", input_kind="manifest") == ["/x.jpg"]
+        assert ids(tmp_path / "in", input_kind="tar") == [tar]
+        assert ids(tmp_path / "in", input_kind="parquet") == ["/y.jpg"]
+        assert ids(tmp_path / "in" / "c.tar", input_kind="images") == [tar]
+        with pytest.raises(DataError, match="not the manifest"):
+            opened(tmp_path / "in" / "b.txt", input_kind="inventory")
+        touch(tmp_path / "photos", "a.jpg")
+        for kind in ("manifest", "tar", "parquet"):
+            with pytest.raises(ConfigError, match="no files ending in"):
+                opened(tmp_path / "photos", input_kind=kind)
+
+    def test_a_glob_of_images_is_refused(self, tmp_path):
+        touch(tmp_path / "in", "a.jpg")
+        with pytest.raises(ConfigError, match="include"):
+            opened(tmp_path / "in" / "*.jpg")
+        with pytest.raises(ConfigError, match="no images at"):
+            opened(tmp_path / "in" / "*.png")
+
+
+class TestSelection:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        touch(tmp_path / "in", "a.jpg", "b.png", "sub/a.jpg", "sub/c.JPG", "sub/[x].jpg", "new\nline.jpg")
+        return tmp_path / "in"
+
+    @pytest.mark.parametrize(
+        ("options", "names"),
+        [
+            ({"include": ["*.jpg"]}, ["a.jpg", "new\nline.jpg", "sub/[x].jpg", "sub/a.jpg"]),
+            ({"include": ["sub/*"]}, ["sub/[x].jpg", "sub/a.jpg", "sub/c.JPG"]),
+            ({"include": ["a.*", "b.*"]}, ["a.jpg", "b.png"]),
+            ({"exclude": ["*a.jpg", "*.JPG"]}, ["b.png", "new\nline.jpg", "sub/[x].jpg"]),
+            ({"include": ["sub/*"], "exclude": ["*/[[]x*"]}, ["sub/a.jpg", "sub/c.JPG"]),
+            ({"include": ["in/*"]}, []),
+        ],
+    )
+    def test_globs(self, folder, options, names):
+        assert sorted(ids(folder, **options)) == [f"{folder}/{name}" for name in names]
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.sets(st.text(min_size=1, max_size=8), max_size=40), st.integers(1, 9))
+    def test_shards_are_a_partition(self, names, parts):
+        rows = pa.table({"image_id": pa.array(sorted(names), pa.string())})
+        shards = [
+            Selection.of(SourceSettings(shard=f"{part}/{parts}"), "/in").filter(rows)["image_id"].to_pylist()
+            for part in range(1, parts + 1)
+        ]
+        assert sorted(name for shard in shards for name in shard) == sorted(names)
+
+    def test_shards_of_a_folder_and_of_tars(self, folder):
+        whole = ids(folder)
+        assert sorted(name for i in (1, 2, 3) for name in ids(folder, shard=f"{i}/3")) == sorted(whole)
+        with tempfile.TemporaryDirectory() as other:
+            tars = [write_tar(Path(other, f"{i}.tar"), ["0.jpg", "1.jpg"]) for i in range(8)]
+            without = [ids(other, shard=f"{i}/3") for i in (1, 2, 3)]
+            assert sorted(sum(without, [])) == tars
+            for tar in tars:
+                write_table(Path(tar.removesuffix(".tar") + ".parquet"), {"key": ["0", "1"]})
+            members = [{name.split("#")[0] for name in ids(other, shard=f"{i}/3")} for i in (1, 2, 3)]
+            assert [sorted(part) for part in members] == without, "a tar is never shared out"
