@@ -18,9 +18,9 @@ from pathlib import Path
 
 from tests.oracle import check_exactly_once, read_parts
 
-NUM_PHOTOS = 160
-PART_ROWS = 8
-SETTINGS = ["--batch-size", "8", "--beam-size", "20", "--max-length", "120", "--num-actors", "1"]
+NUM_PHOTOS = 120
+PART_ROWS = 4
+SETTINGS = ["--batch-size", "4", "--beam-size", "60", "--max-length", "250", "--num-actors", "1"]
 KINDS = ("driver", "terminate", "actor", "worker", "node", "store")
 
 

@@ -400,6 +400,8 @@ class _Run:
                 break
             given_up = {uri for uri, count in self.tar_attempts.items() if count >= ATTEMPTS_PER_RUN}
             work = self.plan.remaining(self.block_rows, self._room_left(), frozenset(given_up))
+            if not work.num_units:
+                break
             self._caption(work, "once more:")
         self.writer.before_publish()
         remove_duplicates(self.output)
