@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 _START_SECONDS = 600.0
+_NO_START = "a child process for careful work cannot be started"
 
 
 class Crashed(Exception):
@@ -85,18 +86,22 @@ class Isolated:
         ours, theirs = Pipe()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         command = [sys.executable, "-c", "from capray.captioning.isolation import serve; serve()", str(theirs.fileno())]
-        self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
-        theirs.close()
+        try:
+            self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+        except OSError as error:
+            ours.close()
+            raise RuntimeError(f"{_NO_START}: {error}") from error
+        finally:
+            theirs.close()
         self._pipe = ours
         try:
             ours.send_bytes(self._spec)
-            ready = ours.poll(_START_SECONDS) and ours.recv()
+            ready = ours.recv() if ours.poll(_START_SECONDS) else f"took over {_START_SECONDS:g} seconds"
         except (EOFError, OSError):
-            ready = False
+            ready = self._death()
         if ready is not True:
-            reason = self._death() if not ready else f"{type(ready).__name__}: {ready}"
             self.close()
-            raise RuntimeError(f"a child process for careful work cannot be started: {reason}")
+            raise RuntimeError(f"{_NO_START}: {ready}")
 
     def _death(self) -> str:
         assert self._child is not None
