@@ -57,11 +57,12 @@ class Isolated:
             if not self._pipe.poll(self.seconds):
                 raise Crashed(f"took over {self.seconds:g} seconds")
             ok, result = self._pipe.recv()
-        except (EOFError, OSError):
-            raise Crashed(self._death()) from None
-        finally:
-            if self._child is not None and sys.exc_info()[0] is not None:
-                self.close()
+        except BaseException as error:
+            death = self._death() if isinstance(error, (EOFError, OSError)) else None
+            self.close()
+            if death is not None:
+                raise Crashed(death) from None
+            raise
         if ok:
             return result
         if isinstance(result, MemoryError):
