@@ -196,7 +196,6 @@ def test_a_tar_that_cannot_be_read_is_a_fault_and_all_else_is_done(tmp_path, pho
     with pytest.raises(CaprayError, match=r"1 files of the input cannot be read: .*b\.tar"):
         run(tmp_path / "shards", tmp_path / "out", model)
     assert len(read_parts(str(tmp_path / "out"), "captions")) == 1
-    assert run(tmp_path / "shards", tmp_path / "out", model, exclude=("b.tar",)).status == "complete"
 
 
 def test_a_manifest_with_kept_columns_and_attention(tmp_path, photos, model):
@@ -233,7 +232,6 @@ def test_too_many_bad_images_stop_the_job(tmp_path, model):
     with pytest.raises(CaprayError, match=r"images failed, above max_bad_images 0\.4: not an image"):
         run(folder, tmp_path / "out", model, batch_size=16, max_bad_images=0.4)
     assert read_parts(str(tmp_path / "out"), "failures"), "what was done is kept"
-    assert run(folder, tmp_path / "out", model, batch_size=16).current_failures == {"not_an_image": 150}
 
 
 class TestRefusals:
