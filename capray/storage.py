@@ -18,6 +18,27 @@ from fsspec.implementations.local import LocalFileSystem
 
 from capray.errors import CaprayError, DataError, StorageError
 
+S3_OPTIONS = {
+    "use_listings_cache": False,
+    "default_fill_cache": False,
+    "config_kwargs": {
+        "connect_timeout": 5,
+        "read_timeout": 10,
+        "max_pool_connections": 256,
+        "retries": {"mode": "legacy", "total_max_attempts": 5},
+    },
+}
+"""How S3 is spoken to. A request is tried five times, with waits of at most 1, 2, 4 and 8 seconds; in botocore's other
+modes a hundred failures at once use up what all readers may retry."""
+
+_S3_SCHEMES = ("s3", "s3a")
+
+_S3FS_ATTEMPTS = 2
+"""s3fs repeats what botocore has repeated, for answers that break off; five times, or 25 when reading, if left alone."""
+
+_MAX_PUT_BYTES = 5 * 10**9
+"""S3 takes no more in one PUT."""
+
 
 @dataclass(frozen=True)
 class Location:
@@ -57,12 +78,17 @@ def locate(uri: str) -> Location:
         return Location(path, fsspec.filesystem("file"), path)
     scheme = uri.split("://", 1)[0]
     try:
-        options = {"use_listings_cache": False, "default_fill_cache": False} if scheme == "s3" else {}
-        fs = fsspec.filesystem(scheme, **options)
+        fs = fsspec.filesystem(scheme, **(S3_OPTIONS if scheme in _S3_SCHEMES else {}))
     except (ImportError, ValueError) as error:
         raise StorageError(f"no filesystem for {uri!r}: {error}") from error
-    path = uri.split("://", 1)[1] if scheme in ("s3", "s3a") else fs._strip_protocol(uri)
-    return Location(uri, fs, path)
+    if scheme not in _S3_SCHEMES:
+        return Location(uri, fs, fs._strip_protocol(uri))
+    fs.retries = _S3FS_ATTEMPTS
+    return Location(uri, fs, uri.split("://", 1)[1])
+
+
+def is_s3(location: Location) -> bool:
+    return location.uri.split("://", 1)[0] in _S3_SCHEMES
 
 
 @contextmanager
@@ -162,7 +188,9 @@ def is_file(location: Location) -> bool:
 
 def read_bytes(location: Location) -> bytes:
     with storage_errors(f"reading {location.uri}"):
-        return location.fs.cat_file(location.path)
+        # In one request, unlike s3fs's parallel ranges: an object that is replaced meanwhile must not come in two halves.
+        options = {"max_concurrency": 1} if is_s3(location) else {}
+        return location.fs.cat_file(location.path, **options)
 
 
 def write_atomic(location: Location, data: bytes, scratch: Location | None = None) -> None:
@@ -173,7 +201,8 @@ def write_atomic(location: Location, data: bytes, scratch: Location | None = Non
     """
     with storage_errors(f"writing {location.uri}"):
         if not location.is_local:
-            location.fs.pipe_file(location.path, data)
+            options = {"chunksize": _MAX_PUT_BYTES // 2} if is_s3(location) else {}
+            location.fs.pipe_file(location.path, data, **options)
             return
         folder = os.path.dirname(location.path)
         scratch_folder = scratch.path if scratch else folder
