@@ -13,61 +13,12 @@ import s3fs
 
 from capray.captioning.fetching import Fetcher, fetch_unit
 from capray.captioning.plan import UNITS_PER_FILE, Work
-from capray.captioning.reading import read_image
 from capray.captioning.rows import BLOCK, FETCHED, MEMBERS, PLAN, unpack
 from capray.captioning.sources.base import Selection
 from capray.config import ImageLimits, Preprocessing
-from capray.images import ImageError
 from capray.storage import locate, write_atomic
 from capray.tables import encode_parquet
 from tests.conftest import image_bytes, write_photos
-
-
-def kind_of(uri, max_bytes=1000):
-    with pytest.raises(ImageError) as caught:
-        read_image(uri, max_bytes)
-    return caught.value.kind
-
-
-def test_what_is_not_there_is_missing(tmp_path, s3):
-    assert kind_of(str(tmp_path / "nothing.jpg")) == "missing"
-    assert kind_of(str(tmp_path)) == "missing"
-    assert kind_of(f"{s3}/nothing.jpg") == "missing"
-    assert kind_of("s3://capray-no-such-bucket/x.jpg") == "missing"
-
-
-def test_what_may_not_be_read_is_denied(s3, monkeypatch):
-    s3fs.S3FileSystem().pipe_file(f"{s3}/secret.jpg", image_bytes())
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        assert kind_of(f"{s3}/secret.jpg") == "denied"
-    finally:
-        s3fs.S3FileSystem.clear_instance_cache()
-
-
-def test_a_store_that_does_not_answer_is_unreadable(s3, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        assert kind_of(f"{s3}/photo.jpg") == "unreadable_storage"
-    finally:
-        s3fs.S3FileSystem.clear_instance_cache()
-
-
-def test_no_more_is_read_than_the_limit_shows(tmp_path, s3):
-    path = tmp_path / "large.jpg"
-    path.write_bytes(b"x" * 5000)
-    assert len(read_image(str(path), 1000)) == 1001
-    s3fs.S3FileSystem().pipe_file(f"{s3}/large.jpg", b"x" * 5000)
-    assert len(read_image(f"{s3}/large.jpg", 1000)) == 1001
-
-
-def test_empty_objects_are_read(tmp_path, s3):
-    (tmp_path / "empty.jpg").touch()
-    s3fs.S3FileSystem().pipe_file(f"{s3}/empty.jpg", b"")
-    assert read_image(str(tmp_path / "empty.jpg"), 10) == read_image(f"{s3}/empty.jpg", 10) == b""
 
 
 @pytest.fixture
