@@ -19,6 +19,7 @@ from pydantic import ValidationError
 import capray
 from capray.config import (
     CaptionConfig,
+    CompactConfig,
     DemoConfig,
     EvaluateConfig,
     FlickrConfig,
@@ -26,6 +27,7 @@ from capray.config import (
     Settings,
     ShapesConfig,
     TrainConfig,
+    VerifyConfig,
     explain,
     read_yaml,
 )
@@ -142,6 +144,31 @@ def query(config: Annotated[QueryConfig, Flat]) -> None:
 
 
 @app.command
+def compact(config: Annotated[CompactConfig, Flat]) -> None:
+    """Copy a captioning output into a new one, sorted by image id, in large parts, and prove the copy."""
+    from capray.compaction import compact as run
+
+    print(run(config).text())
+
+
+@app.command
+def verify(config: Annotated[VerifyConfig, Flat], *also: str, json: bool = False) -> None:
+    """Prove the promise of a captioning job over its output, or over several that share the work.
+
+    Parameters
+    ----------
+    json
+        Print JSON.
+    """
+    from capray.verification import verify as run
+
+    verification = run(config.model_copy(update={"also": (*config.also, *also)}))
+    print(verification.json() if json else verification.text())
+    if verification.problems:
+        raise CaprayError(f"{len(verification.problems)} problems")
+
+
+@app.command
 def demo(config: Annotated[DemoConfig, Flat] = _DEMO) -> None:
     """Draw a data set, train, caption images never seen, evaluate and query: the whole way in minutes."""
     from capray.demo import demo as run
@@ -156,6 +183,8 @@ CONFIGS: dict[tuple[str, ...], type[Settings]] = {
     ("caption",): CaptionConfig,
     ("evaluate",): EvaluateConfig,
     ("query",): QueryConfig,
+    ("compact",): CompactConfig,
+    ("verify",): VerifyConfig,
     ("demo",): DemoConfig,
 }
 

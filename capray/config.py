@@ -383,6 +383,38 @@ class CaptionConfig(ImageLimits, SourceSettings, Decoding):
         return (self.input, *self.also)
 
 
+class VerifyConfig(SourceSettings):
+    """Prove the promise of a captioning job over one output, or over several that share the work."""
+
+    positional: ClassVar[tuple[str, ...]] = ("output",)
+
+    output: str
+    """Folder or URI a captioning job wrote."""
+    also: tuple[str, ...] = ()
+    """Further outputs, the other parts of the same work."""
+    against: tuple[str, ...] = ()
+    """Inputs, every image of which must be accounted for."""
+    check_bytes: Annotated[int, Field(ge=0)] = 0
+    """Read so many images again, drawn at random, and compare their SHA-256."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (self.output, *self.also)
+
+
+class CompactConfig(Settings):
+    """Copy a captioning output into a new one, sorted by image id, in large parts."""
+
+    positional: ClassVar[tuple[str, ...]] = ("output", "new")
+
+    output: str
+    """Folder or URI a captioning job wrote; it stays as it is."""
+    new: str
+    """Folder or URI for the copy."""
+    part_rows: Annotated[int, Field(ge=1)] = 500_000
+    """Rows of a part of the copy."""
+
+
 class EvaluateConfig(Settings):
     """Score the captions of an output against the references of a Samples table."""
 

@@ -1,0 +1,593 @@
+"""Proof that captioning outputs hold what a captioning job promises, from their files alone.
+
+Everything is read: every column of every part, and with ``against`` every id of the source. What is wrong is collected, not
+raised at the first. Parquet parts carry no checksums: bytes that changed and still decode to well-formed values are not
+noticed. Knows nothing of models; ids and parts are held by DuckDB, out of core.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capray.captioning.reading import read_image
+from capray.captioning.sources import Source, open_sources
+from capray.captioning.sources.tars import images_of, members_of, opened
+from capray.config import ImageLimits, SourceSettings
+from capray.errors import CaprayError, ConfigError
+from capray.images import ImageError
+from capray.output import Output, duckdb_path, first_row, open_duckdb, require_output
+from capray.progress import ProgressDisplay, duration
+from capray.storage import Location, exists, list_names, locate, read_bytes
+from capray.tables import CAPTIONS, FAILURES, FINAL_FAILURES, TRANSIENT_FAILURES
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from capray.config import VerifyConfig
+
+NUM_EXAMPLES = 10
+_NUM_READERS = 4
+_NUM_LISTERS = 16
+_CHUNK_ROWS = 200_000
+_BATCH_ROWS = 65_536
+_BEHIND_TAR = re.compile(r"(?<=\.tar)#", re.IGNORECASE)
+_OPTIONAL = ("source", "tokens", "attention")
+_BOUND_BY = ("model_id", "precision", "schema_version", "attention", "kept_columns")
+"""What job.json says besides the decoding settings that must be the same for all outputs of one work."""
+_QUERIED = {
+    "captions": ("image_id", "uri", "sha256", "model_id"),
+    "failures": ("image_id", "error_type"),
+}
+
+_COUNTS = """
+SELECT count(*) FILTER (captions > 1) AS doubled,
+       count(*) FILTER (captions = 0 AND failures > 0) AS failed,
+       count(*) FILTER (wanted > 0 AND captions = 0 AND failures = 0) AS missing,
+       count(*) FILTER (wanted > 0) AS wanted,
+       count(*) FILTER (wanted = 0) AS unwanted,
+       coalesce(sum(wanted - 1) FILTER (wanted > 1), 0)::BIGINT AS repeated
+FROM ids
+"""
+_IDS = """
+SELECT image_id, count(*) FILTER (kind = 0) AS captions, count(*) FILTER (kind = 1) AS failures,
+       count(*) FILTER (kind = 2) AS wanted
+FROM (SELECT image_id, 0::UTINYINT AS kind FROM captions
+      UNION ALL SELECT image_id, 1::UTINYINT FROM failures
+      UNION ALL SELECT image_id, 2::UTINYINT FROM wanted)
+GROUP BY image_id
+"""
+
+
+@dataclass
+class Verification:
+    """What was checked and what was found. ``problems`` break the promise; ``notes`` do not."""
+
+    outputs: list[str]
+    checked: list[str] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def text(self) -> str:
+        verdict = f"{len(self.problems):,} problems" if self.problems else "no problems"
+        return "\n".join(
+            [
+                *(f"checked: {line}" for line in self.checked),
+                *(f"  not checked: {line}" for line in self.not_checked),
+                *(f"  note: {line}" for line in self.notes),
+                *(f"problem: {line}" for line in self.problems),
+                f"{verdict} in {', '.join(self.outputs)}; {duration(self.seconds)}, peak memory "
+                f"{self.peak_memory_bytes / 2**30:.2f} GiB",
+            ]
+        )
+
+    def json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+
+def verify(config: VerifyConfig) -> Verification:
+    """Check ``config.outputs``, together the captions of one work.
+
+    Raises:
+        ConfigError: no output, one named twice, or a source that cannot be opened.
+        StorageError: a store that cannot be reached.
+    """
+    return _Verifier(config).verify()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part as it was found."""
+
+    table: str
+    output: int
+    file: Location
+    rows: int = 0
+    schema: pa.Schema | None = None
+    problems: tuple[str, ...] = ()
+
+
+class _Verifier:
+    def __init__(self, config: VerifyConfig):
+        self.config = config
+        self.result = Verification([locate(uri).uri for uri in config.outputs])
+        self.outputs: list[Output] = []
+        self.jobs: list[dict[str, Any]] = []
+        self.sources: list[Source] = []
+
+    def verify(self) -> Verification:
+        started = time.monotonic()
+        result = self.result
+        self._open()
+        self._check_jobs()
+        with ProgressDisplay("reading parts") as display, tempfile.TemporaryDirectory() as temporary:
+            parts = self._read_parts(display)
+            self._check_schemas(parts)
+            wanted: list[str] = []
+            if self.sources:
+                wanted = self._list_sources(os.path.join(temporary, "wanted"), display)
+            display.update(0, "", "comparing ids", None)
+            with open_duckdb(os.path.join(temporary, "spill"), *(output.root for output in self.outputs)) as connection:
+                self._create_views(connection, parts, wanted)
+                self._check_models(connection)
+                self._check_failures(connection)
+                self._check_ids(connection)
+                drawn = self._draw(connection)
+            if self.config.check_bytes:
+                self._check_bytes(drawn, display)
+        if not self.sources:
+            result.not_checked.append("that every image of the source is accounted for (--against)")
+        if not self.config.check_bytes:
+            result.not_checked.append("the bytes of the images (--check-bytes)")
+        result.seconds = time.monotonic() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        result.peak_memory_bytes = peak if sys.platform == "darwin" else peak * 1024
+        return result
+
+    def _problem(self, text: str, count: int = 0, examples: Iterable[str] = ()) -> None:
+        """Add a problem with its ``examples``, of ``count``."""
+        shown = list(examples)[:NUM_EXAMPLES]
+        self.result.problems.append(
+            f"{text}: {', '.join(shown)}{' …' if count > len(shown) else ''}" if shown else text
+        )
+
+    def _open(self) -> None:
+        seen: dict[str, str] = {}
+        for uri in self.config.outputs:
+            place = locate(uri)
+            where = os.path.realpath(place.path) if place.is_local else place.uri.rstrip("/")
+            if where in seen:
+                raise ConfigError(f"{uri!r} and {seen[where]!r} are the same output: name it once")
+            seen[where] = uri
+            try:
+                output = require_output(uri)
+                job = output.read_job() or {}
+            except (ValueError, KeyError, TypeError) as error:
+                output, job = Output(uri), {}
+                self._problem(f"{output.job.uri} cannot be read: {error!r}")
+            self.outputs.append(output)
+            self.jobs.append(job)
+        if self.config.against:
+            self.sources = open_sources(self.config.against, self.config.subset(SourceSettings))
+
+    def _check_jobs(self) -> None:
+        """One model and one set of settings; no run under way."""
+        known = [(output, job) for output, job in zip(self.outputs, self.jobs, strict=True) if job]
+        for output, job in known[1:]:
+            first, other = known[0][1], job
+            pairs = {name: (first.get(name), other.get(name)) for name in _BOUND_BY}
+            decoding, others = first.get("decoding") or {}, other.get("decoding") or {}
+            pairs |= {name: (decoding.get(name), others.get(name)) for name in sorted({*decoding, *others})}
+            for name, (one, two) in pairs.items():
+                if one != two and (one or two):
+                    self._problem(f"{name} of {output.root.uri} is {two!r}, of {known[0][0].root.uri} {one!r}")
+        self.result.checked.append(f"{len(self.outputs):,} outputs: one model, one set of settings")
+        shards = {job["shard"] for _, job in known if job.get("shard")}
+        totals = {shard.split("/")[1] for shard in shards}
+        if len(totals) == 1:
+            absent = sorted({f"{i + 1}/{total}" for total in totals for i in range(int(total))} - shards)
+            if absent:
+                self.result.notes.append(f"shards not among the outputs: {', '.join(absent)}")
+        elif totals:
+            self.result.notes.append(f"the outputs are shards of different divisions: {', '.join(sorted(shards))}")
+        for output in self.outputs:
+            if exists(output.private.join("lease.json")):
+                self.result.notes.append(f"{output.root.uri} has a lease: a run is writing it, or was killed")
+            names = list_names(output.runs, ".json")
+            if names:
+                status = _status(output.runs.join(names[-1]))
+                if status != "complete":
+                    self.result.notes.append(f"the last run on {output.root.uri} is {status}, not complete")
+
+    def _read_parts(self, display: ProgressDisplay) -> list[_Part]:
+        tasks = [
+            (table, number, file)
+            for number, output in enumerate(self.outputs)
+            for table, folder in (("captions", output.captions), ("failures", output.failures))
+            for file in output.parts(folder)
+        ]
+        parts: list[_Part] = []
+        rows = 0
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            for part in pool.map(lambda task: _read_part(*task), tasks):
+                parts.append(part)
+                for problem in part.problems:
+                    self._problem(problem)
+                rows += part.rows
+                display.update(len(parts), f"{rows:,} rows", total=len(tasks))
+        for number, output in enumerate(self.outputs):
+            for table in ("captions", "failures"):
+                mine = [part for part in parts if (part.table, part.output) == (table, number)]
+                name = "captions" if table == "captions" else "rows of the failure log"
+                self.result.checked.append(
+                    f"{output.root.uri}: {sum(part.rows for part in mine):,} {name} in {len(mine):,} parts, every value read"
+                )
+        self.result.counts |= {
+            "caption_rows": sum(part.rows for part in parts if part.table == "captions"),
+            "failure_rows": sum(part.rows for part in parts if part.table == "failures"),
+            "parts": len(parts),
+        }
+        return parts
+
+    def _check_schemas(self, parts: list[_Part]) -> None:
+        """One schema per table, that of this version; kept columns as job.json has them."""
+        for table, base in (("captions", CAPTIONS), ("failures", FAILURES)):
+            found = [(part, part.schema) for part in parts if part.table == table and part.schema is not None]
+            if not found:
+                continue
+            texts = [schema.to_string(show_schema_metadata=True) for _, schema in found]
+            usual = Counter(texts).most_common(1)[0][0]
+            reference = found[texts.index(usual)]
+            for (part, schema), text in zip(found, texts, strict=True):
+                if text != usual:
+                    self._problem(
+                        f"{part.file.uri} has another schema than {reference[0].file.uri}: "
+                        f"{_difference(schema, reference[1])}"
+                    )
+            allowed = _OPTIONAL if table == "captions" else ()
+            fields = [column for column in reference[1] if column.name not in allowed]
+            plain = pa.schema(fields, reference[1].metadata)
+            if not plain.equals(base, check_metadata=True):
+                self._problem(f"{table} have not the schema of {table} ({_difference(plain, base)})")
+            if table == "captions":
+                self._check_kept(reference[0], reference[1])
+        self.result.checked.append("one schema and schema version per table")
+
+    def _check_kept(self, part: _Part, schema: pa.Schema) -> None:
+        job = self.jobs[part.output]
+        if not job:
+            return
+        source = schema.field("source").type if "source" in schema.names else pa.struct([])
+        kept = {source.field(i).name: str(source.field(i).type) for i in range(source.num_fields)}
+        if kept != (job.get("kept_columns") or {}):
+            self._problem(f"{part.file.uri} carries {kept or 'nothing'}, job.json says {job.get('kept_columns')}")
+        for name in ("tokens", "attention"):
+            if (name in schema.names) != bool(job.get("attention")):
+                self._problem(
+                    f"{part.file.uri}: column {name!r} is not as job.json says (attention {job['attention']})"
+                )
+
+    def _list_sources(self, folder: str, display: ProgressDisplay) -> list[str]:
+        """The wanted ids, in Parquet files in ``folder``."""
+        wanted = _Chunks(folder)
+        known = {(i, unit) for i, source in enumerate(self.sources) for unit in source.units()}
+        num_done = 0
+        with ThreadPoolExecutor(_NUM_LISTERS) as pool:
+
+            def start(i: int, unit: str) -> Future:
+                return pool.submit(_list_unit, self.sources[i], unit, wanted)
+
+            running = {start(i, unit): (i, unit) for i, unit in sorted(known)}
+            while running:
+                done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                for future in done:
+                    i, unit = running.pop(future)
+                    num_done += 1
+                    found, faults = future.result()
+                    for fault in faults:
+                        self._problem(f"{unit} of {self.sources[i].place.uri} cannot be listed: {fault}")
+                    for name in found:
+                        if (i, name) not in known:
+                            known.add((i, name))
+                            running[start(i, name)] = i, name
+                display.update(num_done, f"{wanted.num_rows:,} ids", "listing the source", len(known))
+        files = wanted.close()
+        listed = ", ".join(source.place.uri for source in self.sources)
+        self.result.checked.append(f"{listed}: {wanted.num_rows:,} rows wanted, each captioned or failed")
+        return files
+
+    def _create_views(self, connection: duckdb.DuckDBPyConnection, parts: list[_Part], wanted: list[str]) -> None:
+        for table, base in (("captions", CAPTIONS), ("failures", FAILURES)):
+            names = _QUERIED[table]
+            types = {name: base.field(name).type for name in names}
+            empty = pa.table({**{name: pa.array([], kind) for name, kind in types.items()}})
+            connection.register(f"no_{table}", empty)
+            selects = [f"SELECT 0::USMALLINT AS output, '' AS file, {', '.join(names)} FROM no_{table}"]
+            for number in range(len(self.outputs)):
+                files = []
+                for part in parts:
+                    if (part.table, part.output) != (table, number) or part.schema is None:
+                        continue
+                    if all(name in part.schema.names and part.schema.field(name).type == types[name] for name in names):
+                        files.append(part.file)
+                    else:
+                        self.result.notes.append(f"{part.file.uri}: its ids are left out of what follows")
+                if files:
+                    selects.append(
+                        f"SELECT {number}::USMALLINT, filename, {', '.join(names)} FROM read_parquet([{_listed(files)}], "
+                        "filename = true, union_by_name = true, hive_partitioning = false)"
+                    )
+            connection.execute(f"CREATE VIEW {table} AS {' UNION ALL '.join(selects)}")
+        if wanted:
+            connection.execute(f"CREATE VIEW wanted AS SELECT * FROM read_parquet([{', '.join(map(_quoted, wanted))}])")
+        else:
+            connection.execute("CREATE VIEW wanted AS SELECT image_id FROM no_captions")
+
+    def _check_models(self, connection: duckdb.DuckDBPyConnection) -> None:
+        rows = connection.execute(
+            "SELECT output, model_id, count(*), list(DISTINCT file ORDER BY file) FROM captions GROUP BY ALL ORDER BY ALL"
+        ).fetchall()
+        for number, model_id, count, files in rows:
+            job = self.jobs[number]
+            if job and model_id != job["model_id"]:
+                self._problem(
+                    f"{count:,} captions of {self.outputs[number].root.uri} are by model {model_id!r}, job.json names "
+                    f"{job['model_id']!r}",
+                    len(files),
+                    files[:NUM_EXAMPLES],
+                )
+        self.result.checked.append("every caption is by the model of job.json")
+
+    def _check_failures(self, connection: duckdb.DuckDBPyConnection) -> None:
+        known = ", ".join(map(_quoted, (*FINAL_FAILURES, *TRANSIENT_FAILURES)))
+        rows = connection.execute(
+            f"SELECT error_type, count(*), any_value(file) FROM failures WHERE error_type NOT IN ({known}) GROUP BY ALL"
+        ).fetchall()
+        for kind, count, file in rows:
+            self._problem(f"{count:,} failures are of kind {kind!r}, which is none", 1, [file])
+        if len(self.outputs) > 1:
+            crossed = """
+                SELECT count(DISTINCT f.image_id) FROM failures f JOIN captions c USING (image_id)
+                WHERE f.output <> c.output
+                  AND NOT EXISTS (SELECT 1 FROM captions o WHERE o.image_id = f.image_id AND o.output = f.output)
+            """
+            (count,) = first_row(connection, crossed)
+            if count:
+                self.result.notes.append(f"{count:,} ids failed in one output and are captioned in another")
+
+    def _check_ids(self, connection: duckdb.DuckDBPyConnection) -> None:
+        connection.execute(f"CREATE VIEW ids AS {_IDS}")
+        doubled, failed, missing, wanted, unwanted, repeated = first_row(connection, _COUNTS)
+        self.result.counts |= {"ids_captioned_twice": doubled, "ids_failed": failed}
+        if doubled:
+            rows = connection.execute(f"""
+                SELECT image_id, list(DISTINCT file ORDER BY file) FROM captions GROUP BY image_id HAVING count(*) > 1
+                ORDER BY image_id LIMIT {NUM_EXAMPLES}
+            """).fetchall()
+            examples = [f"{image_id} ({' and '.join(files)})" for image_id, files in rows]
+            self._problem(f"{doubled:,} ids have more than one caption", doubled, examples)
+        self.result.checked.append("no id has two captions")
+        if not self.sources:
+            return
+        self.result.counts |= {
+            "ids_wanted": wanted,
+            "ids_missing": missing,
+            "ids_not_in_source": unwanted,
+            "rows_repeated_in_source": repeated,
+        }
+        if missing:
+            rows = connection.execute(
+                "SELECT image_id FROM ids WHERE wanted > 0 AND captions = 0 AND failures = 0 "
+                f"ORDER BY image_id LIMIT {NUM_EXAMPLES}"
+            ).fetchall()
+            self._problem(
+                f"{missing:,} ids of the source have neither a caption nor a failure",
+                missing,
+                [name for (name,) in rows],
+            )
+        if unwanted:
+            self.result.notes.append(f"{unwanted:,} ids of the outputs are not in the source")
+        if repeated:
+            self.result.notes.append(f"{repeated:,} rows of the source repeat an image id")
+
+    def _draw(self, connection: duckdb.DuckDBPyConnection) -> list[tuple[str, str, bytes]]:
+        """Captions to check the bytes of: image id, URI, SHA-256."""
+        if not self.config.check_bytes:
+            return []
+        with_uri = "SELECT image_id, uri, sha256 FROM captions WHERE uri IS NOT NULL"
+        sample = f"USING SAMPLE reservoir({self.config.check_bytes} ROWS)"
+        return connection.execute(f"SELECT * FROM ({with_uri}) {sample}").fetchall()
+
+    def _check_bytes(self, drawn: list[tuple[str, str, bytes]], display: ProgressDisplay) -> None:
+        """Read the images again, those of a tar together."""
+        limit = ImageLimits().max_image_bytes
+        by_place: dict[str, list[tuple[str, str, bytes]]] = {}
+        for row in drawn:
+            by_place.setdefault(_BEHIND_TAR.split(row[1], maxsplit=1)[0], []).append(row)
+        num_same = num_done = 0
+        with ThreadPoolExecutor(_NUM_LISTERS) as pool:
+            for place, digests in pool.map(lambda item: _digests(*item, limit), by_place.items()):
+                for image_id, uri, expected in by_place[place]:
+                    num_done += 1
+                    digest = digests.get(uri, "it is not there")
+                    if digest is None:
+                        self.result.notes.append(f"{uri} is larger than {limit:,} bytes and was not read again")
+                    elif isinstance(digest, str):
+                        self._problem(f"the image of {image_id} cannot be read again: {digest}")
+                    elif digest != expected:
+                        self._problem(f"the bytes of {image_id} at {uri} are not those that were captioned (SHA-256)")
+                    else:
+                        num_same += 1
+                display.update(num_done, f"{num_same:,} same", "reading images", len(drawn))
+        self.result.counts |= {"images_read_again": len(drawn), "images_same": num_same}
+        self.result.checked.append(
+            f"{len(drawn):,} images drawn at random and read again, {num_same:,} have the same bytes"
+        )
+
+
+class _Chunks:
+    """Image ids from many threads, in Parquet files in ``folder``."""
+
+    def __init__(self, folder: str):
+        os.makedirs(folder)
+        self._folder, self._lock = folder, threading.Lock()
+        self._held: list[pa.Array] = []
+        self._num_held = self.num_rows = 0
+        self._files: list[str] = []
+
+    def add(self, ids: pa.Array) -> None:
+        with self._lock:
+            self._held.append(ids)
+            self._num_held += len(ids)
+            self.num_rows += len(ids)
+            if self._num_held >= _CHUNK_ROWS:
+                self._write()
+
+    def close(self) -> list[str]:
+        if self._num_held:
+            self._write()
+        return self._files
+
+    def _write(self) -> None:
+        path = os.path.join(self._folder, f"{len(self._files):06d}.parquet")
+        pq.write_table(pa.table({"image_id": pa.concat_arrays(self._held)}), path)
+        self._files.append(path)
+        self._held, self._num_held = [], 0
+
+
+def _list_unit(source: Source, unit: str, wanted: _Chunks) -> tuple[list[str], list[str]]:
+    """Add the wanted ids of a unit; further units that turned up, and what cannot be read of it."""
+    found: list[str] = []
+    faults: list[str] = []
+    try:
+        for page in source.pages(unit):
+            found += page.found
+            rows = source.selection.filter(page.rows)
+            tars = _unread_tars(rows)
+            if not any(tars):
+                wanted.add(rows["image_id"].combine_chunks())
+                continue
+            wanted.add(rows.filter(pa.array([tar is None for tar in tars]))["image_id"].combine_chunks())
+            for tar in filter(None, tars):
+                try:
+                    ids = [image_id for image_id in members_of(tar) if source.selection.has(image_id)]
+                except CaprayError as error:
+                    faults.append(str(error))
+                else:
+                    wanted.add(pa.array(ids, pa.string()))
+    except CaprayError as error:
+        faults.append(str(error))
+    return found, faults
+
+
+def _unread_tars(rows: pa.Table) -> list[str | None]:
+    """For each row the tar it stands for, whose members the source does not list."""
+    if "container" not in rows.column_names:
+        return [None] * rows.num_rows
+    known = [rows[name].is_valid().to_pylist() for name in ("row", "member") if name in rows.column_names]
+    is_known = [any(values) for values in zip(*known, strict=True)] if known else [False] * rows.num_rows
+    return [None if told else tar for tar, told in zip(rows["container"].to_pylist(), is_known, strict=True)]
+
+
+def _read_part(table: str, output: int, file: Location) -> _Part:
+    """Decode all of a part."""
+    required = [column.name for column in (CAPTIONS if table == "captions" else FAILURES) if not column.nullable]
+    nulls: Counter[str] = Counter()
+    rows = 0
+    try:
+        data = file.path if file.is_local else pa.BufferReader(read_bytes(file))
+        with pq.ParquetFile(data) as part:
+            for batch in part.iter_batches(_BATCH_ROWS, use_threads=False):
+                batch.validate(full=True)
+                rows += batch.num_rows
+                for name in required:
+                    if name in batch.schema.names:
+                        nulls[name] += batch[name].null_count
+            if rows != part.metadata.num_rows:
+                return _Part(
+                    table, output, file, problems=(f"{file.uri} has {rows:,} rows, its footer says otherwise",)
+                )
+            schema = part.schema_arrow
+    except (pa.ArrowException, OSError, CaprayError) as error:
+        return _Part(table, output, file, problems=(f"{file.uri} cannot be read: {error}",))
+    problems = [f"{file.uri} has {count:,} rows without {name}" for name, count in nulls.items() if count]
+    return _Part(table, output, file, rows, schema, tuple(problems))
+
+
+def _digests(place: str, rows: list[tuple[str, str, bytes]], limit: int) -> tuple[str, dict[str, bytes | str | None]]:
+    """``place``, and by URI the SHA-256 of the images there, or why there is none; None for one above ``limit``."""
+    if place == rows[0][1]:
+        return place, {place: _digest(lambda: read_image(place, limit), limit)}
+    members = {uri[len(place) + 1 :]: uri for _, uri, _ in rows}
+    digests: dict[str, bytes | str | None] = {}
+    try:
+        with opened(place) as tar:
+            for member, data, whole in images_of(tar, limit):
+                uri = members.pop(member.name, None)
+                if uri is not None and member.size > limit:
+                    digests[uri] = None
+                elif uri is not None:
+                    digests[uri] = hashlib.sha256(data).digest() if whole else "it is cut off"
+                if not members:
+                    break
+    except CaprayError as error:
+        digests |= dict.fromkeys(members.values(), str(error))
+    return place, digests
+
+
+def _digest(read: Any, limit: int) -> bytes | str | None:
+    try:
+        data = read()
+    except ImageError as error:
+        return f"{error.kind}: {error}"
+    return hashlib.sha256(data).digest() if len(data) <= limit else None
+
+
+def _status(record: Location) -> str:
+    try:
+        return str(json.loads(read_bytes(record)).get("status"))
+    except (ValueError, AttributeError):
+        return "unreadable"
+
+
+def _difference(schema: pa.Schema, other: pa.Schema) -> str:
+    """In what ``schema`` is not ``other``."""
+    lines = []
+    for name in dict.fromkeys([*other.names, *schema.names]):
+        one, two = (str(each.field(name)) if name in each.names else None for each in (schema, other))
+        if one is None:
+            lines.append(f"{name} is missing")
+        elif two is None:
+            lines.append(f"{name} is not expected")
+        elif one != two:
+            lines.append(f"{one}, not {two}")
+    if not lines and schema.names != other.names:
+        lines.append("another order of columns")
+    return "; ".join(lines) or f"metadata {schema.metadata}, not {other.metadata}"
+
+
+def _listed(files: list[Location]) -> str:
+    return ", ".join(_quoted(duckdb_path(file)) for file in files)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
