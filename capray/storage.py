@@ -28,8 +28,9 @@ S3_OPTIONS = {
         "retries": {"mode": "legacy", "total_max_attempts": 5},
     },
 }
-"""How S3 is spoken to. A request is tried five times, with waits of at most 1, 2, 4 and 8 seconds; in botocore's other
-modes a hundred failures at once use up what all readers may retry."""
+"""How S3 is spoken to. A request is tried five times, with waits of at most 1, 2, 4 and 8 seconds (aiohttp asks once more
+each time, at once, where a connection was lost); in botocore's other modes a hundred failures at once use up what all
+readers may retry."""
 
 _S3_SCHEMES = ("s3", "s3a")
 
