@@ -301,7 +301,7 @@ class TestTars:
 
     def test_a_limit_that_is_used_up_leaves_the_tars(self, output):
         assert self.plan(output).remaining(4, limit=1).num_tars == 0
-        assert self.plan(output).remaining(4, limit=2).num_tars == 3
+        assert self.plan(output).remaining(4, limit=2).num_tars == 1
 
 
 class TestUnaccounted:
