@@ -88,7 +88,8 @@ class Verification:
     peak_memory_bytes: int = 0
 
     def text(self) -> str:
-        verdict = f"{len(self.problems):,} problems" if self.problems else "no problems"
+        count = len(self.problems)
+        verdict = f"{count:,} problem{'' if count == 1 else 's'}" if count else "no problems"
         return "\n".join(
             [
                 *(f"checked: {line}" for line in self.checked),
@@ -200,7 +201,7 @@ class _Verifier:
             for name, (one, two) in pairs.items():
                 if one != two and (one or two):
                     self._problem(f"{name} of {output.root.uri} is {two!r}, of {known[0][0].root.uri} {one!r}")
-        self.result.checked.append(f"{len(self.outputs):,} outputs: one model, one set of settings")
+        self.result.checked.append("that the outputs have one model and one set of settings")
         shards = {job["shard"] for _, job in known if job.get("shard")}
         totals = {shard.split("/")[1] for shard in shards}
         if len(totals) == 1:
@@ -235,12 +236,14 @@ class _Verifier:
                 rows += part.rows
                 display.update(len(parts), f"{rows:,} rows", total=len(tasks))
         for number, output in enumerate(self.outputs):
-            for table in ("captions", "failures"):
-                mine = [part for part in parts if (part.table, part.output) == (table, number)]
-                name = "captions" if table == "captions" else "rows of the failure log"
-                self.result.checked.append(
-                    f"{output.root.uri}: {sum(part.rows for part in mine):,} {name} in {len(mine):,} parts, every value read"
-                )
+            mine = [part for part in parts if part.output == number]
+            rows_of = Counter[str]()
+            for part in mine:
+                rows_of[part.table] += part.rows
+            self.result.checked.append(
+                f"every value of {rows_of['captions']:,} captions and {rows_of['failures']:,} rows of the failure log in "
+                f"{len(mine):,} parts of {output.root.uri}"
+            )
         self.result.counts |= {
             "caption_rows": sum(part.rows for part in parts if part.table == "captions"),
             "failure_rows": sum(part.rows for part in parts if part.table == "failures"),
@@ -270,7 +273,7 @@ class _Verifier:
                 self._problem(f"{table} have not the schema of {table} ({_difference(plain, base)})")
             if table == "captions":
                 self._check_kept(reference[0], reference[1])
-        self.result.checked.append("one schema and schema version per table")
+        self.result.checked.append("that the parts of a table have one schema and schema version")
 
     def _check_kept(self, part: _Part, schema: pa.Schema) -> None:
         job = self.jobs[part.output]
@@ -312,7 +315,7 @@ class _Verifier:
                 display.update(num_done, f"{wanted.num_rows:,} ids", "listing the source", len(known))
         files = wanted.close()
         listed = ", ".join(source.place.uri for source in self.sources)
-        self.result.checked.append(f"{listed}: {wanted.num_rows:,} rows wanted, each captioned or failed")
+        self.result.checked.append(f"that each of {wanted.num_rows:,} rows of {listed} is captioned or failed")
         return files
 
     def _create_views(self, connection: duckdb.DuckDBPyConnection, parts: list[_Part], wanted: list[str]) -> None:
@@ -355,7 +358,7 @@ class _Verifier:
                     len(files),
                     files[:NUM_EXAMPLES],
                 )
-        self.result.checked.append("every caption is by the model of job.json")
+        self.result.checked.append("that every caption is by the model of job.json")
 
     def _check_failures(self, connection: duckdb.DuckDBPyConnection) -> None:
         known = ", ".join(map(_quoted, (*FINAL_FAILURES, *TRANSIENT_FAILURES)))
@@ -385,7 +388,7 @@ class _Verifier:
             """).fetchall()
             examples = [f"{image_id} ({' and '.join(files)})" for image_id, files in rows]
             self._problem(f"{doubled:,} ids have more than one caption", doubled, examples)
-        self.result.checked.append("no id has two captions")
+        self.result.checked.append("that no id has two captions")
         if not self.sources:
             return
         self.result.counts |= {
@@ -439,9 +442,7 @@ class _Verifier:
                         num_same += 1
                 display.update(num_done, f"{num_same:,} same", "reading images", len(drawn))
         self.result.counts |= {"images_read_again": len(drawn), "images_same": num_same}
-        self.result.checked.append(
-            f"{len(drawn):,} images drawn at random and read again, {num_same:,} have the same bytes"
-        )
+        self.result.checked.append(f"the bytes of {len(drawn):,} images drawn at random: {num_same:,} are the same")
 
 
 class _Chunks:
