@@ -280,13 +280,15 @@ class _Verifier:
         if not job:
             return
         source = schema.field("source").type if "source" in schema.names else pa.struct([])
-        kept = {source.field(i).name: str(source.field(i).type) for i in range(source.num_fields)}
-        if kept != (job.get("kept_columns") or {}):
-            self._problem(f"{part.file.uri} carries {kept or 'nothing'}, job.json says {job.get('kept_columns')}")
+        # By name: Parquet keeps a type's nature, not always its spelling in the source.
+        kept = [source.field(i).name for i in range(source.num_fields)]
+        promised = list(job.get("kept_columns") or {})
+        if kept != promised:
+            self._problem(f"{part.file.uri} carries the columns {kept}, job.json says {promised}")
         for name in ("tokens", "attention"):
             if (name in schema.names) != bool(job.get("attention")):
                 self._problem(
-                    f"{part.file.uri}: column {name!r} is not as job.json says (attention {job['attention']})"
+                    f"{part.file.uri}: column {name!r} is not as job.json says (attention {job.get('attention')})"
                 )
 
     def _list_sources(self, folder: str, display: ProgressDisplay) -> list[str]:
@@ -299,19 +301,19 @@ class _Verifier:
             def start(i: int, unit: str) -> Future:
                 return pool.submit(_list_unit, self.sources[i], unit, wanted)
 
-            running = {start(i, unit): (i, unit) for i, unit in sorted(known)}
+            running = {start(i, unit): i for i, unit in sorted(known)}
             while running:
                 done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 for future in done:
-                    i, unit = running.pop(future)
+                    number = running.pop(future)
                     num_done += 1
                     found, faults = future.result()
                     for fault in faults:
-                        self._problem(f"{unit} of {self.sources[i].place.uri} cannot be listed: {fault}")
+                        self._problem(f"the source cannot be listed whole: {fault}")
                     for name in found:
-                        if (i, name) not in known:
-                            known.add((i, name))
-                            running[start(i, name)] = i, name
+                        if (number, name) not in known:
+                            known.add((number, name))
+                            running[start(number, name)] = number
                 display.update(num_done, f"{wanted.num_rows:,} ids", "listing the source", len(known))
         files = wanted.close()
         listed = ", ".join(source.place.uri for source in self.sources)
@@ -351,10 +353,10 @@ class _Verifier:
         ).fetchall()
         for number, model_id, count, files in rows:
             job = self.jobs[number]
-            if job and model_id != job["model_id"]:
+            if job and model_id != job.get("model_id"):
                 self._problem(
                     f"{count:,} captions of {self.outputs[number].root.uri} are by model {model_id!r}, job.json names "
-                    f"{job['model_id']!r}",
+                    f"{job.get('model_id')!r}",
                     len(files),
                     files[:NUM_EXAMPLES],
                 )
