@@ -31,6 +31,7 @@ bench:  ## Print the benchmarks' figures beside their references
 	uv run python benchmarks/captioning.py
 	uv run python benchmarks/writer.py
 	uv run python benchmarks/planning.py
+	uv run python benchmarks/verification.py
 
 chaos:  ## Kill things at random for ROUNDS rounds, each judged by the oracle
 	uv run python -m tests.chaos --rounds $(ROUNDS)
