@@ -89,10 +89,10 @@ def proxy(put, forget, monkeypatch):
 
 @pytest.fixture
 def configure(forget, monkeypatch):
-    def configure(attempts: int = 5, read_timeout: float = 1) -> None:
+    def configure(attempts: int = 5, read_timeout: float = 10) -> None:
         options = storage.S3_OPTIONS["config_kwargs"]
         retries = {**options["retries"], "total_max_attempts": attempts}
-        options = {**options, "retries": retries, "read_timeout": read_timeout, "connect_timeout": 1}
+        options = {**options, "retries": retries, "read_timeout": read_timeout}
         monkeypatch.setattr(storage, "S3_OPTIONS", {**storage.S3_OPTIONS, "config_kwargs": options})
         shorter = SimpleNamespace(random=lambda: random.random() / 10)
         monkeypatch.setattr("botocore.retryhandler.random", shorter)
@@ -238,8 +238,8 @@ class TestFaults:
         images = [rng.randbytes(rng.randrange(1, 50_000)) for _ in range(150)]
         with ThreadPoolExecutor(16) as pool:
             uris = list(pool.map(put, map(str, range(len(images))), images))
-            configure()
-            proxy.stall_seconds = 3
+            configure(read_timeout=4)
+            proxy.stall_seconds = 8
             rates = {"503": 0.02, "500": 0.02, "reset": 0.02, "reset_body": 0.02, "truncate": 0.02, "stall": 0.01}
             proxy.set_rates({f"read.{name}": rate for name, rate in rates.items()})
             read = list(pool.map(lambda uri: read_image(uri, 50_000), uris))
@@ -250,23 +250,23 @@ class TestFaults:
     @pytest.mark.parametrize("fault", ["503", "500", "reset", "silent"])
     def test_requests_that_never_succeed(self, fault, put, proxy, configure):
         uri = put("x.jpg", b"1" * 1000)
-        configure(attempts=3, read_timeout=0.3)
+        configure(attempts=3, read_timeout=1.5 if fault == "silent" else 10)
         proxy.set_rates({f"read.{fault}": 1})
         started = time.monotonic()
         assert kind_of(uri) == "unreadable_storage"
         # aiohttp itself asks once more, at once, when a connection was lost.
         assert proxy.requests.total() == (6 if fault == "reset" else 3)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 20
 
     @pytest.mark.parametrize("fault", ["reset_body", "truncate", "stall"])
     def test_answers_that_never_arrive_whole(self, fault, put, proxy, configure):
         uri = put("x.jpg", b"1" * 1000)
-        configure(read_timeout=0.3)
+        configure(read_timeout=1.5 if fault == "stall" else 10)
         proxy.set_rates({f"read.{fault}": 1})
         started = time.monotonic()
         assert kind_of(uri) == "unreadable_storage"
         assert proxy.requests.total() == 4
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 20
 
     @pytest.mark.parametrize("fault", ["denied", "skewed", "expired", "expired_403"])
     def test_refusals_are_not_asked_again(self, fault, put, proxy):
@@ -284,7 +284,7 @@ class TestFaults:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
         started = time.monotonic()
         assert kind_of(f"{s3}/photo.jpg") == "unreadable_storage"
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 20
 
     def test_five_requests_are_all(self, put, proxy, configure):
         uri = put("x.jpg", b"1")
@@ -333,7 +333,7 @@ class TestFaults:
             proxy.set_rates({"read.stall": 1})
             started = time.monotonic()
             assert {digest(future.result()) for future in waiting} == {digest(b"1" * 1000)}
-            assert time.monotonic() - started < 12
+            assert time.monotonic() - started < 20
 
 
 class TestStream:
