@@ -1,7 +1,16 @@
 """Random faults, round after round, each judged by the oracle: `make chaos ROUNDS=30`.
 
-A round captions a bucket with a driver of its own on a Ray of two logical nodes. Half way something is killed; the same
-command is run until it ends well; then every id must stand once, with the caption of an undisturbed run.
+A round captions a bucket with a driver of its own on a Ray of two logical nodes, into a folder and into the bucket by
+turns. Somewhere on the way something is broken; the same command is run until it ends well; then every id must stand
+once, with the caption of an undisturbed run.
+
+    driver     kill -9 of the driver             terminate  SIGTERM to the driver
+    actor      kill -9 of the captioning actors  worker     kill -9 of the processes that fetch
+    node       a raylet killed with its workers  store      SeaweedFS killed and started again
+    network    a proxy breaks a share of all requests to the store
+    frozen     the driver stopped past its lease, another run beside it, then woken
+    dying      SIGTERM, and the same command at once
+    twice      two runs started at once
 """
 
 from __future__ import annotations
@@ -15,16 +24,33 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.oracle import check_exactly_once, read_parts
+from tests.oracle import check_exactly_once
 
 NUM_PHOTOS = 120
-PART_ROWS = 4
-SETTINGS = ["--batch-size", "4", "--beam-size", "60", "--max-length", "250", "--num-actors", "1"]
-KINDS = ("driver", "terminate", "actor", "worker", "node", "store")
-
-
+PART_ROWS = 12
+BATCH_SIZE = 4
+SECONDS_PER_IMAGE = 0.1
+"""What captioning is slowed down to, so that there is a middle to strike in."""
+NETWORK = {
+    "read.503": 0.05,
+    "read.500": 0.03,
+    "read.reset": 0.03,
+    "read.reset_body": 0.03,
+    "read.truncate": 0.03,
+    "read.stall": 0.01,
+    "read.expired": 0.01,
+    "write.503": 0.05,
+    "write.reset": 0.02,
+    "write.lose_answer": 0.03,
+    "write.drop": 0.02,
+    "write.expired": 0.01,
+}
+KINDS = ("driver", "actor", "node", "worker", "store", "terminate", "network", "dying", "twice", "frozen")
+PATTERNS = {"actor": "ray::MapWorker.*CaptioningActor", "worker": r"ray::(MapBatches|IDLE|_map_task)"}
+MAX_RUNS = 6
 MARK = f"CAPRAY_CHAOS={os.getpid()}"
 
 
@@ -40,25 +66,33 @@ def pids(pattern: str) -> list[int]:
 
 
 class World:
-    """The cluster, the store, the photos and the model of all rounds."""
+    """The cluster, the store behind its proxy, the photos and the model of all rounds."""
 
     def __init__(self, folder: Path):
+        import s3fs
         from ray.cluster_utils import Cluster
 
         from tests.conftest import SeaweedFS, free_port, make_model, write_photos
+        from tests.proxy import FaultyProxy
 
-        os.environ.update([MARK.split("=")])
         self.folder = folder
+        self.log = folder / "captioned"
+        self.log.touch()
+        os.environ.update([MARK.split("=")])
+        os.environ["CAPRAY_CHAOS_LOG"] = str(self.log)
+        os.environ["CAPRAY_CHAOS_DELAY"] = str(SECONDS_PER_IMAGE)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "faults"), os.getcwd()])
         self.store = SeaweedFS(folder / "weed")
+        self.proxy = FaultyProxy(self.store.endpoint, stall_seconds=2)
         os.environ.update(self.store.environment)
         self.store.start()
+        self.proxy.__enter__()
+        os.environ["AWS_ENDPOINT_URL"] = self.proxy.endpoint
         self.bucket = self.store.make_bucket("capray-chaos")
         self.model = make_model(folder / "model", seed=0)
-        import s3fs
-
-        fs = s3fs.S3FileSystem()
+        self.fs = s3fs.S3FileSystem(use_listings_cache=False)
         paths = write_photos(folder / "photos", NUM_PHOTOS)
-        fs.put(str(folder / "photos"), f"{self.bucket}/", recursive=True)
+        self.fs.put(str(folder / "photos"), f"{self.bucket}/", recursive=True)
         self.wanted = {f"{self.bucket}/photos/{Path(path).name}" for path in paths}
         self.cluster = Cluster(
             initialize_head=True,
@@ -69,89 +103,166 @@ class World:
 
     def start(self, output: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "capray", "caption", f"{self.bucket}/photos", output, "--model", self.model]
-        command += [*SETTINGS, "--part-rows", str(PART_ROWS), "--part-seconds", "5"]
+        command += ["--batch-size", str(BATCH_SIZE), "--num-actors", "1"]
+        command += ["--part-rows", str(PART_ROWS), "--part-seconds", "5"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    def hurt(self, kind: str, driver: subprocess.Popen) -> None:
-        if kind == "driver":
-            driver.kill()
-        elif kind == "terminate":
-            driver.terminate()
-        elif kind in ("actor", "worker"):
-            pattern = "ray::MapWorker.*CaptioningActor" if kind == "actor" else r"ray::MapBatches\(fetch"
-            for pid in pids(pattern):
+    def num_captioned(self) -> int:
+        """Images captioned so far, published or not."""
+        return sum(int(line) for line in self.log.read_text().split())
+
+    def num_parts(self, output: str) -> int:
+        if not output.startswith("s3://"):
+            return len(list(Path(output, "captions").glob("*.parquet")))
+        with suppress(OSError):
+            return len(self.fs.glob(f"{output}/captions/*.parquet"))
+        return 0
+
+    def copy(self, output: str) -> str:
+        """A local folder that holds ``output``."""
+        if not output.startswith("s3://"):
+            return output
+        local = str(self.folder / output.rpartition("/")[2])
+        for table in ("captions", "failures"):
+            Path(local, table).mkdir(parents=True, exist_ok=True)
+            for path in self.fs.glob(f"{output}/{table}/*.parquet"):
+                self.fs.get_file(path, f"{local}/{table}/{Path(path).name}")
+        return local
+
+    def kill(self, kind: str) -> bool:
+        """Kill the processes of a kind; whether there were any."""
+        struck = pids(PATTERNS[kind])
+        for pid in struck:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        elif kind == "node":
-            self.cluster.remove_node(self.node, allow_graceful=False)
-            self.node = self.cluster.add_node(num_cpus=3)
-        elif kind == "store":
-            self.store.stop()
-            time.sleep(2)
-            self.store.start()
+        return bool(struck)
 
     def close(self) -> None:
         self.cluster.shutdown()
+        self.proxy.__exit__(None, None, None)
         self.store.stop()
 
 
-def parts_of(output: str) -> int:
-    return len(list((Path(output) / "captions").glob("*.parquet")))
+@dataclass
+class Round:
+    """One output, and what happens to its drivers."""
 
+    world: World
+    kind: str
+    output: str
+    rng: random.Random
+    drivers: list[subprocess.Popen] = field(default_factory=list)
+    codes: list[int] = field(default_factory=list)
+    captioned_when_struck: int | None = None
 
-def one_round(world: World, kind: str, number: int, rng: random.Random, expected: dict[str, str]) -> dict:
-    """What happened; raises AssertionError when the promise is broken."""
-    output = str(world.folder / f"out-{number}")
-    started, runs, hurt_at = time.monotonic(), 0, None
-    threshold = rng.randint(1, NUM_PHOTOS // PART_ROWS - 4)
-    while True:
-        driver = world.start(output)
-        runs += 1
-        while hurt_at is None and driver.poll() is None:
-            if parts_of(output) >= threshold:
-                time.sleep(rng.random())
-                world.hurt(kind, driver)
-                hurt_at = len(read_parts(output, "captions"))
-            time.sleep(0.05)
-        text, _ = driver.communicate(timeout=400)
-        if driver.returncode == 0:
-            break
-        assert runs < 6, text
-    captions = check_exactly_once(output, world.wanted)
-    assert captions == expected, "other captions than those of an undisturbed run"
-    return {"kind": kind, "runs": runs, "published": hurt_at, "seconds": time.monotonic() - started}
+    def run(self, undisturbed: dict[str, str] | None = None) -> dict[str, str]:
+        """The captions; raises AssertionError when the promise is broken."""
+        world = self.world
+        threshold = self.rng.randint(1, NUM_PHOTOS // PART_ROWS - 3)
+        if self.kind == "network":
+            world.proxy.set_rates(NETWORK)
+        try:
+            for number in range(MAX_RUNS):
+                driver = self.start()
+                if self.kind == "twice" and number == 0:
+                    self.start()
+                    self.captioned_when_struck = 0
+                while self.captioned_when_struck is None and driver.poll() is None:
+                    if world.num_parts(self.output) >= threshold:
+                        time.sleep(self.rng.random())
+                        before = world.num_captioned()
+                        if self.strike(driver):
+                            self.captioned_when_struck = before
+                    time.sleep(0.1)
+                text = self.wait()
+                if 0 in self.codes:
+                    break
+                world.proxy.set_rates({})
+            assert 0 in self.codes, text
+            if self.kind == "network":
+                world.proxy.set_rates({})
+                self.start()
+                text = self.wait()
+                assert self.codes[-1] == 0, text
+        finally:
+            world.proxy.set_rates({})
+            for driver in self.drivers:
+                driver.kill()
+        return check_exactly_once(world.copy(self.output), world.wanted, undisturbed)
 
+    def start(self) -> subprocess.Popen:
+        self.drivers.append(self.world.start(self.output))
+        return self.drivers[-1]
 
-def undisturbed(world: World) -> dict[str, str]:
-    driver = world.start(str(world.folder / "undisturbed"))
-    text, _ = driver.communicate(timeout=400)
-    assert driver.returncode == 0, text
-    return check_exactly_once(str(world.folder / "undisturbed"), world.wanted)
+    def wait(self) -> str:
+        """The output of all drivers, when they have ended."""
+        texts = [driver.communicate(timeout=300)[0] for driver in self.drivers[len(self.codes) :]]
+        self.codes += [driver.returncode for driver in self.drivers[len(self.codes) :]]
+        return "\n".join(texts)
+
+    def strike(self, driver: subprocess.Popen) -> bool:
+        """Do what the round is about; whether it could be done."""
+        world = self.world
+        if self.kind in PATTERNS:
+            return world.kill(self.kind)
+        if self.kind == "driver":
+            driver.kill()
+        elif self.kind == "terminate":
+            driver.terminate()
+        elif self.kind == "dying":
+            driver.terminate()
+            self.start()
+        elif self.kind == "frozen":
+            driver.send_signal(signal.SIGSTOP)
+            self.start().wait(timeout=300)
+            driver.send_signal(signal.SIGCONT)
+        elif self.kind == "node":
+            world.cluster.remove_node(world.node, allow_graceful=False)
+            world.node = world.cluster.add_node(num_cpus=3)
+        elif self.kind == "store":
+            world.store.stop()
+            time.sleep(2)
+            world.store.start()
+        return True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=len(KINDS))
+    parser.add_argument("--rounds", type=int, default=None, help="how many; one of each kind when not given")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
+    kinds = arguments.kinds
     broken = 0
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
         try:
-            expected = undisturbed(world)
-            print(f"{'round':>5}  {'killed':<10}{'runs':>5}{'published before':>18}{'seconds':>9}  verdict", flush=True)
-            for number in range(arguments.rounds):
-                kind = KINDS[number % len(KINDS)]
+            expected = Round(world, "none", str(world.folder / "undisturbed"), rng, captioned_when_struck=0).run()
+            print(f"{NUM_PHOTOS} photos, parts of {PART_ROWS}; redone: images captioned more than once in all")
+            print(
+                f"{'round':>5}  {'fault':<10}{'output':<8}{'exit codes':<14}{'struck at':>9}{'redone':>8}{'seconds':>9}"
+            )
+            for number in range(arguments.rounds or len(kinds)):
+                kind = kinds[number % len(kinds)]
+                is_remote = (number + number // len(kinds)) % 2
+                place = f"{world.bucket}/out-{number}" if is_remote else str(world.folder / f"out-{number}")
+                this, started, before = Round(world, kind, place, rng), time.monotonic(), world.num_captioned()
                 try:
-                    row = one_round(world, kind, number, rng, expected)
+                    this.run(expected)
                     verdict = "every id once"
                 except (AssertionError, subprocess.TimeoutExpired) as error:
-                    row, verdict = {"runs": 0, "published": None, "seconds": 0.0}, f"BROKEN: {str(error)[-1500:]}"
+                    verdict = f"BROKEN: {str(error)[-1500:]}"
                     broken += 1
+                redone = world.num_captioned() - before - NUM_PHOTOS
+                struck = "-" if this.captioned_when_struck is None else max(0, this.captioned_when_struck - before)
+                codes = " ".join(map(str, this.codes))
                 print(
-                    f"{number:>5}  {kind:<10}{row['runs']:>5}{row['published']!s:>18}{row['seconds']:>9.0f}  {verdict}",
+                    f"{number:>5}  {kind:<10}{'bucket' if is_remote else 'folder':<8}{codes:<14}{struck:>9}{redone:>8}"
+                    f"{time.monotonic() - started:>9.0f}  {verdict}",
                     flush=True,
                 )
+            print(f"broken: {broken}; broken on the way by the proxy: {dict(world.proxy.injected)}")
         finally:
             world.close()
     sys.exit(broken > 0)

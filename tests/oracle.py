@@ -16,8 +16,11 @@ def read_parts(output: str, table: str) -> list[dict]:
     return pa.concat_tables([pq.read_table(file) for file in files]).to_pylist() if files else []
 
 
-def check_exactly_once(output: str, wanted: set[str]) -> dict[str, str]:
-    """Assert that every wanted id is captioned once or has failed, and no other id is there; the captions by id."""
+def check_exactly_once(output: str, wanted: set[str], undisturbed: dict[str, str] | None = None) -> dict[str, str]:
+    """Assert that every wanted id is captioned once or has failed, and no other id is there; the captions by id.
+
+    Each caption must be that of the same id in the ``undisturbed`` run, and each SHA-256 that of the file it names.
+    """
     captions = read_parts(output, "captions")
     failures = read_parts(output, "failures")
     doubled = [image_id for image_id, count in Counter(row["image_id"] for row in captions).items() if count > 1]
@@ -30,4 +33,8 @@ def check_exactly_once(output: str, wanted: set[str]) -> dict[str, str]:
     for row in captions:
         if row["uri"] is not None and not row["uri"].startswith("s3://"):
             assert row["sha256"] == hashlib.sha256(Path(row["uri"]).read_bytes()).digest(), row["image_id"]
-    return {row["image_id"]: row["caption"] for row in captions}
+    found = {row["image_id"]: row["caption"] for row in captions}
+    if undisturbed is not None:
+        other = [image_id for image_id in wanted if found.get(image_id) != undisturbed.get(image_id)]
+        assert not other, f"captioned otherwise than in an undisturbed run: {sorted(other)[:5]}"
+    return found

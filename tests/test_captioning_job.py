@@ -1,5 +1,6 @@
 """The captioning job on Ray: exactly once, resumable, one bad image costing one row."""
 
+import hashlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import tarfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from capray.captioning.job import caption
 from capray.config import CaptionConfig, EvaluateConfig
-from capray.errors import CaprayError, ConfigError, OutputConflictError
+from capray.errors import CaprayError, ConfigError, OutputConflictError, StorageError
 from capray.evaluation import evaluate
 from capray.tables import CAPTIONS, FAILURES
 from tests.conftest import image_bytes, make_model, write_photos
@@ -364,30 +366,111 @@ def test_samples_captioned_and_scored_on_s3(samples, model, s3):
     assert (evaluation.matched, evaluation.references, evaluation.withheld) == (6, 30, None)
 
 
-def test_the_oracle_notices_what_is_wrong(tmp_path):
-    """Negative controls: a dropped part, a doubled part, and a part that is cut off."""
-    output = tmp_path / "out"
-    (output / "captions").mkdir(parents=True)
-    photos = write_photos(tmp_path / "photos", 4)
+class TestTheOracleNotices:
+    """Negative controls: an output of two parts in which something is wrong."""
 
-    def part(name, paths):
-        import hashlib
+    @pytest.fixture
+    def output(self, tmp_path):
+        return tmp_path / "out"
 
+    @pytest.fixture
+    def ids(self, tmp_path, output):
+        ids = write_photos(tmp_path / "photos", 4)
+        for number in (0, 1):
+            self.part(output, number, ids[2 * number : 2 * number + 2])
+        return ids
+
+    def part(self, output, number, ids, captions_of=None, bytes_of=None):
+        (output / "captions").mkdir(parents=True, exist_ok=True)
         rows = [
-            {"image_id": p, "uri": p, "caption": "x", "sha256": hashlib.sha256(Path(p).read_bytes()).digest()}
-            for p in paths
+            {"image_id": i, "uri": i, "caption": f"of {c}", "sha256": hashlib.sha256(Path(b).read_bytes()).digest()}
+            for i, c, b in zip(ids, captions_of or ids, bytes_of or ids, strict=True)
         ]
-        pq.write_table(pa.Table.from_pylist(rows), output / "captions" / name)
+        pq.write_table(pa.Table.from_pylist(rows), output / "captions" / f"part-a-{number:05d}.parquet")
 
-    part("part-a-00000.parquet", photos[:2])
-    with pytest.raises(AssertionError, match="neither captioned nor failed"):
-        check_exactly_once(str(output), set(photos))
-    part("part-a-00001.parquet", photos[2:])
-    assert len(check_exactly_once(str(output), set(photos))) == 4
-    part("part-b-00000.parquet", photos[:1])
-    with pytest.raises(AssertionError, match="more than once"):
-        check_exactly_once(str(output), set(photos))
-    data = (output / "captions" / "part-b-00000.parquet").read_bytes()
-    (output / "captions" / "part-b-00000.parquet").write_bytes(data[:-20])
-    with pytest.raises(pa.ArrowInvalid):
-        check_exactly_once(str(output), set(photos))
+    def check(self, output, ids):
+        check_exactly_once(str(output), set(ids), {i: f"of {i}" for i in ids})
+
+    def test_nothing_where_nothing_is_wrong(self, output, ids):
+        self.check(output, ids)
+
+    def test_a_dropped_part(self, output, ids):
+        (output / "captions" / "part-a-00001.parquet").unlink()
+        with pytest.raises(AssertionError, match="neither captioned nor failed"):
+            self.check(output, ids)
+
+    def test_a_doubled_part(self, output, ids):
+        self.part(output, 2, ids[:2])
+        with pytest.raises(AssertionError, match="more than once"):
+            self.check(output, ids)
+
+    def test_a_truncated_part(self, output, ids):
+        path = output / "captions" / "part-a-00001.parquet"
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(pa.ArrowInvalid):
+            self.check(output, ids)
+
+    def test_a_block_boundary_that_a_replay_shifted(self, output, ids):
+        self.part(output, 1, ids[1:3])
+        with pytest.raises(AssertionError, match="more than once"):
+            self.check(output, ids)
+        self.part(output, 1, ids[3:])
+        with pytest.raises(AssertionError, match="neither captioned nor failed"):
+            self.check(output, ids)
+
+    def test_rows_that_slid_against_their_ids(self, output, ids):
+        self.part(output, 1, ids[2:], captions_of=ids[1:3])
+        with pytest.raises(AssertionError, match="otherwise than in an undisturbed run"):
+            self.check(output, ids)
+        self.part(output, 1, ids[2:], bytes_of=ids[1:3])
+        with pytest.raises(AssertionError, match="photo-0002"):
+            self.check(output, ids)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_ends_the_job_with_one_message_and_keeps_what_is_there(tmp_path, model, small_disk):
+    photos = set(write_photos(tmp_path / "photos", 24))
+    output, filler = small_disk / "out", small_disk / "filler"
+
+    def fill():
+        wait_for(lambda: parts_of(output) >= 1)
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(b"x" * 512)
+
+    threading.Thread(target=fill, daemon=True).start()
+    with pytest.raises(StorageError, match="No space left"):
+        run(tmp_path / "photos", output, model, part_rows=4, beam_size=40, max_length=200)
+    kept = {row["image_id"] for row in read_parts(str(output), "captions")}
+    assert 0 < len(kept) < 24
+
+    filler.unlink()
+    summary = run(tmp_path / "photos", output, model, beam_size=40, max_length=200)
+    assert summary.captioned_before == len(kept)
+    assert set(check_exactly_once(str(output), photos)) == photos
+
+
+def test_a_model_that_gives_no_finite_probability_ends_the_job(tmp_path, photos):
+    import torch
+
+    from capray.model.checkpoint import load_captioner, save_captioner
+
+    captioner, _ = load_captioner(make_model(tmp_path / "sound", seed=0))
+    with torch.no_grad():
+        captioner.decoder.output.weight.sign_().mul_(3e38)
+        captioner.decoder.output.bias.fill_(3e38)
+    save_captioner(captioner, str(tmp_path / "nan"))
+    with pytest.raises(
+        CaprayError, match="all 20 attempts failed, 20 of them as captioning_error: the model gave no finite"
+    ):
+        run(tmp_path / "photos", tmp_path / "out", str(tmp_path / "nan"))

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from capray import cluster
 from capray.captioning.isolation import Crashed, Isolated
 from capray.captioning.plan import Work
-from capray.captioning.reading import read_image
+from capray.captioning.reading import read_image, read_range
 from capray.captioning.rows import BLOCK, MEMBERS, block_of, fetched_schema
 from capray.captioning.sources.base import Selection
 from capray.captioning.sources.tars import images_of, opened
@@ -245,17 +245,14 @@ class Fetcher:
             yield row, problem
 
     def _members_by_place(self, container: str, rows: list[Row]) -> Iterator[tuple[Row, Data]]:
-        place = locate(container)
         for row in rows:
             if row["size"] > self.limits.max_image_bytes:
                 yield row, self._too_large(row["size"])
                 continue
             try:
-                with storage_errors(f"reading {container}"):
-                    end = row["offset"] + row["size"]
-                    data = place.fs.cat_file(place.path, start=row["offset"], end=end) if row["size"] else b""
-            except CaprayError as error:
-                yield row, ImageError("unreadable_storage", str(error))
+                data = read_range(container, row["offset"], row["offset"] + row["size"])
+            except ImageError as error:
+                yield row, ImageError("unreadable_storage", error.message)
             else:
                 yield row, self._of_member(row["size"], data, len(data) == row["size"])
 

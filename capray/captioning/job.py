@@ -426,7 +426,9 @@ class _Run:
                 "command again, or leave them out with --exclude"
             )
         if self.results["captioned"] == 0 and self.results.total() and self._all_passing(self.results):
-            raise CaprayError(f"all {self.results.total()} images failed, {self._kinds()}: {self.example}")
+            raise CaprayError(
+                f"no image could be captioned, all {self.results.total()} attempts failed, {self._kinds()}: {self.example}"
+            )
 
     def _all_passing(self, counts: Counter[str]) -> bool:
         return all(kind in TRANSIENT_FAILURES for kind in counts)

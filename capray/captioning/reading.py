@@ -60,6 +60,11 @@ def read_image(uri: str, max_bytes: int) -> bytes:
     return _fetch(uri, 0, max_bytes + 1).data
 
 
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """The bytes at ``uri`` from ``start`` to ``end``, or to its end if that comes first; raises as ``read_image`` does."""
+    return _fetch(uri, start, end).data if end > start else b""
+
+
 def open_stream(uri: str, start: int = 0, chunk_bytes: int = 8 * 2**20) -> io.BufferedReader:
     """The object at ``uri`` as a file that is read in ranges of ``chunk_bytes``, from byte ``start`` on.
 

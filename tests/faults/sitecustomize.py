@@ -1,9 +1,14 @@
-"""Loaded by every Python process of the tests' Ray: marked images kill the process that decodes or captions them."""
+"""Loaded by every Python process of the tests' Ray: marked images kill the process that decodes or captions them.
+
+With CAPRAY_CHAOS_LOG, a file, captioning takes its time (CAPRAY_CHAOS_DELAY seconds an image) and the number of images of
+each batch is added to the file.
+"""
 
 import importlib.util
 import os
 import signal
 import sys
+import time
 
 
 def _arm_images(module):
@@ -23,6 +28,10 @@ def _arm_captioner(module):
     def deadly(self, images):
         if any((image == (255, 0, 255)).all() for image in images):
             os.kill(os.getpid(), signal.SIGKILL)
+        if log := os.environ.get("CAPRAY_CHAOS_LOG"):
+            with open(log, "a") as file:
+                file.write(f"{len(images)}\n")
+            time.sleep(float(os.environ["CAPRAY_CHAOS_DELAY"]) * len(images))
         return encode_all(self, images)
 
     module.Captioner.encode_all = deadly

@@ -13,16 +13,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capray.captioning.reading import open_stream
 from capray.captioning.sources.base import Page, Source, plan_rows
 from capray.captioning.sources.tables import _choose, _parquet_errors, _require, _struct, _uri_like
 from capray.config import SourceSettings
-from capray.errors import DataError
-from capray.storage import Entry, Location, locate, storage_errors
+from capray.errors import DataError, StorageError
+from capray.images import ImageError
+from capray.storage import Entry, Location, storage_errors
 
 _SUFFIXES = frozenset(("jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "heic"))
 _SIGNS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\x00", b"MM\x00*")
 _BRANDS = (b"ftypavif", b"ftypheic", b"ftypmif1")
-_READ_AHEAD_BYTES = 8 * 2**20
 
 
 class Tars(Source):
@@ -114,17 +115,16 @@ def opened(uri: str) -> Generator[tarfile.TarFile]:
         DataError: it is no tar, or damaged.
         StorageError: it cannot be read.
     """
-    place = locate(uri)
-    options = {} if place.is_local else {"block_size": _READ_AHEAD_BYTES, "cache_type": "readahead"}
-    with storage_errors(f"reading {uri}"):
-        try:
-            with (
-                place.fs.open(place.path, "rb", **options) as stream,
-                tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
-            ):
-                yield tar
-        except tarfile.TarError as error:
-            raise DataError(f"{uri!r} is damaged, or no tar: {error}") from error
+    try:
+        with (
+            open_stream(uri) as stream,
+            tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
+        ):
+            yield tar
+    except tarfile.TarError as error:
+        raise DataError(f"{uri!r} is damaged, or no tar: {error}") from error
+    except ImageError as error:
+        raise StorageError(f"reading {error.message}") from error
 
 
 def images_of(tar: tarfile.TarFile, max_bytes: int) -> Iterator[tuple[tarfile.TarInfo, bytes, bool]]:
@@ -153,11 +153,15 @@ def images_of(tar: tarfile.TarFile, max_bytes: int) -> Iterator[tuple[tarfile.Ta
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Raise ReadError unless ``tar`` was read to its end: tarfile takes a header that is cut or spoilt for the end."""
+    """Raise ReadError unless ``tar`` was read to the zeros that end it: tarfile takes a header that is cut or spoilt, and
+    the end of the file, for the end of the tar."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
-    if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if any(block):
         raise tarfile.ReadError(f"there is no member's header at byte {tar.offset}")
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"cut off at byte {tar.offset}, before the block of zeros that ends a tar")
 
 
 def members_of(uri: str) -> list[str]:
