@@ -28,6 +28,8 @@ from capray.model.checkpoint import save_captioner
 from capray.vocabulary import END, Vocabulary
 
 SECONDS_BETWEEN = 1.0
+KINDS = {"CaptioningActor": "actor", "fetch_unit": "fetching", "ray::IDLE": "fetching"}
+"""What a worker is, by a mark in the title of its process; one that fetches is idle in between."""
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -71,7 +73,7 @@ class Watch:
             for process in psutil.Process().children(recursive=True):
                 try:
                     title = " ".join(process.cmdline())
-                    kind = "actor" if "CaptioningActor" in title else "fetching" if "fetch_unit" in title else None
+                    kind = next((kind for mark, kind in KINDS.items() if mark in title), None)
                     if kind is not None:
                         now[kind] = max(now.get(kind, 0.0), process.memory_full_info().uss / 2**20)
                 except psutil.Error:
