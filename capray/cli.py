@@ -19,10 +19,13 @@ from pydantic import ValidationError
 import capray
 from capray.config import (
     CaptionConfig,
+    CocoConfig,
     CompactConfig,
     DemoConfig,
     EvaluateConfig,
-    FlickrConfig,
+    Flickr8kConfig,
+    Flickr30kConfig,
+    FolderConfig,
     QueryConfig,
     Settings,
     ShapesConfig,
@@ -50,11 +53,35 @@ app.command(prepare_app)
 
 
 @prepare_app.command
-def flickr8k(config: Annotated[FlickrConfig, Flat]) -> None:
-    """Flickr8k as it is distributed."""
+def flickr8k(config: Annotated[Flickr8kConfig, Flat]) -> None:
+    """Flickr8k as it is distributed, or with Karpathy's JSON."""
     from capray.datasets.flickr8k import prepare_flickr8k
 
     _report_prepared(prepare_flickr8k(config))
+
+
+@prepare_app.command
+def flickr30k(config: Annotated[Flickr30kConfig, Flat]) -> None:
+    """Flickr30k: Karpathy's JSON, the original token file or Kaggle's CSV."""
+    from capray.datasets.flickr30k import prepare_flickr30k
+
+    _report_prepared(prepare_flickr30k(config))
+
+
+@prepare_app.command
+def coco(config: Annotated[CocoConfig, Flat]) -> None:
+    """MS COCO: the official captions of 2014 or 2017, or Karpathy's splits."""
+    from capray.datasets.coco import prepare_coco
+
+    _report_prepared(prepare_coco(config))
+
+
+@prepare_app.command
+def folder(config: Annotated[FolderConfig, Flat]) -> None:
+    """Any folder of images with a manifest: CSV, TSV, JSONL or Parquet."""
+    from capray.datasets.folder import prepare_folder
+
+    _report_prepared(prepare_folder(config))
 
 
 @prepare_app.command
@@ -177,7 +204,10 @@ def demo(config: Annotated[DemoConfig, Flat] = _DEMO) -> None:
 
 
 CONFIGS: dict[tuple[str, ...], type[Settings]] = {
-    ("prepare", "flickr8k"): FlickrConfig,
+    ("prepare", "flickr8k"): Flickr8kConfig,
+    ("prepare", "flickr30k"): Flickr30kConfig,
+    ("prepare", "coco"): CocoConfig,
+    ("prepare", "folder"): FolderConfig,
     ("prepare", "shapes"): ShapesConfig,
     ("train",): TrainConfig,
     ("caption",): CaptionConfig,

@@ -1,104 +1,86 @@
-"""Flickr8k as it is distributed (Hodosh et al. 2013), in the original layout or Kaggle's.
+"""Flickr8k (Hodosh et al. 2013), in the original layout or Kaggle's, or with Karpathy's JSON.
 
 Images in ``Images/`` or ``Flicker8k_Dataset/``; captions in ``Flickr8k.token.txt`` (``NAME.jpg#k<TAB>caption``) or
 ``captions.txt`` (CSV, ``image,caption``); the splits in ``Flickr_8k.{train,dev,test}Images.txt``. The text files may lie
-beside the images' folder or in ``Flickr8k_text/``.
+beside the images' folder or in ``Flickr8k_text/``. ``dataset_flickr8k.json`` stands for captions and splits.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
 
-from capray.config import FlickrConfig
-from capray.datasets.samples import Prepared, Sample, write_samples
+from capray.config import Flickr8kConfig
+from capray.datasets.fetching import KARPATHY_URL, Archive, fetch, karpathy_archive
+from capray.datasets.karpathy import find_karpathy, read_karpathy
+from capray.datasets.layout import find_file, find_photos, open_folder, read_names, read_text, read_tokens
+from capray.datasets.samples import Prepared, check_empty
+from capray.datasets.selection import Listing, prepare_listing
 from capray.errors import DataError
-from capray.storage import Location, is_folder, iter_files, list_names, locate, read_bytes
+from capray.storage import Location
 
 SPLITS = {"train": "Flickr_8k.trainImages.txt", "dev": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
 _IMAGE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset/Flicker8k_Dataset")
 _TEXT_FOLDERS = ("", "Flickr8k_text")
 _TOKENS, _KAGGLE = "Flickr8k.token.txt", "captions.txt"
+_RELEASE = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
+ARCHIVES = (
+    Archive(
+        f"{_RELEASE}/Flickr8k_text.zip",
+        tuple(f"{folder}/{SPLITS['test']}".lstrip("/") for folder in _TEXT_FOLDERS),
+        checksum="md5:bf6c1abcb8e4a833b7f922104de18627",
+    ),
+    Archive(
+        f"{_RELEASE}/Flickr8k_Dataset.zip",
+        ("Flicker8k_Dataset", "Images", "Flickr8k_Dataset/Flicker8k_Dataset"),
+        checksum="md5:f18a1e2920de5bd84dae7cf08ec78978",
+    ),
+)
+"""The MD5s are those that R's torchvision (`flickr8k_dataset`) and Flashlight's CMake files hold these archives to."""
 
 
-def prepare_flickr8k(config: FlickrConfig) -> Prepared:
+def prepare_flickr8k(config: Flickr8kConfig) -> Prepared:
     """Write the Samples table of Flickr8k. Images in no split, or without captions, are left out and counted.
 
     Raises:
         DataError: a part of the layout is missing or malformed, or an image is in two splits.
-        ConfigError: the output is not empty.
+        ConfigError: the output is not empty, or ``fetch`` with a folder that is not local.
+        StorageError: the download failed.
     """
-    raw = locate(config.raw)
-    if not is_folder(raw):
-        raise DataError(f"no folder at {config.raw!r}")
-    images = _images(raw)
-    captions = _captions(raw)
+    check_empty(config.output)
+    if config.fetch:
+        json = (karpathy_archive("flickr8k"),) if config.splits == "karpathy" else ()
+        fetch((*ARCHIVES, *json), config.raw)
+    raw = open_folder(config.raw, "" if config.fetch else " (--fetch downloads Flickr8k there)")
+    return prepare_listing(_listing(raw, config), config, "flickr8k")
+
+
+def _listing(raw: Location, config: Flickr8kConfig) -> Listing:
+    images = find_photos(raw, _IMAGE_FOLDERS)
     notes: list[str] = []
-    splits = {split: _split(raw, name, notes) for split, name in SPLITS.items()}
-    listed: dict[str, str] = {}
-    for split, names in splits.items():
-        for name in names:
-            if listed.setdefault(name, split) != split:
-                raise DataError(f"{name!r} is listed in both the {listed[name]} and the {split} split")
-    return write_samples(_samples(images, captions, splits, notes), config.output, "flickr8k", notes)
-
-
-def _samples(
-    images: dict[str, Location], captions: dict[str, list[str]], splits: dict[str, list[str]], notes: list[str]
-) -> Iterator[Sample]:
-    listed = {name for names in splits.values() for name in names}
-    for split, names in splits.items():
-        present = [name for name in names if name in images]
-        captioned = [name for name in present if captions.get(name)]
-        if len(present) < len(names):
-            notes.append(f"{split}: {len(names) - len(present)} of {len(names)} listed images are missing")
-        if len(captioned) < len(present):
-            notes.append(f"{split}: {len(present) - len(captioned)} images have no captions and are left out")
-        for name in captioned:
-            yield Sample(name, read_bytes(images[name]), captions[name], split)
-    unlisted = sum(name not in listed for name in images)
-    if unlisted:
-        notes.append(f"{unlisted} images are in no split and are left out")
-    stray = sorted(name for name in captions if name not in images and name not in listed)
-    if stray:
-        notes.append(f"{len(stray)} caption ids name no image: {', '.join(stray[:5])}{' …' if len(stray) > 5 else ''}")
-
-
-def _images(raw: Location) -> dict[str, Location]:
-    for folder in _IMAGE_FOLDERS:
-        place = raw.join(folder)
-        if is_folder(place):
-            names = (entry.path.rsplit("/", 1)[-1] for entry in iter_files(place))
-            return {name: place.join(name) for name in names if name.lower().endswith((".jpg", ".jpeg"))}
-    raise DataError(f"{raw.uri!r} has no folder of images: expected one of {', '.join(_IMAGE_FOLDERS)}")
-
-
-def _text(raw: Location, name: str) -> str | None:
-    for folder in _TEXT_FOLDERS:
-        place = raw.join(folder) if folder else raw
-        if name in list_names(place):
-            return read_bytes(place.join(name)).decode("utf-8")
-    return None
-
-
-def _captions(raw: Location) -> dict[str, list[str]]:
-    """The raw captions by image name, in the order of their numbers."""
-    text = _text(raw, _TOKENS)
-    if text is not None:
-        numbered: dict[str, list[tuple[int, str]]] = {}
-        for line_number, line in enumerate(text.splitlines(), start=1):
-            key, tab, caption = line.partition("\t")
-            name, sign, number = key.rpartition("#")
-            if not tab or not sign or not number.isdigit():
-                raise DataError(f"{_TOKENS}, line {line_number}: expected NAME.jpg#k<TAB>caption, not {line[:60]!r}")
-            numbered.setdefault(name, []).append((int(number), caption.strip()))
-        return {name: [caption for _, caption in sorted(found)] for name, found in numbered.items()}
-    text = _text(raw, _KAGGLE)
-    if text is None:
+    tokens, kaggle = find_file(raw, _TOKENS, _TEXT_FOLDERS), find_file(raw, _KAGGLE, _TEXT_FOLDERS)
+    json = find_karpathy(raw, "flickr8k")
+    if config.splits == "karpathy" and json is None:
+        raise DataError(f"{raw.uri!r} has no dataset_flickr8k.json: it is in {KARPATHY_URL}")
+    if json and (config.splits == "karpathy" or not (config.splits or tokens or kaggle)):
+        found = read_karpathy(json, "flickr8k", notes)
+        return Listing(images, found.captions, found.splits, notes)
+    if tokens:
+        captions = read_tokens(tokens)
+    elif kaggle:
+        captions = _read_kaggle(kaggle)
+    else:
         raise DataError(f"{raw.uri!r} has no captions: expected {_TOKENS} or {_KAGGLE}")
+    splits = None
+    if config.fractions is None:
+        splits = {split: read_names(_split_list(raw, name), notes) for split, name in SPLITS.items()}
+    return Listing(images, captions, splits, notes)
+
+
+def _read_kaggle(place: Location) -> dict[str, list[str]]:
+    """The captions by image name, in the order of the file."""
     captions: dict[str, list[str]] = {}
-    rows = csv.reader(io.StringIO(text))
+    rows = csv.reader(io.StringIO(read_text(place)))
     header = next(rows, [])
     if [column.strip() for column in header] != ["image", "caption"]:
         raise DataError(f"{_KAGGLE}: expected the header image,caption, not {','.join(header)[:60]!r}")
@@ -109,16 +91,11 @@ def _captions(raw: Location) -> dict[str, list[str]]:
     return captions
 
 
-def _split(raw: Location, name: str, notes: list[str]) -> list[str]:
-    """The image names of a split list, each once."""
-    text = _text(raw, name)
-    if text is None:
+def _split_list(raw: Location, name: str) -> Location:
+    place = find_file(raw, name, _TEXT_FOLDERS)
+    if place is None:
         raise DataError(
             f"{raw.uri!r} has no {name}: Kaggle's copy leaves the split lists out; they are in Flickr8k_text.zip of the "
-            "original release"
+            "original release (--fetch downloads it), or --split-fractions divides the images without them"
         )
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    names = list(dict.fromkeys(lines))
-    if len(names) < len(lines):
-        notes.append(f"{name}: {len(lines) - len(names)} lines repeat an image")
-    return names
+    return place
