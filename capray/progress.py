@@ -44,7 +44,8 @@ class ProgressDisplay:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:
+            self._bar.stop()
 
     def update(
         self, completed: float, figures: str, description: str | None = None, total: float | None = None

@@ -32,7 +32,8 @@ ATTEMPTS = 5
 WAIT = wait_exponential_jitter(initial=1, max=30)
 TIMEOUTS_SECONDS = (10, 60)
 """To connect, and between two pieces of an answer."""
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16
+"""What is written at once; as much is lost where a connection breaks."""
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _WORK = ".capray-fetch"
 _JUNK = ("__MACOSX", ".DS_Store")
@@ -83,36 +84,46 @@ def fetch(archives: Iterable[Archive], folder: str) -> None:
     if not place.is_local:
         raise ConfigError(f"archives can only be fetched into a local folder, not {folder!r}")
     root = Path(place.path)
-    for archive in archives:
+    wanted = [archive for archive in archives if not _is_there(archive, root)]
+    lacking = [archive for archive in wanted if not (root / archive.name).is_file()]
+    for archive in wanted:
         given, work = root / archive.name, root / _WORK / archive.name
-        with ProgressDisplay(archive.name) as display:
-            if given.is_file():
+        with ProgressDisplay(archive.name) as display, storage_errors(f"fetching {archive.url}"):
+            if archive not in lacking:
                 _check(given, archive, display)
                 unpack(given, root, archive.only, display)
                 continue
-            under_way = work.exists() or _part(work).exists()
-            there = next((path for path in archive.unpacks_to if (root / path).exists()), None)
-            if there and not under_way:
-                display.say(f"{archive.name}: not needed, {root / there} is there")
-                continue
-            with storage_errors(f"fetching {archive.url}"):
-                work.parent.mkdir(parents=True, exist_ok=True)
-                if not work.exists():
-                    download(archive, work, by_hand=f"{given}", display=display)
-                unpack(work, root, archive.only, display)
-                work.unlink()
-                if not any(work.parent.iterdir()):
-                    work.parent.rmdir()
+            work.parent.mkdir(parents=True, exist_ok=True)
+            if not work.exists():
+                rest = ", ".join(other.url for other in lacking[lacking.index(archive) :])
+                download(
+                    archive, work, f"put {rest}, had elsewhere, into {root} and run the same command again", display
+                )
+            unpack(work, root, archive.only, display)
+            work.unlink()
+            if not any(work.parent.iterdir()):
+                work.parent.rmdir()
 
 
-def download(archive: Archive, target: Path, by_hand: str, display: ProgressDisplay) -> None:
+def _is_there(archive: Archive, root: Path) -> bool:
+    """Whether what ``archive`` unpacks to is there, all of it as far as can be told."""
+    work = root / _WORK / archive.name
+    if (root / archive.name).is_file() or work.exists() or _part(work).exists():
+        return False
+    found = next((path for path in archive.unpacks_to if (root / path).exists()), None)
+    if found is not None:
+        with ProgressDisplay(archive.name) as display:
+            display.say(f"{archive.name}: not needed, {root / found} is there")
+    return found is not None
+
+
+def download(archive: Archive, target: Path, way_out: str, display: ProgressDisplay) -> None:
     """Download ``archive`` to ``target``, going on from what an earlier call has left beside it.
 
     Raises:
-        StorageError: it cannot be had; the message says to put it at ``by_hand``.
+        StorageError: it cannot be had; the message names the ``way_out``.
         DataError: what was had is not the archive.
     """
-    way_out = f"put {archive.name}, fetched elsewhere, at {by_hand} and run the same command again"
     transfer = _Transfer(archive, target, display)
     try:
         with requests.Session() as session:
