@@ -373,3 +373,24 @@ class TestTables:
         assert code == 0
         assert out.splitlines()[:2] == [" train: 1 images, 2 captions", "   dev: 1 images, 2 captions"]
         assert "  note: train: 1 of 2 listed images are missing" in out.splitlines()
+
+    def test_settings_of_the_other_data_sets(self, call, tmp_path):
+        from tests.test_datasets import coco_folder, original
+
+        raw = original(tmp_path / "raw")
+        fractions = ("--first", "3", "--split-fractions", "train=0.999999,test=0.000001")
+        code, out, _ = call("prepare", "flickr8k", raw, tmp_path / "first", *fractions)
+        assert (code, out.splitlines()[0]) == (0, " train: 3 images, 6 captions")
+        (raw / "Flickr8k.token.txt").rename(raw / "results_20130124.token")
+        (raw / "Flicker8k_Dataset").rename(raw / "flickr30k-images")
+        lists = [f"{split}={raw}/Flickr_8k.{split}Images.txt" for split in ("train", "dev")]
+        code, out, _ = call("prepare", "flickr30k", raw, tmp_path / "30k", "--split-lists", *lists)
+        assert (code, out.splitlines()[:2]) == (0, [" train: 2 images, 4 captions", "   dev: 1 images, 2 captions"])
+        recipe = tmp_path / "coco.yaml"
+        recipe.write_text("splits: 2017\n")
+        code, out, _ = call(
+            "prepare", "coco", coco_folder(tmp_path / "c", "2017"), tmp_path / "coco", "--config", recipe
+        )
+        assert (code, out.splitlines()[0]) == (0, " train: 2 images, 4 captions")
+        code, _, err = call("prepare", "folder", raw, tmp_path / "folder")
+        assert code == 1 and "has no manifest" in err

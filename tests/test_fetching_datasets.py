@@ -174,11 +174,12 @@ class TestDownload:
         assert len(server.log) == fetching.ATTEMPTS
 
     def test_a_refusal_is_not_repeated_and_says_where_to_put_the_archive(self, server, tmp_path):
-        archive = Archive(f"{server.url}/other.zip", ("photos",))
-        with pytest.raises(
-            StorageError, match=f"404 Not Found.*put other.zip, fetched elsewhere, at {tmp_path}/other.zip"
-        ):
-            fetch([archive], str(tmp_path))
+        archives = [Archive(f"{server.url}/{name}.zip", (name,)) for name in ("texts", "photos")]
+        way_out = (
+            f"put {archives[0].url}, {archives[1].url}, had elsewhere, into {tmp_path} and run the same command again"
+        )
+        with pytest.raises(StorageError, match=f"texts.zip: the server answers 404 Not Found; .*{way_out}"):
+            fetch(archives, str(tmp_path))
         assert len(server.log) == 1
 
     def test_no_server(self, monkeypatch, tmp_path):
