@@ -135,7 +135,7 @@ class TestMistakes:
     def test_a_fault_is_exit_code_1(self, call, tmp_path):
         code, out, err = call("prepare", "flickr8k", tmp_path / "nowhere", tmp_path / "out")
         assert (code, out) == (1, "")
-        assert err == f"capray: no folder at '{tmp_path / 'nowhere'}'\n"
+        assert err == f"capray: no folder at '{tmp_path / 'nowhere'}' (--fetch downloads Flickr8k there)\n"
 
     def test_as_a_program(self, tmp_path):
         done = in_subprocess("query", tmp_path)
