@@ -107,6 +107,8 @@ def train(config: Annotated[TrainConfig, Flat]) -> None:
 
     result = run(config)
     print(f"best epoch {result.best_epoch}: {result.best}")
+    if result.registered:
+        print(f"registered as {result.registered}")
 
 
 @app.command

@@ -274,9 +274,21 @@ class TrainConfig(ImageLimits, Decoding, Architecture):
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Times a training that lost a worker restarts from its last checkpoint."""
     tracking_uri: str | None = None
-    """MLflow tracking server; `none` for no tracking; an SQLite store in the output folder when not given."""
+    """MLflow tracking server, `none` for no tracking; when not given, MLFLOW_TRACKING_URI, else an SQLite store in the
+    output folder."""
     experiment: str = "capray"
     """MLflow experiment."""
+    register_as: str | None = None
+    """Name in MLflow's model registry under which the best captioner becomes a version in the end; none when not given."""
+    log_every_steps: Annotated[int, Field(ge=1)] = 50
+    """Steps between the points of the curves per step that MLflow gets."""
+
+    @field_validator("register_as")
+    @classmethod
+    def _name_of_a_model(cls, name: str | None) -> str | None:
+        if name is not None and (not name.strip() or set(name) & set("/:@'")):
+            raise ValueError(f"must be a name without / : @ and ', not {name!r}")
+        return name
 
     @model_validator(mode="after")
     def _regularised(self) -> Self:
@@ -284,6 +296,8 @@ class TrainConfig(ImageLimits, Decoding, Architecture):
             raise ValueError("doubly_stochastic needs attention weights: set it to 0 with attention 'none'")
         if self.batch_size < self.num_workers:
             raise ValueError(f"batch_size {self.batch_size} is less than num_workers {self.num_workers}")
+        if self.register_as is not None and self.tracking_uri == "none":
+            raise ValueError("register_as needs an MLflow server: leave tracking_uri 'none' out")
         return self
 
 
@@ -335,7 +349,9 @@ class CaptionConfig(ImageLimits, SourceSettings, Decoding):
     also: tuple[str, ...] = ()
     """Further inputs, captioned into the same output."""
     model: str
-    """Captioner folder or URI."""
+    """Captioner: a folder or URI, or one in MLflow: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/ID/captioner`."""
+    tracking_uri: str | None = None
+    """MLflow server that a `models:/` or `runs:/` model is on; MLFLOW_TRACKING_URI when not given."""
 
     keep: tuple[str, ...] = ()
     """Columns of a table, manifest or img2dataset sidecar to carry into the captions, in a struct `source`."""

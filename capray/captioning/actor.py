@@ -18,6 +18,7 @@ import torch
 
 from capray.captioning.isolation import Crashed, Isolated
 from capray.captioning.rows import repacked, results_schema, unpack
+from capray.captioning.shipping import Shipment
 from capray.config import Decoding
 from capray.model.captioner import Hypothesis, autocast
 from capray.model.checkpoint import load_captioner
@@ -113,8 +114,10 @@ class Captioning:
 class CaptioningActor:
     """Captions blocks of fetched rows; a row that cannot be captioned becomes a failure, the others do not suffer."""
 
-    def __init__(self, arguments: tuple, source_type: pa.DataType | None):
-        """``arguments`` are those of Captioning."""
+    def __init__(self, arguments: tuple, source_type: pa.DataType | None, shipment: Shipment | None = None):
+        """``arguments`` are those of Captioning; ``shipment`` brings the model where it lies on the driver's disk."""
+        if shipment is not None:
+            arguments = (shipment.receive(), *arguments[1:])
         self.arguments = arguments
         self.captioning = Captioning(*arguments)
         self.schema = results_schema(source_type, self.captioning.attention)

@@ -35,12 +35,13 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
     from capray.images import ImageError, load
     from capray.model.captioner import autocast
     from capray.model.checkpoint import load_captioner
+    from capray.registry import find_model
 
     for path in paths:
         if locate(path).is_local and not os.path.isfile(path):
             raise ConfigError(f"no photo at {path!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    captioner, _ = load_captioner(config.model, device)
+    captioner, _ = load_captioner(find_model(config.model, config.tracking_uri), device)
     limits, decoding = config.subset(ImageLimits), config.subset(Decoding)
     precision = "fp32" if config.precision == "auto" else config.precision
     failed = 0

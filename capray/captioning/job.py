@@ -28,6 +28,7 @@ from capray.captioning.lease import Lease, ray_job_is_terminal
 from capray.captioning.listing import Listing
 from capray.captioning.plan import ATTEMPTS_PER_RUN, Plan, Work, remove_duplicates
 from capray.captioning.rows import unpack
+from capray.captioning.shipping import Shipment, ship
 from capray.captioning.sources import Source, open_sources
 from capray.captioning.writer import PartWriter
 from capray.config import CaptionConfig, Decoding, ImageLimits, Preprocessing, SourceSettings
@@ -35,6 +36,7 @@ from capray.errors import CaprayError, ConfigError, Interrupted, OutputConflictE
 from capray.model.checkpoint import load_captioner
 from capray.output import Output, first_row
 from capray.progress import ProgressDisplay, duration
+from capray.registry import find_model
 from capray.storage import list_names, locate, write_atomic
 from capray.tables import FINAL_FAILURES, SCHEMA_VERSION, TRANSIENT_FAILURES
 
@@ -129,9 +131,10 @@ def caption(config: CaptionConfig) -> Summary:
 
 
 def localised(config: CaptionConfig) -> CaptionConfig:
-    """``config`` with absolute paths, which mean the same to every process."""
+    """``config`` with absolute paths, which mean the same to every process, and the place of a model in MLflow."""
     inputs = [locate(uri).uri for uri in config.inputs]
-    return config.model_copy(update={"model": locate(config.model).uri, "input": inputs[0], "also": tuple(inputs[1:])})
+    model = find_model(config.model, config.tracking_uri)
+    return config.model_copy(update={"model": model, "input": inputs[0], "also": tuple(inputs[1:])})
 
 
 def retried_kinds(config: CaptionConfig) -> tuple[str, ...]:
@@ -269,6 +272,7 @@ class _Run:
         self.tar_faults: dict[str, str] = {}
         self.started = time.monotonic()
         self.seconds_in_passes = 0.0
+        self._shipment: Shipment | None = None
 
     def caption(self) -> Summary:
         try:
@@ -547,11 +551,13 @@ class _Run:
             actors.gpus > 0,
             actors.threads,
         )
+        if self._shipment is None:
+            self._shipment = ship(config.model, self.summary.model_id)
         return fetched.map_batches(
             CaptioningActor,
             batch_size=1,
             batch_format="pyarrow",
-            fn_constructor_args=(arguments, self.source_type),
+            fn_constructor_args=(arguments, self.source_type, self._shipment),
             num_cpus=actors.threads,
             num_gpus=actors.gpus or None,
             compute=ray.data.ActorPoolStrategy(size=actors.number, max_tasks_in_flight_per_actor=MAX_IN_FLIGHT),

@@ -7,20 +7,22 @@ import json
 import os
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from capray import cluster
-from capray.config import Architecture, ImageLimits, Preprocessing, TrainConfig
+from capray.config import Architecture, Decoding, ImageLimits, Preprocessing, TrainConfig
 from capray.datasets.samples import RECORD
 from capray.errors import CaprayError, Interrupted, OutputConflictError
 from capray.model.captioner import Captioner
-from capray.model.checkpoint import FILES
+from capray.model.checkpoint import FILES, model_id_of
 from capray.progress import ProgressDisplay
 from capray.storage import exists, find_parquet, list_names, locate, read_bytes, write_atomic
+from capray.training.flavour import write_model
+from capray.training.pictures import pick_pictures
 from capray.training.reading import SplitText, dataset, read_text
-from capray.training.tracking import Run, start_run
+from capray.training.tracking import Item, Model, Tracker
 from capray.training.worker import HISTORY, train_worker
 from capray.vocabulary import Vocabulary, tokenise
 
@@ -35,6 +37,8 @@ NOT_IDENTITY = {
     "max_restarts",
     "tracking_uri",
     "experiment",
+    "register_as",
+    "log_every_steps",
     "shuffle_buffer",
 }
 """Settings that may differ when a training is taken up again."""
@@ -42,12 +46,14 @@ NOT_IDENTITY = {
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a training ended: the folders of its captioners, and the metrics of each epoch."""
+    """How a training ended: the folders of its captioners, the metrics of each epoch, and in ``registered`` the URI of the
+    version in MLflow's model registry, where one was asked for and made."""
 
     best: str
     last: str
     best_epoch: int
     metrics: list[dict[str, float]]
+    registered: str | None = None
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -57,9 +63,12 @@ def train(config: TrainConfig) -> TrainResult:
         ConfigError: settings that do not fit each other, the cluster, or the training already in the output.
         DataError: the Samples table cannot be used.
         CheckpointError: the encoder's weights cannot be used.
+        StorageError: the MLflow server does not answer at the start; later, that is only told.
         Interrupted: stopped by Ctrl-C or SIGTERM.
     """
     config = _absolute(config)
+    previous = _check_output(config)
+    tracker = Tracker(config)
     text = read_text(config.samples, config.train_split)
     validation = read_text(config.samples, config.validation_split)
     vocabulary = Vocabulary.build((tokenise(c) for image in text.captions for c in image), config.min_word_count)
@@ -68,29 +77,42 @@ def train(config: TrainConfig) -> TrainResult:
     num_trained = sum(p.numel() for p in captioner.parameters() if p.requires_grad)
     del captioner
 
-    previous = _check_output(config)
+    digest = _digest(config.samples)
     parameters = {
-        **{name: value for name, value in config.model_dump(mode="json").items() if name != "tracking_uri"},
         "num_parameters": num_parameters,
+        "num_trained_parameters": num_trained,
         "vocabulary_size": len(vocabulary),
-        "dataset_digest": _digest(config.samples),
+        "dataset_digest": digest,
     }
-    run = start_run(config, previous.get("mlflow_run_id"), parameters)
-    _write_record(config, run)
     with ProgressDisplay("starting Ray") as display:
+        tracker.start(previous.get("mlflow_run_id"), parameters, digest, display.say)
+        _write_record(config, tracker.run_id)
         display.say(_describe(text, validation, vocabulary, num_parameters, num_trained, config))
-        cluster.connect()
         try:
-            _fit(config, text, validation, vocabulary, run, display)
+            cluster.connect()
+            _fit(config, text, validation, vocabulary, tracker, display)
         except BaseException as error:
-            run.end("KILLED" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "FAILED")
+            tracker.close("KILLED" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "FAILED")
             raise
-    output = locate(config.output)
-    history = json.loads(read_bytes(output.join(HISTORY)))
-    best = output.join("best")
-    run.log_files({name: read_bytes(best.join(name)) for name in FILES}, "captioner")
-    run.end("FINISHED")
-    return TrainResult(best.uri, output.join("last").uri, history["best_epoch"], history["epochs"])
+        output = locate(config.output)
+        history = json.loads(read_bytes(output.join(HISTORY)))
+        model = _model(config)
+        tracker.put(model)
+        tracker.close("FINISHED")
+    return TrainResult(
+        output.join("best").uri, output.join("last").uri, history["best_epoch"], history["epochs"], model.registered
+    )
+
+
+def _model(config: TrainConfig) -> Model:
+    """The best captioner, as MLflow is to have it."""
+    best = locate(config.output).join("best")
+    files = {name: read_bytes(best.join(name)) for name in FILES}
+
+    def fill(folder: str, logged_model_id: str) -> None:
+        write_model(folder, files, config.subset(Decoding), logged_model_id)
+
+    return Model("captioner", fill, model_id_of(files), config.register_as)
 
 
 def _fit(
@@ -98,7 +120,7 @@ def _fit(
     text: SplitText,
     validation: SplitText,
     vocabulary: Vocabulary,
-    run: Run,
+    tracker: Tracker,
     display: ProgressDisplay,
 ) -> None:
     import ray
@@ -126,11 +148,15 @@ def _fit(
         preprocessing, limits = config.subset(Preprocessing), config.subset(ImageLimits)
         return dataset(config.samples, split, text.units, vocabulary, preprocessing, limits, shuffle)
 
+    limits = config.subset(ImageLimits)
+    pictures = (
+        pick_pictures(config.samples, config.validation_split, validation.units, limits) if tracker.run_id else {}
+    )
     board = _board_class().remote()
     settings = {
-        "config": config.model_dump(),
+        "config": config.model_copy(update={"tracking_uri": None}).model_dump(),
         "words": vocabulary.words,
-        "run": run.to_dict(),
+        "pictures": pictures,
         "board": board,
         "threads": max(1, int(cpus)),
         "num_pairs": num_pairs,
@@ -157,7 +183,7 @@ def _fit(
         },
         dataset_config=UnequalShards(),
     )
-    with _shown(board, display, config.epochs * num_pairs):
+    with _shown(board, display, tracker, config.epochs * num_pairs):
         try:
             trainer.fit()
         except KeyboardInterrupt as error:
@@ -179,6 +205,7 @@ def _board_class():
         def __init__(self) -> None:
             self.state: dict[str, Any] = {}
             self.lines: list[str] = []
+            self.items: list[Item] = []
             self.error: CaprayError | None = None
 
         def post(self, state: dict[str, Any]) -> None:
@@ -193,25 +220,31 @@ def _board_class():
         def failure(self) -> CaprayError | None:
             return self.error
 
-        def read(self) -> tuple[dict[str, Any], list[str]]:
+        def track(self, item: Item) -> None:
+            self.items.append(item)
+
+        def read(self) -> tuple[dict[str, Any], list[str], list[Item]]:
             lines, self.lines = self.lines, []
-            return self.state, lines
+            items, self.items = self.items, []
+            return self.state, lines, items
 
     return Board
 
 
 @contextmanager
-def _shown(board: Any, display: ProgressDisplay, total: float):
-    """Show what is on the board until the training is over."""
+def _shown(board: Any, display: ProgressDisplay, tracker: Tracker, total: float):
+    """Show what is on the board, and track what is to be, until the training is over."""
     import ray
     from ray.exceptions import RayError
 
     over = threading.Event()
 
     def show() -> None:
-        state, lines = ray.get(board.read.remote())
+        state, lines, items = ray.get(board.read.remote())
         for line in lines:
             display.say(line)
+        for item in items:
+            tracker.put(item)
         if state:
             display.update(state.get("completed", 0), state["figures"], state.get("description"), total)
 
@@ -230,7 +263,8 @@ def _shown(board: Any, display: ProgressDisplay, total: float):
     finally:
         over.set()
         watcher.join(5)
-    show()
+        with suppress(RayError):
+            show()
 
 
 def _cause(error: Exception) -> CaprayError:
@@ -305,6 +339,6 @@ def _check_output(config: TrainConfig) -> dict[str, Any]:
     return previous
 
 
-def _write_record(config: TrainConfig, run: Run) -> None:
-    record = {"settings": _identity(config), "mlflow_run_id": run.run_id}
+def _write_record(config: TrainConfig, run_id: str | None) -> None:
+    record = {"settings": _identity(config), "mlflow_run_id": run_id}
     write_atomic(locate(config.output).join(RECORD_NAME), json.dumps(record, indent=2).encode())

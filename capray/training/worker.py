@@ -31,15 +31,15 @@ from capray.model.captioner import Captioner, autocast
 from capray.model.checkpoint import pack
 from capray.model.loss import Batch, LossSums, collate, loss_sums
 from capray.storage import locate, write_atomic
+from capray.training.pictures import page
 from capray.training.reading import Images, Reading
-from capray.training.tracking import Run
+from capray.training.tracking import Item, Points, TextFile
 from capray.vocabulary import Vocabulary
 
 CAPTIONER_WEIGHTS = "captioner.pt"
 TRAINER_STATE = "trainer.pt"
 HISTORY = "history.json"
 """In the training's output: the best epoch and the metrics of every epoch."""
-NUM_SAMPLES_SHOWN = 8
 
 
 @dataclass
@@ -128,7 +128,10 @@ class Worker:
     def __init__(self, settings: dict[str, Any]):
         self.config = config = TrainConfig(**settings["config"])
         self.board = settings["board"]
-        self.run = Run(**settings["run"])
+        self.pictures: dict[str, bytes] = settings["pictures"]
+        self.samples: list[dict[str, Any]] = []
+        self.unlogged = np.zeros(3)
+        self.logged_at = time.monotonic()
         self.num_pairs = settings["num_pairs"]
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
@@ -199,6 +202,7 @@ class Worker:
             self.optimizer.zero_grad(set_to_none=True)
             self.progress.step += 1
             sums += [*losses, *local[:2], num_images, counts[1]]
+            self._log_step(losses[1], local[0], local[2])
             self._show(sums, started)
         *totals, _, _ = reduce_sums(sums.tolist(), self.device)
         objective, nll, regulariser, tokens, captions = totals
@@ -209,6 +213,7 @@ class Worker:
             "train_objective": objective / tokens + self.config.doubly_stochastic * regulariser / captions,
             "train_loss": nll / tokens,
             "train_regulariser": regulariser / captions,
+            "train_images": sums[5],
             "train_images_per_second": sums[5] / seconds,
             "train_seconds": seconds,
         }
@@ -226,6 +231,26 @@ class Worker:
         )
         while True:
             yield None
+
+    def _log_step(self, nll: float, tokens: float, num_images: float) -> None:
+        """Every log_every_steps: the mean loss and the throughput, over all workers, since the last time."""
+        self.unlogged += [nll, tokens, num_images]
+        step = self.progress.step
+        if step % self.config.log_every_steps:
+            return
+        nll, tokens, num_images = reduce_sums(self.unlogged.tolist(), self.device)
+        seconds = time.monotonic() - self.logged_at
+        self.unlogged[:], self.logged_at = 0, time.monotonic()
+        curves = {
+            "step/loss": nll / tokens,
+            "step/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "step/images_per_second": num_images / seconds,
+        }
+        self._track(Points(curves, step))
+
+    def _track(self, item: Item) -> None:
+        if self.rank == 0:
+            self.board.track.remote(item)
 
     def _show(self, sums: np.ndarray, started: float) -> None:
         if self.rank != 0:
@@ -267,10 +292,11 @@ class Worker:
         if not everyone:
             raise DataError(f"no image of split {config.validation_split!r} could be decoded")
         bleu = corpus_bleu([captions for _, captions in everyone.values()], [text for text, _ in everyone.values()])
-        if self.rank == 0:
-            shown = sorted(everyone.items())[:NUM_SAMPLES_SHOWN]
-            samples = [{"image_id": i, "caption": text, "references": captions} for i, (text, captions) in shown]
-            self.run.log_json(samples, f"samples/epoch-{self.progress.epoch + 1:03d}.json")
+        self.samples = [
+            {"image_id": i, "caption": everyone[i][0], "references": everyone[i][1]}
+            for i in self.pictures
+            if i in everyone
+        ]
         seconds = time.monotonic() - started
         loss = nll / tokens
         return {
@@ -294,7 +320,7 @@ class Worker:
                 write_atomic(locate(self.config.output).join(name, file), data)
         history = {"best_epoch": self.progress.best_epoch, "epochs": self.progress.history}
         write_atomic(locate(self.config.output).join(HISTORY), json.dumps(history, indent=1).encode())
-        self.run.log_metrics(metrics, self.progress.epoch)
+        self._track_epoch(metrics, improved)
         self._say(metrics, improved, *left_out)
         with tempfile.TemporaryDirectory() as folder:
             torch.save(self.captioner.state_dict(), os.path.join(folder, CAPTIONER_WEIGHTS))
@@ -302,6 +328,15 @@ class Worker:
             torch.save(state, os.path.join(folder, TRAINER_STATE))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({**metrics, "epoch": self.progress.epoch}, checkpoint=checkpoint)
+
+    def _track_epoch(self, metrics: dict[str, float], improved: bool) -> None:
+        epoch = self.progress.epoch
+        self._track(Points(metrics, epoch))
+        if self.samples:
+            path = f"samples/epoch-{epoch:03d}"
+            self._track(TextFile(f"{path}.json", json.dumps(self.samples, indent=1, ensure_ascii=False)))
+            if improved:
+                self._track(TextFile(f"{path}.html", page(f"epoch {epoch}", self.pictures, self.samples)))
 
     def _say(self, metrics: dict[str, float], improved: bool, undecodable: float, without_captions: float) -> None:
         bleu = " ".join(f"{metrics[f'bleu_{n}']:.3f}" for n in range(1, 5))
@@ -322,5 +357,6 @@ def train_worker(settings: dict[str, Any]) -> None:
     workers alike, without the restarts that a lost worker gets."""
     try:
         Worker(settings).train()
+        ray.get(settings["board"].failure.remote())  # By now the board has all that was posted before.
     except CaprayError as error:
         ray.get(settings["board"].fail.remote(error))
