@@ -19,10 +19,18 @@ from capray.errors import CheckpointError, ConfigError, StorageError
 from capray.model.checkpoint import FILES
 from capray.storage import list_names, locate
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-"""Seconds and attempts after which a server counts as one that does not answer; MLflow alone takes many minutes."""
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_UV_AUTO_DETECT": "false",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+}
+"""How MLflow behaves here, where the environment says nothing else: quiet, taking no lock file of the working folder for
+the model's, and giving up a server that does not answer within a minute or so (by itself it takes many)."""
+
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
 
 MODEL_DATA = os.path.join("data", "captioner")
 """Where in a folder of MLflow's model format the captioner's files lie."""
@@ -49,9 +57,8 @@ def reach(uri: str | None, way_out: str = "") -> Generator[None]:
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     except (MlflowException, RequestException) as error:

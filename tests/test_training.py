@@ -2,8 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +16,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
+from PIL import Image
 
 from capray.config import Architecture, TrainConfig
 from capray.errors import ConfigError, DataError, OutputConflictError
 from capray.model.captioner import Captioner
 from capray.model.checkpoint import load_captioner
 from capray.model.loss import collate
+from capray.registry import find_model
 from capray.tables import SAMPLES, encode_parquet
 from capray.training.job import train
 from capray.training.reading import DECODED, Reading, read_text
 from capray.training.worker import TrainingStep, backward, nothing
 from capray.vocabulary import Vocabulary
-from tests.conftest import TINY
+from tests.conftest import TINY, image_bytes
 
 SETTINGS = {
     **TINY,
@@ -217,12 +223,10 @@ def check_tracking(output, result):
     assert "tracking_uri" not in found.data.params
     history = client.get_metric_history(found.info.run_id, "bleu_4")
     assert [(m.step, m.value) for m in history] == [(e["epoch"], e["bleu_4"]) for e in result.metrics]
-    files = {file.path for file in client.list_artifacts(found.info.run_id, "captioner")}
-    assert files == {f"captioner/{name}" for name in ("config.json", "vocabulary.json", "model.safetensors")}
-    assert [f.path for f in client.list_artifacts(found.info.run_id, "samples")] == [
-        "samples/epoch-001.json",
-        "samples/epoch-002.json",
-    ]
+    logged = find_model(f"runs:/{found.info.run_id}/captioner", f"sqlite:///{output}/mlflow.db")
+    assert load_captioner(logged)[1] == load_captioner(result.best)[1]
+    samples = {file.path for file in client.list_artifacts(found.info.run_id, "samples")}
+    assert samples >= {"samples/epoch-001.json", "samples/epoch-001.html", "samples/epoch-002.json"}
     assert os.path.getsize(output / "history.json")
 
 
@@ -238,3 +242,86 @@ def test_samples_and_output_on_s3_and_early_stopping(samples, s3):
     result = run(f"{s3}/samples", f"{s3}/training", epochs=9, patience=1, learning_rate=1e-9, **settings)
     assert len(result.metrics) == 2, "no better after the first epoch"
     assert load_captioner(f"{s3}/training/best")[0].decoder.attention is None
+
+
+def train_workers() -> list[int]:
+    """The process ids of Ray Train's workers below this process."""
+    parents, names = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with suppress(OSError):
+                pid = int(folder.name)
+                parents[pid] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                names[pid] = (folder / "cmdline").read_bytes()
+
+    def is_ours(pid: int | None) -> bool:
+        return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
+
+    return [pid for pid, name in names.items() if b"RayTrainWorker" in name and is_ours(pid)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_checkpoint(samples, s3):
+    import s3fs
+
+    output, fs = f"{s3}/killed", s3fs.S3FileSystem(use_listings_cache=False)
+    killed: list[int] = []
+
+    def kill_one_in_the_second_epoch() -> None:
+        while not fs.exists(f"{output}/checkpoints/checkpoint_manager_snapshot.json"):
+            time.sleep(0.05)
+        before.extend(json.loads(fs.cat_file(f"{output}/history.json"))["epochs"])
+        killed.append(max(train_workers()))
+        os.kill(killed[0], signal.SIGKILL)
+
+    before: list[dict] = []
+    killer = threading.Thread(target=kill_one_in_the_second_epoch)
+    killer.start()
+    result = run(samples, output, epochs=3, num_workers=2, batch_size=5, tracking_uri="none")
+    killer.join()
+    assert killed and len(before) < 3
+    assert [epoch["epoch"] for epoch in result.metrics] == [1, 2, 3]
+    assert result.metrics[0] == before[0], "an epoch with a checkpoint is not done again"
+    assert [epoch["train_images"] for epoch in result.metrics] == [48, 48, 48]
+
+    more = run(samples, output, epochs=4, num_workers=1, batch_size=5, tracking_uri="none")
+    assert more.metrics[:3] == result.metrics and len(more.metrics) == 4, "the command goes on from S3 as well"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_cluster")
+def test_three_workers_validate_as_one_does(tmp_path):
+    rng = np.random.default_rng(0)
+    folder, words = tmp_path / "samples", ["a", "red", "green", "dog", "runs", "sits", "here", "now"]
+    folder.mkdir()
+    for split, number in (("train", 20), ("dev", 1000)):
+        rows = [
+            {
+                "image_id": f"{split}-{i:04d}",
+                "image": image_bytes(Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))),
+                "captions": [" ".join(rng.choice(words, 1 + int(rng.integers(6)))) for _ in range(1 + i % 3)],
+                "split": split,
+            }
+            for i in range(number)
+        ]
+        (folder / f"{split}.parquet").write_bytes(encode_parquet(pa.Table.from_pylist(rows, SAMPLES), 70))
+    settings = {"size": 16, "learning_rate": 1e-12, "encoder_learning_rate": 1e-12, "max_length": 5, "epochs": 1}
+    one, three = (
+        run(
+            str(folder),
+            tmp_path / str(number),
+            **settings,
+            num_workers=number,
+            cpus_per_worker=0.5,
+            tracking_uri="none",
+        ).metrics[0]
+        for number in (1, 3)
+    )
+    assert one["val_images"] == three["val_images"] == 1000
+    assert one["train_images"] == three["train_images"] == 20
+    for name in ("val_loss", "val_perplexity", "bleu_1", "bleu_2", "bleu_3", "bleu_4"):
+        assert three[name] == pytest.approx(one[name], rel=1e-5), name
+    assert one["bleu_1"] > 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import warnings
 from collections.abc import Mapping
 
 import capray
@@ -17,8 +19,6 @@ def write_model(
     """Write ``files``, a captioner's, to ``folder`` as a model that ``mlflow.pyfunc.load_model`` loads with
     ``capray.model.pyfunc``; ``decoding`` gives the defaults of its parameters.
     """
-    import tempfile
-
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -42,11 +42,13 @@ def write_model(
         for name, content in files.items():
             with open(os.path.join(data, name), "wb") as file:
                 file.write(content)
-        mlflow.pyfunc.save_model(
-            folder,
-            loader_module=pyfunc.__name__,
-            data_path=data,
-            mlflow_model=Model(model_id=logged_model_id) if logged_model_id else None,
-            signature=signature,
-            pip_requirements=[f"capray=={capray.__version__}"],
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # An example of the input is missed: it would be an image.
+            mlflow.pyfunc.save_model(
+                folder,
+                loader_module=pyfunc.__name__,
+                data_path=data,
+                mlflow_model=Model(model_id=logged_model_id) if logged_model_id else None,
+                signature=signature,
+                pip_requirements=[f"capray=={capray.__version__}"],
+            )

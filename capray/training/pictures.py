@@ -20,7 +20,8 @@ SIDE = 256
 """Longer side of a picture in pixels."""
 
 _STYLE = """
-body { font: 14px system-ui, sans-serif; display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 20px }
+body { font: 14px system-ui, sans-serif; display: grid; gap: 20px }
+body { grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)) }
 figure { margin: 0 } img { max-width: 100% } b { display: block; margin: 4px 0 }
 ul { margin: 0; padding-left: 18px } li, small { color: #666 }
 """
