@@ -96,11 +96,14 @@ def train(config: TrainConfig) -> TrainResult:
             raise
         output = locate(config.output)
         history = json.loads(read_bytes(output.join(HISTORY)))
-        model = _model(config)
-        tracker.put(model)
+        model = None
+        if tracker.run_id is not None:
+            model = _model(config)
+            tracker.put(model)
         tracker.close("FINISHED")
+    registered = model.registered if model else None
     return TrainResult(
-        output.join("best").uri, output.join("last").uri, history["best_epoch"], history["epochs"], model.registered
+        output.join("best").uri, output.join("last").uri, history["best_epoch"], history["epochs"], registered
     )
 
 
