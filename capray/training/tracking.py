@@ -35,6 +35,7 @@ MAX_PARAM_LENGTH = 500
 """The shortest limit of the MLflow servers in use."""
 SECONDS_BETWEEN_SENDS = 2.0
 MAX_SECONDS_BETWEEN_ATTEMPTS = 30.0
+ATTEMPTS_WHILE_IT_ANSWERS = 5
 MODEL_ID_TAG = "capray.model_id"
 
 
@@ -276,14 +277,14 @@ class Tracker:
                     self._retrying(client, items)
                 except Exception as error:  # Whatever it is, the training is worth more.
                     self._problem = explain(error)
-                    may_pass = _may_pass(error)
+                    is_refusal = not _may_pass(error) or self._answers(client)
                     with self._wake:
-                        lost = list(self._pending) if may_pass else items
+                        lost = items if is_refusal else list(self._pending)
                         for _ in lost:
                             self._pending.popleft()
                     for item in lost:
                         self._lost[str(item)] = self._lost.get(str(item), 0) + 1
-                    if not may_pass and str(items[0]) not in self._refused:
+                    if is_refusal and str(items[0]) not in self._refused:
                         self._refused.add(str(items[0]))
                         self._say(f"MLflow refuses {items[0]}: {self._problem}; the training goes on")
                 else:
@@ -309,7 +310,10 @@ class Tracker:
             return items
 
     def _retrying(self, client: Any, items: list[Item]) -> None:
-        """Send ``items``, again and again while the fault is one that may pass; once more when the training is over."""
+        """Send ``items``, again and again while the fault is one that may pass; once more when the training is over.
+
+        What fails while the server answers to other things is no fault that passes, whatever it is called.
+        """
 
         def send() -> None:
             if isinstance(items[0], Points):
@@ -320,11 +324,20 @@ class Tracker:
         tenacity.Retrying(
             retry=tenacity.retry_if_exception(_may_pass),
             wait=tenacity.wait_exponential(max=MAX_SECONDS_BETWEEN_ATTEMPTS),
-            stop=tenacity.stop_when_event_set(self._closing),
+            stop=lambda state: (
+                self._closing.is_set() or (state.attempt_number >= ATTEMPTS_WHILE_IT_ANSWERS and self._answers(client))
+            ),
             sleep=tenacity.sleep_using_event(self._closing),
             before_sleep=self._tell,
             reraise=True,
         )(send)
+
+    def _answers(self, client: Any) -> bool:
+        try:
+            client.get_run(self.run_id)
+        except Exception:
+            return False
+        return True
 
     def _tell(self, state: tenacity.RetryCallState) -> None:
         if not self._is_failing and state.outcome is not None:
