@@ -171,6 +171,9 @@ class Architecture(Preprocessing):
     """Width of the decoder's state."""
     cell: Literal["lstm", "gru"] = "lstm"
     """Recurrent cell of the decoder."""
+    initial_state: Literal["tanh", "linear"] = "tanh"
+    """How the decoder's state starts from the mean grid with attention: a linear layer each for hidden state and cell,
+    with tanh over it or without (as in Show, Attend and Tell's reimplementations)."""
     gate: bool = True
     """Sigmoid gate on the attended context (Show, Attend and Tell, section 4.2.1)."""
     grid_dropout: Fraction = 0.2
@@ -213,7 +216,101 @@ class Decoding(Settings):
         return self
 
 
-class TrainConfig(ImageLimits, Decoding, Architecture):
+class Augmentation(Settings):
+    """What chance does to training images, at the encoder's input size; validation never sees it."""
+
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that a training image is mirrored left to right."""
+    flip_left_right_words: Literal["keep-image", "swap-words"] = "keep-image"
+    """What becomes of images whose captions say left or right: never mirrored, or mirrored with the words swapped."""
+    min_crop_area: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Smallest share of a training image's area that a random crop keeps and scales up; 1 crops nothing."""
+    color_jitter: Fraction = 0.0
+    """A training image's brightness, contrast and saturation change by up to this share."""
+
+    @property
+    def augments(self) -> bool:
+        return self.flip > 0 or self.min_crop_area < 1 or self.color_jitter > 0
+
+
+class Optimisation(Settings):
+    """How gradients become steps."""
+
+    optimizer: Literal["adam", "adamw", "rmsprop", "sgd"] = "adam"
+    """Optimiser, as torch.optim has it; its other constants are torch's."""
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    """Learning rate of the decoder."""
+    encoder_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate of the fine-tuned blocks."""
+    momentum: Fraction = 0.0
+    """Momentum of rmsprop and sgd."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay (decoupled in adamw, added to the gradient in the others)."""
+    clip: Literal["norm", "value", "none"] = "norm"
+    """Gradient clipping: by the norm of all gradients, by the value of each, or none."""
+    clip_threshold: Annotated[float, Field(gt=0)] = 5.0
+    """Threshold of the clipping."""
+    accumulate_batches: Annotated[int, Field(ge=1)] = 1
+    """Batches whose gradients make one step, exactly that of one batch as large as all of them."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of an exponential moving average of the weights, which is what is validated and saved as the
+    captioner (0.999, say); no average when not given."""
+
+    schedule: Literal["constant", "step", "plateau", "cosine"] = "constant"
+    """Course of the learning rates: constant; times schedule_factor every schedule_epochs; the same after
+    schedule_epochs without a gain in schedule_metric; or down a cosine to 0 at the last step, after warmup_steps."""
+    schedule_factor: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """What `step` and `plateau` multiply the learning rates by."""
+    schedule_epochs: Annotated[int, Field(ge=1)] = 8
+    """Epochs between two cuts of `step`; epochs without a gain before a cut of `plateau`."""
+    schedule_metric: Literal["bleu_4", "val_loss"] = "bleu_4"
+    """Validation metric that `plateau` watches."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rates of `cosine` first rise in a line."""
+
+    @model_validator(mode="after")
+    def _fits_the_optimizer_and_schedule(self) -> Self:
+        if self.momentum and self.optimizer not in ("rmsprop", "sgd"):
+            raise ValueError(
+                f"momentum is of rmsprop and sgd, not of {self.optimizer}: leave it out or choose one of them"
+            )
+        if self.warmup_steps and self.schedule != "cosine":
+            raise ValueError(
+                f"warmup_steps is of schedule 'cosine', not of {self.schedule!r}: leave it out or choose cosine"
+            )
+        return self
+
+
+class Feeding(Settings):
+    """Which words the decoder is given in training: the reference's (teacher forcing) or its own."""
+
+    teacher_forcing_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Probability, word by word, that the decoder is given the reference's last word, else its own likeliest; 0 runs
+    freely."""
+    teacher_forcing_schedule: Literal["constant", "linear", "exponential", "inverse-sigmoid"] = "constant"
+    """Course of that probability over the epochs (scheduled sampling, Bengio et al. 2015, section 2.4)."""
+    teacher_forcing_decay: Annotated[float, Field(gt=0)] | None = None
+    """The schedule's constant, at epoch e = 0, 1 …: linear subtracts decay * e, exponential multiplies by decay ** e (below
+    1), inverse-sigmoid by decay / (decay + exp(e / decay)) (1 or more)."""
+    min_teacher_forcing_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The schedule ends at this probability."""
+
+    @model_validator(mode="after")
+    def _declines(self) -> Self:
+        schedule, decay = self.teacher_forcing_schedule, self.teacher_forcing_decay
+        if (decay is None) != (schedule == "constant"):
+            raise ValueError(
+                f"teacher_forcing_schedule {schedule!r} with teacher_forcing_decay {decay}: set both or neither"
+            )
+        if decay is not None and (
+            (schedule == "exponential" and decay >= 1) or (schedule == "inverse-sigmoid" and decay < 1)
+        ):
+            bound = "below 1" if schedule == "exponential" else "1 or more"
+            raise ValueError(f"teacher_forcing_decay of the {schedule} schedule must be {bound}, not {decay}")
+        return self
+
+
+class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Architecture):
     """Train a captioner on a Samples table with data-parallel Ray Train."""
 
     positional: ClassVar[tuple[str, ...]] = ("samples", "output")
@@ -232,11 +329,19 @@ class TrainConfig(ImageLimits, Decoding, Architecture):
     (.safetensors, or .pth with tensors only); random when not given."""
     fine_tune_from: str | None = None
     """First block of the encoder to fine-tune (`layer2`, `features.14`; `all` for the whole); frozen when not given."""
-    encoder_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Learning rate of the fine-tuned blocks."""
+    init_from: str | None = None
+    """Captioner folder or URI to start from: its weights, its vocabulary, and its architecture where no setting is given
+    for it."""
+    word_vectors: str | None = None
+    """File or URI of pretrained word vectors in GloVe's text format (.txt or .txt.gz), of embed_dim numbers each; words
+    they lack start at random."""
+    freeze_word_vectors: bool = False
+    """Whether the word embedding is left as it starts."""
 
     min_word_count: Annotated[int, Field(ge=1)] = 5
     """Words seen less often in the training split become the unknown word."""
+    max_vocabulary: Annotated[int, Field(ge=1)] | None = None
+    """Most words of the vocabulary, the most frequent first; all when not given."""
     max_caption_words: Annotated[int, Field(ge=1, le=1000)] = 50
     """Training captions are cut after this many words."""
     captions_per_image: Literal["1", "all"] = "all"
@@ -246,12 +351,6 @@ class TrainConfig(ImageLimits, Decoding, Architecture):
     """Passes over the training split."""
     batch_size: Annotated[int, Field(ge=1)] = 160
     """Image-caption pairs per step, over all workers."""
-    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
-    """Adam's learning rate for the decoder."""
-    clip: Literal["norm", "value", "none"] = "norm"
-    """Gradient clipping: by the norm of all gradients, by the value of each, or none."""
-    clip_threshold: Annotated[float, Field(gt=0)] = 5.0
-    """Threshold of the clipping."""
     label_smoothing: Fraction = 0.1
     """Share of the target's probability spread over the other emittable words."""
     doubly_stochastic: Annotated[float, Field(ge=0)] = 1.0
@@ -261,7 +360,8 @@ class TrainConfig(ImageLimits, Decoding, Architecture):
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many epochs without a better validation BLEU-4; never when not given."""
     seed: int = 0
-    """Seed of initial weights, shuffling and dropout."""
+    """Seed of initial weights, shuffling, augmentation and dropout: the same seed and number of workers give the same
+    losses."""
     shuffle_buffer: Annotated[int, Field(ge=1)] = 1000
     """Images each worker shuffles among."""
 
@@ -298,6 +398,18 @@ class TrainConfig(ImageLimits, Decoding, Architecture):
             raise ValueError(f"batch_size {self.batch_size} is less than num_workers {self.num_workers}")
         if self.register_as is not None and self.tracking_uri == "none":
             raise ValueError("register_as needs an MLflow server: leave tracking_uri 'none' out")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_from_one_thing(self) -> Self:
+        if self.init_from is not None:
+            for name in ("weights", "word_vectors", "min_word_count", "max_vocabulary"):
+                if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name} {value!r} has no use with init_from, whose captioner brings it: leave one out"
+                    )
+        if self.freeze_word_vectors and self.init_from is None and self.word_vectors is None:
+            raise ValueError("freeze_word_vectors would freeze random vectors: give word_vectors or init_from")
         return self
 
 

@@ -45,9 +45,9 @@ class State(NamedTuple):
 class Decoder(nn.Module):
     """An LSTM or GRU cell that attends over the grid at every step, or is told of the image once, at the start.
 
-    With attention, the state starts from two linear layers of the mean grid, and each step's input is the word and
-    the gated context (Show, Attend and Tell, sections 3.1.2 and 4.2.1). Without, the projected mean grid is the first
-    input and the words follow (Show and Tell, section 3.1).
+    With attention, the state starts from two linear layers of the mean grid, tanh over them or not, and each step's
+    input is the word and the gated context (Show, Attend and Tell, sections 3.1.2 and 4.2.1). Without, the projected mean
+    grid is the first input and the words follow (Show and Tell, section 3.1).
     """
 
     def __init__(self, architecture: Architecture, grid_dim: int, vocabulary_size: int):
@@ -59,6 +59,7 @@ class Decoder(nn.Module):
             self.first_input = nn.Linear(grid_dim, embed_dim)
             input_dim = embed_dim
         else:
+            self.squashes_start = architecture.initial_state == "tanh"
             self.initial_hidden = nn.Linear(grid_dim, hidden_dim)
             self.initial_cell = nn.Linear(grid_dim, hidden_dim) if architecture.cell == "lstm" else None
             self.gate = nn.Linear(hidden_dim, grid_dim) if architecture.gate else None
@@ -85,9 +86,11 @@ class Decoder(nn.Module):
             zeros_B1H = mean_BD.new_zeros(len(mean_BD), 1, hidden_dim)
             state = self._recur(self.first_input(mean_BD)[:, None], State(zeros_B1H, zeros_B1H))
         else:
-            hidden_B1H = torch.tanh(self.initial_hidden(mean_BD))[:, None]
-            cell_B1H = torch.tanh(self.initial_cell(mean_BD))[:, None] if self.initial_cell else hidden_B1H
+            hidden_B1H = self.initial_hidden(mean_BD)[:, None]
+            cell_B1H = self.initial_cell(mean_BD)[:, None] if self.initial_cell else hidden_B1H
             state = State(hidden_B1H, cell_B1H)
+            if self.squashes_start:
+                state = State(*(part.tanh() for part in state))
         return State(*(part.expand(-1, num_captions, -1) for part in state))
 
     def _recur(self, inputs_BKI: torch.Tensor, state: State) -> State:

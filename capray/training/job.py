@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from capray import cluster
-from capray.config import Architecture, Decoding, ImageLimits, Preprocessing, TrainConfig
+from capray.config import Augmentation, Decoding, ImageLimits, Preprocessing, TrainConfig
 from capray.datasets.samples import RECORD
 from capray.errors import CaprayError, Interrupted, OutputConflictError
-from capray.model.captioner import Captioner
 from capray.model.checkpoint import FILES, model_id_of
+from capray.model.word_vectors import WordVectors, read_word_vectors
 from capray.progress import ProgressDisplay
 from capray.storage import exists, find_parquet, list_names, locate, read_bytes, write_atomic
 from capray.training.flavour import write_model
 from capray.training.pictures import pick_pictures
-from capray.training.reading import SplitText, dataset, read_text
+from capray.training.reading import Chance, SplitText, dataset, read_text
+from capray.training.starting import adopt_captioner, build_captioner, build_vocabulary
 from capray.training.tracking import Item, Model, Tracker
 from capray.training.worker import HISTORY, train_worker
 from capray.vocabulary import Vocabulary, tokenise
@@ -71,8 +72,14 @@ def train(config: TrainConfig) -> TrainResult:
     tracker = Tracker(config)
     text = read_text(config.samples, config.train_split)
     validation = read_text(config.samples, config.validation_split)
-    vocabulary = Vocabulary.build((tokenise(c) for image in text.captions for c in image), config.min_word_count)
-    captioner = Captioner(config.subset(Architecture), vocabulary, config.weights, config.fine_tune_from)
+    if config.init_from is not None:
+        config, vocabulary = adopt_captioner(config)
+    else:
+        vocabulary = build_vocabulary((tokenise(c) for image in text.captions for c in image), config)
+    vectors = None
+    if config.word_vectors is not None:
+        vectors = read_word_vectors(config.word_vectors, vocabulary, config.embed_dim)
+    captioner = build_captioner(config, vocabulary, vectors)
     num_parameters = sum(p.numel() for p in captioner.parameters())
     num_trained = sum(p.numel() for p in captioner.parameters() if p.requires_grad)
     del captioner
@@ -88,9 +95,12 @@ def train(config: TrainConfig) -> TrainResult:
         tracker.start(previous.get("mlflow_run_id"), parameters, digest, display.say)
         _write_record(config, tracker.run_id)
         display.say(_describe(text, validation, vocabulary, num_parameters, num_trained, config))
+        if vectors is not None:
+            num_words = len(vocabulary.words)
+            display.say(f"word vectors for {len(vectors.ids_N):,} of {num_words:,} words; the others start at random")
         try:
             cluster.connect()
-            _fit(config, text, validation, vocabulary, tracker, display)
+            _fit(config, text, validation, vocabulary, vectors, tracker, display)
         except BaseException as error:
             tracker.close("KILLED" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "FAILED")
             raise
@@ -123,6 +133,7 @@ def _fit(
     text: SplitText,
     validation: SplitText,
     vocabulary: Vocabulary,
+    word_vectors: WordVectors | None,
     tracker: Tracker,
     display: ProgressDisplay,
 ) -> None:
@@ -147,9 +158,9 @@ def _fit(
     one_caption = config.captions_per_image == "1"
     num_pairs = text.num_images if one_caption else sum(len(captions) for captions in text.captions)
 
-    def data(split: str, text: SplitText, shuffle: bool):
+    def data(split: str, text: SplitText, chance: Chance | None = None):
         preprocessing, limits = config.subset(Preprocessing), config.subset(ImageLimits)
-        return dataset(config.samples, split, text.units, vocabulary, preprocessing, limits, shuffle)
+        return dataset(config.samples, split, text.units, vocabulary, preprocessing, limits, chance)
 
     limits = config.subset(ImageLimits)
     pictures = (
@@ -159,9 +170,11 @@ def _fit(
     settings = {
         "config": config.model_copy(update={"tracking_uri": None}).model_dump(),
         "words": vocabulary.words,
+        "word_vectors": word_vectors,
         "pictures": pictures,
         "board": board,
         "threads": max(1, int(cpus)),
+        "num_images": text.num_images,
         "num_pairs": num_pairs,
     }
     output = locate(config.output)
@@ -181,8 +194,8 @@ def _fit(
             failure_config=FailureConfig(config.max_restarts),  # ty: ignore[invalid-argument-type]
         ),
         datasets={
-            "train": data(config.train_split, text, True),
-            "validation": data(config.validation_split, validation, False),
+            "train": data(config.train_split, text, Chance(config.seed, board, config.subset(Augmentation))),
+            "validation": data(config.validation_split, validation),
         },
         dataset_config=UnequalShards(),
     )
@@ -203,13 +216,20 @@ def _board_class():
 
     @ray.remote(num_cpus=0)
     class Board:
-        """Where rank 0 leaves its progress and the driver finds it."""
+        """Where rank 0 leaves its progress, and the driver and the tasks that read find it."""
 
         def __init__(self) -> None:
             self.state: dict[str, Any] = {}
             self.lines: list[str] = []
             self.items: list[Item] = []
             self.error: CaprayError | None = None
+            self.num_epochs = 0
+
+        def begin(self, epoch: int) -> None:
+            self.num_epochs = epoch
+
+        def epoch(self) -> int:
+            return self.num_epochs
 
         def post(self, state: dict[str, Any]) -> None:
             self.state |= state
@@ -282,6 +302,9 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     paths = {"samples": locate(config.samples).uri, "output": locate(config.output).uri}
     if config.weights is not None and (os.path.exists(config.weights) or "/" in config.weights):
         paths["weights"] = locate(config.weights).uri
+    for name in ("init_from", "word_vectors"):
+        if (path := getattr(config, name)) is not None:
+            paths[name] = locate(path).uri
     return config.model_copy(update=paths)
 
 
@@ -318,7 +341,8 @@ def _digest(samples: str) -> str:
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.model_dump(mode="json").items() if name not in NOT_IDENTITY}
+    free = NOT_IDENTITY - {"epochs"} if config.schedule == "cosine" else NOT_IDENTITY
+    return {name: value for name, value in config.model_dump(mode="json").items() if name not in free}
 
 
 def _check_output(config: TrainConfig) -> dict[str, Any]:

@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from capray.config import ImageLimits, Preprocessing
+from capray.config import Augmentation, ImageLimits, Preprocessing
 from capray.errors import DataError
 from capray.images import ImageError, load
 from capray.storage import find_parquet, locate, storage_errors
 from capray.tables import SAMPLES
+from capray.training.augmentation import augment
 from capray.vocabulary import Vocabulary, tokenise
 
 DECODED = pa.schema(
@@ -75,6 +76,17 @@ def read_text(samples: str, split: str) -> SplitText:
     return SplitText(len(captions), captions, units)
 
 
+class Chance(NamedTuple):
+    """What a pass over the training split draws its order and its augmentation from, besides the seed: the epoch.
+
+    ``board`` is an actor whose ``epoch`` tells how many passes are over; a pass must not start before it does.
+    """
+
+    seed: int
+    board: Any
+    augmentation: Augmentation
+
+
 def dataset(
     samples: str,
     split: str,
@@ -82,59 +94,72 @@ def dataset(
     vocabulary: Vocabulary,
     preprocessing: Preprocessing,
     limits: ImageLimits,
-    shuffle: bool,
+    chance: Chance | None = None,
 ):
     """A Ray Dataset of ``split``, which lies in ``units``, in the DECODED schema, read and decoded in tasks of their own.
 
     The units are rows themselves and one operator does the rest: Ray's own ``read_parquet`` spends seconds on listing
-    each time it is read again. ``shuffle`` draws the units in a new order each time.
+    each time it is read again. Blocks keep their order, and with it workers get the same ones each time. With ``chance``
+    the n-th task reads the n-th of the units as the seed and the epoch shuffle them; Ray's own shuffling of blocks knows
+    how often this dataset was read, not which epoch of a training it is that goes on.
     """
     import ray.data
 
-    items = [{"path": path, "row_group": group} for path, group in units]
-    data = ray.data.from_items(items, override_num_blocks=len(items))
-    if shuffle:
-        data = data.randomize_block_order()
+    data = ray.data.from_items(list(range(len(units))), override_num_blocks=len(units))
     settings = {
+        "units": units,
         "samples": samples,
         "split": split,
         "vocabulary": vocabulary,
         "preprocessing": preprocessing,
         "limits": limits,
+        "chance": chance,
     }
-    return data.map_batches(
+    data = data.map_batches(
         _read_and_decode,  # ty: ignore[invalid-argument-type]
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs=settings,
     )
+    data.context.execution_options.preserve_order = True
+    return data
 
 
 def _read_and_decode(
-    unit: pa.Table,
+    place: pa.Table,
+    units: list[tuple[str, int]],
     samples: str,
     split: str,
     vocabulary: Vocabulary,
     preprocessing: Preprocessing,
     limits: ImageLimits,
+    chance: Chance | None,
 ) -> pa.Table:
-    path, group = unit["path"][0].as_py(), unit["row_group"][0].as_py()
+    epoch = None
+    if chance is not None:
+        import ray
+
+        epoch = ray.get(chance.board.epoch.remote())
+        units = random.Random(f"{chance.seed} {epoch}").sample(units, len(units))
+    path, group = units[place["item"][0].as_py()]
     with storage_errors(f"reading {path}"):
         file = pq.ParquetFile(path, filesystem=locate(samples).fs)
         table = file.read_row_group(group, columns=SAMPLES.names)
     table = table.filter(pc.field("split") == split)
-    pixels, heights, widths = [], [], []
-    for image in table["image"]:
+    pixels, heights, widths, words = [], [], [], []
+    for image_id, image, captions in zip(*(table[name].to_pylist() for name in SAMPLES.names[:3]), strict=True):
+        tokens = [tokenise(caption) for caption in captions]
         try:
-            array, _, _ = load(image.as_py(), preprocessing, limits)
+            array, _, _ = load(image, preprocessing, limits)
         except ImageError:
             array = None
+        if chance is not None and chance.augmentation.augments and array is not None:
+            array, tokens = augment(array, tokens, chance.augmentation, f"{chance.seed} {epoch} {image_id}")
         pixels.append(None if array is None else array.tobytes())
         heights.append(None if array is None else array.shape[0])
         widths.append(None if array is None else array.shape[1])
-    captions = table["captions"].to_pylist()
-    words = [[vocabulary.encode(tokenise(caption)) for caption in image] for image in captions]
-    return pa.table([table["image_id"], pixels, heights, widths, captions, words], schema=DECODED)
+        words.append([vocabulary.encode(caption) for caption in tokens])
+    return pa.table([table["image_id"], pixels, heights, widths, table["captions"], words], schema=DECODED)
 
 
 class Images(NamedTuple):

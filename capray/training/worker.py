@@ -12,7 +12,9 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,16 +25,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from capray.config import Architecture, Decoding, TrainConfig
+from capray.config import Decoding, Optimisation, TrainConfig
 from capray.errors import CaprayError, DataError
 from capray.images import input_size
 from capray.metrics import corpus_bleu
+from capray.model.accuracy import accuracy_sums
 from capray.model.captioner import Captioner, autocast
 from capray.model.checkpoint import pack
+from capray.model.feeding import feed_own_words, teacher_forcing_ratio
 from capray.model.loss import Batch, LossSums, collate, loss_sums
 from capray.storage import locate, write_atomic
+from capray.training.optimisation import Optimiser, steps_per_epoch
 from capray.training.pictures import page
 from capray.training.reading import Images, Reading
+from capray.training.starting import build_captioner
 from capray.training.tracking import Item, Points, TextFile
 from capray.vocabulary import Vocabulary
 
@@ -54,15 +60,16 @@ class Progress:
 
 
 class TrainingStep(nn.Module):
-    """Encode and teacher-force in one forward pass, so that DDP sees one."""
+    """Encode and decode in one forward pass, so that DDP sees one."""
 
     def __init__(self, captioner: Captioner, label_smoothing: float):
         super().__init__()
         self.captioner = captioner
         self.label_smoothing = label_smoothing
 
-    def forward(self, pixels: list[np.ndarray], batch: Batch) -> LossSums:
+    def forward(self, pixels: list[np.ndarray], batch: Batch, teacher_forcing_ratio: float = 1.0) -> LossSums:
         memory = self.captioner.encode_all(pixels)
+        batch = feed_own_words(self.captioner, memory, batch, teacher_forcing_ratio)
         return loss_sums(self.captioner, memory, batch, self.label_smoothing)
 
 
@@ -91,35 +98,30 @@ def nothing(captioner: Captioner) -> tuple[list[np.ndarray], Batch]:
     return [np.zeros((height, width, 3), np.uint8)], batch
 
 
-def backward(step: nn.Module, pixels: list, batch: Batch, counts: list[float], config: TrainConfig) -> list[float]:
+def backward(
+    step: nn.Module, batches: list[tuple[list, Batch]], counts: list[float], config: TrainConfig, epoch: int = 0
+) -> np.ndarray:
     """Add the gradient of the global batch's loss; the local sums of objective, nll and regulariser.
 
-    ``counts`` are the global numbers of tokens and captions. DDP averages over workers, which is undone here: the loss
-    is Σ objective / tokens + doubly_stochastic · Σ regulariser / captions, whoever holds what.
+    ``batches`` (pixels and captions) are this worker's part of the global batch, one or more; workers exchange gradients at
+    the last. ``counts`` are the numbers of tokens and captions of the global batch, over all workers. DDP averages over
+    workers, which is undone here: the loss is Σ objective / tokens + doubly_stochastic · Σ regulariser / captions, whoever
+    holds what.
     """
     device = next(step.parameters()).device
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    with autocast(device, config.precision):
-        sums = step(pixels, batch.to(device))
+    ratio = teacher_forcing_ratio(config, epoch)
     tokens, captions = counts
-    loss = sums.objective / tokens + config.doubly_stochastic * sums.regulariser / captions
-    (loss * world_size).backward()
-    return [float(value.detach()) for value in sums]
-
-
-def clip_gradients(parameters: list[nn.Parameter], config: TrainConfig) -> None:
-    if config.clip == "norm":
-        nn.utils.clip_grad_norm_(parameters, config.clip_threshold)
-    elif config.clip == "value":
-        nn.utils.clip_grad_value_(parameters, config.clip_threshold)
-
-
-def build_optimizer(captioner: Captioner, config: TrainConfig) -> torch.optim.Optimizer:
-    tuned = [parameter for parameter in captioner.encoder.parameters() if parameter.requires_grad]
-    groups = [{"params": list(captioner.decoder.parameters()), "lr": config.learning_rate}]
-    if tuned:
-        groups.append({"params": tuned, "lr": config.encoder_learning_rate})
-    return torch.optim.Adam(groups)
+    totals = np.zeros(3)
+    for i, (pixels, batch) in enumerate(batches, start=1):
+        alone = i < len(batches) and isinstance(step, nn.parallel.DistributedDataParallel)
+        with step.no_sync() if alone else nullcontext():
+            with autocast(device, config.precision):
+                sums = step(pixels, batch.to(device), ratio)
+            loss = sums.objective / tokens + config.doubly_stochastic * sums.regulariser / captions
+            (loss * world_size).backward()
+        totals += [float(value.detach()) for value in sums]
+    return totals
 
 
 class Worker:
@@ -139,18 +141,15 @@ class Worker:
         torch.set_num_threads(settings["threads"])
         torch.manual_seed(config.seed)
         vocabulary = Vocabulary(settings["words"])
-        self.captioner = Captioner(config.subset(Architecture), vocabulary, config.weights, config.fine_tune_from).to(
-            self.device
-        )
+        self.captioner = build_captioner(config, vocabulary, settings["word_vectors"]).to(self.device)
         self.step = ray.train.torch.prepare_model(TrainingStep(self.captioner, config.label_smoothing))
-        self.optimizer = build_optimizer(self.captioner, config)
-        self.trained = [p for p in self.captioner.parameters() if p.requires_grad]
+        steps = steps_per_epoch(settings["num_images"], self.num_pairs, config, self.world_size)
+        self.optimiser = Optimiser(self.captioner, config.subset(Optimisation), config.epochs * steps)
         self.progress = Progress()
         self.reading = Reading()
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             self._restore(checkpoint)
-        torch.manual_seed(config.seed * 1_000_003 + self.progress.epoch * 1009 + self.rank)
 
     def _restore(self, checkpoint: ray.train.Checkpoint) -> None:
         with checkpoint.as_directory() as folder:
@@ -159,7 +158,7 @@ class Worker:
                 for name in (CAPTIONER_WEIGHTS, TRAINER_STATE)
             )
         self.captioner.load_state_dict(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimiser.load_state_dict(state["optimiser"])
         self.progress = Progress(**state["progress"])
 
     @property
@@ -172,7 +171,10 @@ class Worker:
 
     def train(self) -> None:
         while not self.finished:
-            metrics = {name: float(value) for name, value in (self.train_epoch() | self.validate()).items()}
+            metrics = self.train_epoch()
+            with self.optimiser.averaged():
+                metrics |= self.validate()
+            self.optimiser.end_epoch(metrics)
             progress = self.progress
             progress.epoch += 1
             progress.history.append({"epoch": progress.epoch, **metrics})
@@ -184,22 +186,24 @@ class Worker:
     def train_epoch(self) -> dict[str, float]:
         """One pass over the training split; its mean losses over all workers' tokens and captions."""
         self.step.train()
+        config, epoch = self.config, self.progress.epoch
+        torch.manual_seed(config.seed * 1_000_003 + epoch * 1009 + self.rank)
+        learning_rate = self.optimiser.learning_rate
         started = time.monotonic()
         sums = np.zeros(7)
-        for images in self._train_batches():
-            if images is not None:
-                pixels, batch = images.pixels, collate(images.words, self.config.max_caption_words)
-                local = [batch.num_tokens, batch.num_captions, len(images.ids), 1]
-            else:
-                pixels, batch = nothing(self.captioner)
-                local = [0, 0, 0, 0]
+        for images in self._train_steps():
+            batches = [(part.pixels, collate(part.words, config.max_caption_words)) for part in images]
+            local = [
+                sum(batch.num_tokens for _, batch in batches),
+                sum(batch.num_captions for _, batch in batches),
+                sum(len(part.ids) for part in images),
+                len(images),
+            ]
             *counts, num_images, num_busy = reduce_sums(local, self.device)
             if not num_busy:
                 break
-            losses = backward(self.step, pixels, batch, counts, self.config)
-            clip_gradients(self.trained, self.config)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            losses = backward(self.step, batches or [nothing(self.captioner)], counts, config, epoch)
+            self.optimiser.step()
             self.progress.step += 1
             sums += [*losses, *local[:2], num_images, counts[1]]
             self._log_step(losses[1], local[0], local[2])
@@ -216,21 +220,25 @@ class Worker:
             "train_images": sums[5],
             "train_images_per_second": sums[5] / seconds,
             "train_seconds": seconds,
+            "learning_rate": learning_rate,
+            "teacher_forcing_ratio": teacher_forcing_ratio(config, epoch),
         }
 
-    def _train_batches(self) -> Iterator[Images | None]:
-        """This worker's batches of the epoch, then None for as long as the others go on."""
-        config = self.config
+    def _train_steps(self) -> Iterator[list[Images]]:
+        """This worker's batches of each step of the epoch, then none for as long as the others go on."""
+        config, epoch = self.config, self.progress.epoch
+        if self.rank == 0:  # Nobody reads before all workers ask for it.
+            ray.get(self.board.begin.remote(epoch))
         share, rest = divmod(config.batch_size, self.world_size)
-        yield from self.reading.batches(
+        batches = self.reading.batches(
             ray.train.get_dataset_shard("train"),
             pairs_per_batch=share + (self.rank < rest),
             one_caption=config.captions_per_image == "1",
-            seed=config.seed * 7919 + self.progress.epoch * 104_729 + self.rank,
+            seed=config.seed * 7919 + epoch * 104_729 + self.rank,
             shuffle_buffer=config.shuffle_buffer,
         )
         while True:
-            yield None
+            yield list(islice(batches, config.accumulate_batches))
 
     def _log_step(self, nll: float, tokens: float, num_images: float) -> None:
         """Every log_every_steps: the mean loss and the throughput, over all workers, since the last time."""
@@ -243,7 +251,7 @@ class Worker:
         self.unlogged[:], self.logged_at = 0, time.monotonic()
         curves = {
             "step/loss": nll / tokens,
-            "step/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "step/learning_rate": self.optimiser.learning_rate,
             "step/images_per_second": num_images / seconds,
         }
         self._track(Points(curves, step))
@@ -269,26 +277,26 @@ class Worker:
 
     @torch.inference_mode()
     def validate(self) -> dict[str, float]:
-        """Free-running captions of the validation split, each image counted once, and the teacher-forced loss."""
+        """Free-running captions of the validation split, each image counted once, the teacher-forced loss, and how often the
+        reference's next word is among the five likeliest."""
         self.step.eval()
         config, decoding = self.config, self.config.subset(Decoding)
         started = time.monotonic()
         captioned: list[tuple[str, str, list[str]]] = []
-        nll = tokens = 0.0
+        sums = torch.zeros(4, dtype=torch.float64)
         shard = ray.train.get_dataset_shard("validation")
         for images in self.reading.batches(shard, 0, one_caption=False, seed=0, images_per_batch=64):
             batch = collate(images.words, config.max_caption_words).to(self.device)
             with autocast(self.device, config.precision):
                 memory = self.captioner.encode_all(images.pixels)
-                nll += float(loss_sums(self.captioner, memory, batch).nll)
+                sums += torch.stack([part.sum() for part in accuracy_sums(self.captioner, memory, batch)]).cpu()
                 best = self.captioner.caption(memory, decoding)
-            tokens += batch.num_tokens
             texts = [hypotheses[0].caption if hypotheses else "" for hypotheses in best]
             captioned += zip(images.ids, texts, images.captions, strict=True)
             if self.rank == 0:
                 self.board.post.remote({"figures": f"validating  {len(captioned)} images"})
         everyone = {image_id: rest for share in gather_objects(captioned) for image_id, *rest in share}
-        nll, tokens = reduce_sums([nll, tokens], self.device)
+        nll, forced_hits, free_hits, tokens = reduce_sums(sums.tolist(), self.device)
         if not everyone:
             raise DataError(f"no image of split {config.validation_split!r} could be decoded")
         bleu = corpus_bleu([captions for _, captions in everyone.values()], [text for text, _ in everyone.values()])
@@ -302,6 +310,8 @@ class Worker:
         return {
             "val_loss": loss,
             "val_perplexity": math.exp(min(loss, 700)),
+            "val_teacher_forced_top5_accuracy": forced_hits / tokens,
+            "val_free_running_top5_accuracy": free_hits / tokens,
             **bleu,
             "val_images": float(len(everyone)),
             "val_images_per_second": len(everyone) / seconds,
@@ -314,7 +324,8 @@ class Worker:
         if self.rank != 0:
             ray.train.report({**metrics, "epoch": self.progress.epoch})
             return
-        files = pack(self.captioner)
+        with self.optimiser.averaged():
+            files = pack(self.captioner)
         for name in ("last", "best") if improved else ("last",):
             for file, data in files.items():
                 write_atomic(locate(self.config.output).join(name, file), data)
@@ -324,7 +335,7 @@ class Worker:
         self._say(metrics, improved, *left_out)
         with tempfile.TemporaryDirectory() as folder:
             torch.save(self.captioner.state_dict(), os.path.join(folder, CAPTIONER_WEIGHTS))
-            state = {"optimizer": self.optimizer.state_dict(), "progress": asdict(self.progress)}
+            state = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress)}
             torch.save(state, os.path.join(folder, TRAINER_STATE))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({**metrics, "epoch": self.progress.epoch}, checkpoint=checkpoint)

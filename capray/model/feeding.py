@@ -1,0 +1,53 @@
+"""Which words the decoder is given in training: the reference's, or its own.
+
+Bengio, Vinyals, Jaitly, Shazeer (2015), *Scheduled Sampling for Sequence Prediction with Recurrent Neural Networks*.
+
+Axes: B images, K captions of an image, T steps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from capray.config import Feeding
+from capray.model.captioner import Captioner
+from capray.model.decoder import Memory
+from capray.model.loss import Batch
+
+
+def teacher_forcing_ratio(config: Feeding, epoch: int) -> float:
+    """The probability at ``epoch`` (from 0) that the decoder is given the reference's word (section 2.4)."""
+    decay = config.teacher_forcing_decay
+    ratio = config.teacher_forcing_ratio
+    if decay is None:
+        return ratio
+    if config.teacher_forcing_schedule == "linear":
+        ratio -= decay * epoch
+    elif config.teacher_forcing_schedule == "exponential":
+        ratio *= decay**epoch
+    else:
+        ratio *= decay / (decay + math.exp(min(epoch / decay, 700)))
+    return max(ratio, config.min_teacher_forcing_ratio)
+
+
+@torch.no_grad()
+def feed_own_words(captioner: Captioner, memory: Memory, batch: Batch, ratio: float) -> Batch:
+    """``batch`` with each input after ``<start>`` kept with probability ``ratio``, and else replaced by the likeliest word
+    that the captioner gives after the inputs before it.
+
+    Choosing a word passes no gradient, so a teacher-forced pass over the new inputs has the gradient of free running.
+    """
+    if ratio >= 1:
+        return batch
+    decoder = captioner.decoder
+    inputs_BKT = batch.inputs_BKT.clone()
+    is_own_BKT = torch.rand(inputs_BKT.shape, device=inputs_BKT.device) >= ratio
+    state = decoder.start(memory, inputs_BKT.shape[1])
+    for t in range(inputs_BKT.shape[-1] - 1):
+        state, _ = decoder.step(decoder.embedding(inputs_BKT[..., t]), state, memory)
+        own_BK = decoder.logits(state.hidden_BKH).argmax(-1)
+        inputs_BKT[..., t + 1] = torch.where(is_own_BKT[..., t + 1], own_BK, inputs_BKT[..., t + 1])
+    torch.clear_autocast_cache()  # It holds casts of the weights now that would pass no gradient on.
+    return batch._replace(inputs_BKT=inputs_BKT)
