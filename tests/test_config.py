@@ -25,6 +25,16 @@ def test_an_unknown_key_names_the_nearest():
         ({"attention": "none"}, "doubly_stochastic needs attention"),
         ({"batch_size": 1, "num_workers": 2}, "batch_size 1 is less than num_workers 2"),
         ({"beam_size": 2, "n_best": 3}, "n_best 3 is more than beam_size 2"),
+        ({"momentum": 0.9}, "momentum is of rmsprop and sgd, not of adam"),
+        ({"warmup_steps": 9}, "warmup_steps is of schedule 'cosine', not of 'constant'"),
+        ({"teacher_forcing_schedule": "linear"}, "teacher_forcing_decay None: set both"),
+        (
+            {"teacher_forcing_schedule": "exponential", "teacher_forcing_decay": 2},
+            "of the exponential schedule must be below 1, not 2",
+        ),
+        ({"init_from": "a", "weights": "imagenet"}, "weights 'imagenet' has no use with init_from"),
+        ({"init_from": "a", "min_word_count": 3}, "min_word_count 3 has no use with init_from"),
+        ({"freeze_word_vectors": True}, "freeze_word_vectors would freeze random vectors"),
         ({"min_length": 20}, "min_length 20 must be below max_length 20"),
     ],
 )

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from capray.config import Architecture, TrainConfig
-from capray.errors import ConfigError, DataError, OutputConflictError
+from capray.errors import CheckpointError, ConfigError, DataError, OutputConflictError
 from capray.model.captioner import Captioner
 from capray.model.checkpoint import load_captioner
 from capray.model.loss import collate
@@ -60,7 +60,7 @@ def gradients(step, share, counts):
         pixels, batch = list(PIXELS[share]), collate([CAPTIONS[i] for i in share], 50)
     else:
         pixels, batch = nothing(step.module.captioner if hasattr(step, "module") else step.captioner)
-    backward(step, pixels, batch, counts, CONFIG)
+    backward(step, [(pixels, batch)], counts, CONFIG)
     return {name.removeprefix("module."): p.grad.clone() for name, p in step.named_parameters() if p.grad is not None}
 
 
@@ -93,6 +93,18 @@ def test_two_workers_give_the_gradient_of_one_with_the_same_global_batch(tmp_pat
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_accumulated_batches_give_the_gradient_of_all_in_one():
+    whole = collate(CAPTIONS, 50)
+    counts = [float(whole.num_tokens), float(whole.num_captions)]
+    step = make_step()
+    parts = [(list(PIXELS[share]), collate([CAPTIONS[i] for i in share], 50)) for share in SHARES]
+    losses = backward(step, parts, counts, CONFIG)
+    expected = make_step()
+    assert losses == pytest.approx(backward(expected, [(list(PIXELS), whole)], counts, CONFIG), rel=1e-5)
+    for (name, found), wanted in zip(step.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
 class TestReading:
@@ -165,6 +177,18 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="'tiny' has no published weights"):
             run(samples, tmp_path / "out", weights="imagenet")
 
+    def test_a_captioner_of_another_shape_to_start_from(self, samples, model, tmp_path):
+        settings = {"samples": samples, "output": str(tmp_path / "out"), "init_from": model}
+        with pytest.raises(ConfigError, match="hidden_dim 64 does not fit the captioner .*, which has 32"):
+            train(TrainConfig(**settings, hidden_dim=64))
+        with pytest.raises(CheckpointError, match="not a captioner folder"):
+            train(TrainConfig(**settings | {"init_from": str(tmp_path)}))
+
+    def test_word_vectors_of_another_width(self, samples, tmp_path):
+        (tmp_path / "vectors.txt").write_text("circle 1 2 3\n")
+        with pytest.raises(ConfigError, match="set embed_dim to 3"):
+            run(samples, tmp_path / "out", word_vectors=str(tmp_path / "vectors.txt"))
+
     def test_a_remote_output_needs_a_tracking_server(self, samples, s3):
         with pytest.raises(ConfigError, match="tracking_uri is needed"):
             run(samples, f"{s3}/training")
@@ -212,6 +236,72 @@ def test_train_go_on_and_refuse_another(samples, tmp_path, capfd):
     with pytest.raises(OutputConflictError, match="learning_rate: 0.001 -> 0.5"):
         run(odd, output, epochs=3, learning_rate=0.5)
     check_tracking(output, second)
+
+
+CHANCE = {
+    "num_workers": 2,
+    "captions_per_image": "1",
+    "batch_size": 8,
+    "accumulate_batches": 2,
+    "grid_dropout": 0.2,
+    "output_dropout": 0.3,
+    "teacher_forcing_ratio": 0.5,
+    "flip": 0.5,
+    "min_crop_area": 0.5,
+    "ema_decay": 0.9,
+    "schedule": "step",
+    "schedule_epochs": 1,
+    "tracking_uri": "none",
+}
+"""Everything that draws from chance or keeps a state between epochs."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_same_seed_gives_the_same_losses_interrupted_or_not_and_a_second_stage_starts_from_the_first(
+    samples, tmp_path, capfd
+):
+    odd = with_oddities(samples, tmp_path / "odd")
+    vectors = {"and": np.arange(16.0), "circle": -np.arange(16.0)}
+    text = "".join(f"{word} {' '.join(map(str, vector))}\n" for word, vector in vectors.items())
+    (tmp_path / "vectors.txt").write_text(text)
+    settings = {**CHANCE, "word_vectors": str(tmp_path / "vectors.txt"), "freeze_word_vectors": True}
+    whole = run(odd, tmp_path / "whole", epochs=2, **settings)
+    assert "word vectors for 2 of " in capfd.readouterr().err
+    run(odd, tmp_path / "halves", epochs=1, **settings)
+    halves = run(odd, tmp_path / "halves", epochs=2, **settings)
+
+    def without_times(metrics):
+        return [{k: v for k, v in epoch.items() if "second" not in k} for epoch in metrics]
+
+    assert without_times(halves.metrics) == without_times(whole.metrics)
+    assert [epoch["learning_rate"] for epoch in whole.metrics] == pytest.approx([1e-3, 0.8e-3])
+    assert load_captioner(halves.last)[1] == load_captioner(whole.last)[1]
+    for epoch in whole.metrics:
+        assert 0 <= epoch["val_free_running_top5_accuracy"] <= epoch["val_teacher_forced_top5_accuracy"] <= 1
+        assert epoch["val_perplexity"] == pytest.approx(np.exp(epoch["val_loss"]))
+    first, _ = load_captioner(whole.last)
+    for word, vector in vectors.items():
+        row = first.decoder.embedding.weight[first.vocabulary.encode([word])[0]]
+        assert row.tolist() == pytest.approx(vector.tolist())
+
+    second = TrainConfig(
+        samples=odd,
+        output=str(tmp_path / "second"),
+        init_from=whole.last,
+        fine_tune_from="layer4",
+        freeze_word_vectors=True,
+        epochs=1,
+        tracking_uri="none",
+        cpus_per_worker=1,
+        encoder_learning_rate=1e-3,
+    )
+    tuned, _ = load_captioner(train(second).last)
+    assert tuned.architecture == first.architecture and tuned.vocabulary.words == first.vocabulary.words
+    changed = {name: not torch.equal(value, first.state_dict()[name]) for name, value in tuned.state_dict().items()}
+    assert changed["encoder.backbone.layer4.0.weight"] and changed["decoder.output.weight"]
+    assert not changed["encoder.backbone.layer3.0.weight"] and not changed["decoder.embedding.weight"]
 
 
 def check_tracking(output, result):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,65 +96,80 @@ def dataset(
     limits: ImageLimits,
     chance: Chance | None = None,
 ):
-    """A Ray Dataset of ``split``, which lies in ``units``, in the DECODED schema, read and decoded in tasks of their own.
-
-    The units are rows themselves and one operator does the rest: Ray's own ``read_parquet`` spends seconds on listing
-    each time it is read again. Blocks keep their order, and with it workers get the same ones each time. With ``chance``
-    the n-th task reads the n-th of the units as the seed and the epoch shuffle them; Ray's own shuffling of blocks knows
-    how often this dataset was read, not which epoch of a training it is that goes on.
-    """
-    import ray.data
-
-    data = ray.data.from_items(list(range(len(units))), override_num_blocks=len(units))
+    """A Ray Dataset of ``split``, which lies in ``units``, in the DECODED schema, read and decoded in tasks of their own."""
+    items = [{"path": path, "row_group": group} for path, group in units]
     settings = {
-        "units": units,
         "samples": samples,
         "split": split,
         "vocabulary": vocabulary,
         "preprocessing": preprocessing,
         "limits": limits,
-        "chance": chance,
     }
-    data = data.map_batches(
-        _read_and_decode,  # ty: ignore[invalid-argument-type]
+    return stream(items, _read_and_decode, settings, chance)
+
+
+def stream(
+    items: list[dict[str, Any]], read: Callable[..., pa.Table], settings: dict[str, Any], chance: Chance | None = None
+):
+    """A Ray Dataset of what ``read`` makes of each of ``items``, with ``settings``, in a task of its own.
+
+    Items are rows and one operator does the rest: Ray's own ``read_parquet`` spends seconds on listing each time it is
+    read again. Blocks keep their order, so that workers get the same ones each time. With ``chance`` the n-th task reads
+    the n-th of the items as the seed and the epoch shuffle them; Ray's own shuffling of blocks knows how often this
+    dataset was read, not which epoch of a training it is that goes on.
+    """
+    import ray.data
+
+    data = ray.data.from_items(list(range(len(items))), override_num_blocks=len(items)).map_batches(
+        _read_item,  # ty: ignore[invalid-argument-type]
         batch_size=1,
         batch_format="pyarrow",
-        fn_kwargs=settings,
+        fn_kwargs={"items": items, "read": read, "settings": settings, "chance": chance},
     )
     data.context.execution_options.preserve_order = True
     return data
 
 
-def _read_and_decode(
+def _read_item(
     place: pa.Table,
-    units: list[tuple[str, int]],
+    items: list[dict[str, Any]],
+    read: Callable[..., pa.Table],
+    settings: dict[str, Any],
+    chance: Chance | None,
+) -> pa.Table:
+    if chance is not None:
+        import ray
+
+        seed = f"{chance.seed} {ray.get(chance.board.epoch.remote())}"
+        items = random.Random(seed).sample(items, len(items))
+        if chance.augmentation.augments:
+            settings = {**settings, "augmentation": chance.augmentation, "seed": seed}
+    return read(items[place["item"][0].as_py()], **settings)
+
+
+def _read_and_decode(
+    unit: dict[str, Any],
     samples: str,
     split: str,
     vocabulary: Vocabulary,
     preprocessing: Preprocessing,
     limits: ImageLimits,
-    chance: Chance | None,
+    augmentation: Augmentation | None = None,
+    seed: str = "",
 ) -> pa.Table:
-    epoch = None
-    if chance is not None:
-        import ray
-
-        epoch = ray.get(chance.board.epoch.remote())
-        units = random.Random(f"{chance.seed} {epoch}").sample(units, len(units))
-    path, group = units[place["item"][0].as_py()]
-    with storage_errors(f"reading {path}"):
-        file = pq.ParquetFile(path, filesystem=locate(samples).fs)
-        table = file.read_row_group(group, columns=SAMPLES.names)
+    with storage_errors(f"reading {unit['path']}"):
+        file = pq.ParquetFile(unit["path"], filesystem=locate(samples).fs)
+        table = file.read_row_group(unit["row_group"], columns=SAMPLES.names)
     table = table.filter(pc.field("split") == split)
     pixels, heights, widths, words = [], [], [], []
-    for image_id, image, captions in zip(*(table[name].to_pylist() for name in SAMPLES.names[:3]), strict=True):
-        tokens = [tokenise(caption) for caption in captions]
+    for image_id, image, captions in zip(*(table[name] for name in ("image_id", "image", "captions")), strict=True):
+        tokens = [tokenise(caption) for caption in captions.as_py()]
         try:
-            array, _, _ = load(image, preprocessing, limits)
+            array, _, _ = load(image.as_py(), preprocessing, limits)
         except ImageError:
             array = None
-        if chance is not None and chance.augmentation.augments and array is not None:
-            array, tokens = augment(array, tokens, chance.augmentation, f"{chance.seed} {epoch} {image_id}")
+        if augmentation is not None and array is not None:
+            array, tokens = augment(array, tokens, augmentation, f"{seed} {image_id}")
         pixels.append(None if array is None else array.tobytes())
         heights.append(None if array is None else array.shape[0])
         widths.append(None if array is None else array.shape[1])

@@ -1,0 +1,91 @@
+"""The decoder is given the reference's words or its own, and learns from both."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from capray.config import Architecture, Feeding
+from capray.model.captioner import Captioner, autocast
+from capray.model.feeding import feed_own_words, teacher_forcing_ratio
+from capray.model.loss import collate, loss_sums
+from capray.vocabulary import START, Vocabulary
+from tests.conftest import TINY
+
+BATCH = collate([[[4, 5, 6, 7, 8], [9, 10]], [[11, 4, 5]]], 20)
+
+
+@pytest.fixture
+def captioner() -> Captioner:
+    torch.manual_seed(0)
+    captioner = Captioner(Architecture(**TINY), Vocabulary([f"w{i}" for i in range(12)])).eval()
+    with torch.no_grad():
+        captioner.decoder.output.weight.mul_(10)
+    return captioner
+
+
+def memory_of(captioner):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    return captioner.encode(torch.from_numpy(pixels))
+
+
+def test_a_ratio_of_one_gives_the_references(captioner):
+    assert feed_own_words(captioner, memory_of(captioner), BATCH, 1.0) is BATCH
+
+
+def test_a_ratio_of_none_gives_the_likeliest_word_after_the_own_words_before(captioner):
+    memory = memory_of(captioner)
+    fed = feed_own_words(captioner, memory, BATCH, 0.0)
+    assert (fed.inputs_BKT[..., 0] == BATCH.inputs_BKT[..., 0]).all()
+    assert torch.equal(fed.targets_BKT, BATCH.targets_BKT) and torch.equal(fed.lengths_BK, BATCH.lengths_BK)
+    with torch.no_grad():
+        states, _ = captioner(memory, fed.inputs_BKT, fed.lengths_BK)
+        own = captioner.decoder.logits(states).argmax(-1)
+    for image, caption in ((0, 0), (0, 1), (1, 0)):
+        length = int(BATCH.lengths_BK[image, caption])
+        assert torch.equal(fed.inputs_BKT[image, caption, 1:length], own[image, caption, : length - 1])
+    assert not torch.equal(fed.inputs_BKT, BATCH.inputs_BKT)
+    assert fed.inputs_BKT[0, 0, 0] == START
+
+
+def test_a_ratio_between_keeps_that_share_of_the_references_words(captioner):
+    many = collate([[[4, 5, 6, 7, 8] * 8] * 10] * 2, 50)
+    torch.manual_seed(1)
+    fed = feed_own_words(captioner, memory_of(captioner), many, 0.7)
+    free = feed_own_words(captioner, memory_of(captioner), many, 0.0)
+    changed = (fed.inputs_BKT != many.inputs_BKT)[..., 1:].float().mean()
+    assert 0.1 < changed < 0.35 < (free.inputs_BKT != many.inputs_BKT)[..., 1:].float().mean()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_weight_of_the_decoder_learns_from_free_running(captioner, precision):
+    captioner.train()
+    with autocast("cpu", precision):
+        memory = memory_of(captioner)
+        loss = loss_sums(captioner, memory, feed_own_words(captioner, memory, BATCH, 0.0)).objective
+    loss.backward()
+    for name, parameter in captioner.decoder.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) or name == "attention.energy.bias", name
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"teacher_forcing_ratio": 0.5}, [0.5, 0.5, 0.5]),
+        ({"teacher_forcing_schedule": "linear", "teacher_forcing_decay": 0.3}, [1.0, 0.7, 0.4]),
+        (
+            {"teacher_forcing_schedule": "linear", "teacher_forcing_decay": 0.3, "min_teacher_forcing_ratio": 0.6},
+            [1.0, 0.7, 0.6],
+        ),
+        ({"teacher_forcing_schedule": "exponential", "teacher_forcing_decay": 0.9}, [1.0, 0.9, 0.81]),
+        (
+            {"teacher_forcing_schedule": "inverse-sigmoid", "teacher_forcing_decay": 4.0},
+            [4 / (4 + math.exp(e / 4)) for e in range(3)],
+        ),
+    ],
+)
+def test_courses_of_the_ratio(settings, expected):
+    config = Feeding(**settings)
+    assert [teacher_forcing_ratio(config, epoch) for epoch in range(3)] == pytest.approx(expected)
+    assert config.min_teacher_forcing_ratio <= teacher_forcing_ratio(config, 100_000) <= expected[0]

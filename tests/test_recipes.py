@@ -1,0 +1,66 @@
+"""Every published recipe is a valid variant of the defaults, and trains."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from capray.config import Architecture, ShapesConfig, TrainConfig
+from capray.datasets.shapes import prepare_shapes
+from capray.model.captioner import Captioner
+from capray.model.checkpoint import load_captioner, save_captioner
+from capray.training.job import train
+from capray.vocabulary import Vocabulary
+
+FOLDER = Path(__file__).parents[1] / "jobs" / "recipes"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+SMALL = {
+    "weights": None,
+    "size": 64,
+    "min_word_count": 1,
+    "max_length": 6,
+    "batch_size": 4,
+    "epochs": 1,
+    "num_workers": 1,
+    "cpus_per_worker": 1,
+    "tracking_uri": "none",
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_names_only_what_differs_from_the_defaults(name):
+    values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    config = TrainConfig.create(values, samples="s", output="o")
+    same = [key for key in values if getattr(config, key) == TrainConfig.model_fields[key].default]
+    assert not same
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory) -> str:
+    """8 training images, one for validation, one for testing."""
+    folder = str(tmp_path_factory.mktemp("drawings") / "samples")
+    prepare_shapes(ShapesConfig(output=folder, num_images=10))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains(name, drawings, tmp_path):
+    small = {**SMALL, "samples": drawings, "output": str(tmp_path / "out")}
+    if name.endswith("-stage2"):
+        del small["min_word_count"], small["size"]
+        first = TrainConfig.from_yaml(FOLDER / f"{name.removesuffix('-stage2')}.yaml", **SMALL | small, size=64)
+        captioner = Captioner(first.subset(Architecture), Vocabulary(["circle", "a", "square"]))
+        small["init_from"] = str(tmp_path / "stage-1")
+        save_captioner(captioner, small["init_from"])
+    config = TrainConfig.from_yaml(FOLDER / f"{name}.yaml", **small)
+    result = train(config)
+    assert len(result.metrics) == 1
+    trained, _ = load_captioner(result.best)
+    if name.endswith("-stage2"):
+        assert trained.vocabulary.words == ["circle", "a", "square"]
+        assert trained.architecture == captioner.architecture
+    else:
+        assert trained.architecture == config.subset(Architecture)
