@@ -32,6 +32,7 @@ bench:  ## Print the benchmarks' figures beside their references
 	uv run python benchmarks/writer.py
 	uv run python benchmarks/planning.py
 	uv run python benchmarks/verification.py
+	uv run python benchmarks/recipes.py
 
 chaos:  ## Kill things at random for ROUNDS rounds, each judged by the oracle
 	uv run python -m tests.chaos --rounds $(ROUNDS)

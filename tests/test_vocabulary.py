@@ -28,6 +28,7 @@ def test_no_caption_holds_a_special_token():
 def test_build_keeps_frequent_words_most_frequent_first():
     captions = [["a", "dog"], ["a", "cat"], ["a", "dog", "rare"]]
     assert Vocabulary.build(captions, min_word_count=2).words == ["a", "dog"]
+    assert Vocabulary.build(captions, max_words=3).words == ["a", "dog", "cat"]
 
 
 def test_encode_and_decode():
