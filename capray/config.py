@@ -330,8 +330,8 @@ class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Ar
     fine_tune_from: str | None = None
     """First block of the encoder to fine-tune (`layer2`, `features.14`; `all` for the whole); frozen when not given."""
     init_from: str | None = None
-    """Captioner folder or URI to start from: its weights, its vocabulary, and its architecture where no setting is given
-    for it."""
+    """Captioner to start from (folder, URI, or in MLflow, as `caption --model`): its weights, its vocabulary, and its
+    architecture where no setting is given for it."""
     word_vectors: str | None = None
     """File or URI of pretrained word vectors in GloVe's text format (.txt or .txt.gz), of embed_dim numbers each; words
     they lack start at random."""

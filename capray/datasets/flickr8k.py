@@ -36,7 +36,7 @@ ARCHIVES = (
         checksum="md5:f18a1e2920de5bd84dae7cf08ec78978",
     ),
 )
-"""The MD5s are those that R's torchvision (`flickr8k_dataset`) and Flashlight's CMake files hold these archives to."""
+"""The MD5s are those that R's torchvision (`flickr8k_dataset`) holds these archives to."""
 
 
 def prepare_flickr8k(config: Flickr8kConfig) -> Prepared:

@@ -18,11 +18,12 @@ from capray.errors import CaprayError, Interrupted, OutputConflictError
 from capray.model.checkpoint import FILES, model_id_of
 from capray.model.word_vectors import WordVectors, read_word_vectors
 from capray.progress import ProgressDisplay
+from capray.registry import is_registered
 from capray.storage import exists, find_parquet, list_names, locate, read_bytes, write_atomic
 from capray.training.flavour import write_model
 from capray.training.pictures import pick_pictures
 from capray.training.reading import Chance, SplitText, dataset, read_text
-from capray.training.starting import adopt_captioner, build_captioner, build_vocabulary
+from capray.training.starting import Weights, adopt_captioner, build_captioner, build_vocabulary
 from capray.training.tracking import Item, Model, Tracker
 from capray.training.worker import HISTORY, train_worker
 from capray.vocabulary import Vocabulary, tokenise
@@ -67,19 +68,20 @@ def train(config: TrainConfig) -> TrainResult:
         StorageError: the MLflow server does not answer at the start; later, that is only told.
         Interrupted: stopped by Ctrl-C or SIGTERM.
     """
-    config = _absolute(config)
-    previous = _check_output(config)
+    config = given = _absolute(config)
+    previous = _check_output(given)
     tracker = Tracker(config)
     text = read_text(config.samples, config.train_split)
     validation = read_text(config.samples, config.validation_split)
+    weights = None
     if config.init_from is not None:
-        config, vocabulary = adopt_captioner(config)
+        config, vocabulary, weights = adopt_captioner(config)
     else:
         vocabulary = build_vocabulary((tokenise(c) for image in text.captions for c in image), config)
     vectors = None
     if config.word_vectors is not None:
         vectors = read_word_vectors(config.word_vectors, vocabulary, config.embed_dim)
-    captioner = build_captioner(config, vocabulary, vectors)
+    captioner = build_captioner(config, vocabulary, vectors, weights)
     num_parameters = sum(p.numel() for p in captioner.parameters())
     num_trained = sum(p.numel() for p in captioner.parameters() if p.requires_grad)
     del captioner
@@ -93,14 +95,14 @@ def train(config: TrainConfig) -> TrainResult:
     }
     with ProgressDisplay("starting Ray") as display:
         tracker.start(previous.get("mlflow_run_id"), parameters, digest, display.say)
-        _write_record(config, tracker.run_id)
+        _write_record(given, tracker.run_id)
         display.say(_describe(text, validation, vocabulary, num_parameters, num_trained, config))
         if vectors is not None:
             num_words = len(vocabulary.words)
             display.say(f"word vectors for {len(vectors.ids_N):,} of {num_words:,} words; the others start at random")
         try:
             cluster.connect()
-            _fit(config, text, validation, vocabulary, vectors, tracker, display)
+            _fit(config, text, validation, vocabulary, vectors, weights, tracker, display)
         except BaseException as error:
             tracker.close("KILLED" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "FAILED")
             raise
@@ -134,6 +136,7 @@ def _fit(
     validation: SplitText,
     vocabulary: Vocabulary,
     word_vectors: WordVectors | None,
+    weights: Weights | None,
     tracker: Tracker,
     display: ProgressDisplay,
 ) -> None:
@@ -171,6 +174,7 @@ def _fit(
         "config": config.model_copy(update={"tracking_uri": None}).model_dump(),
         "words": vocabulary.words,
         "word_vectors": word_vectors,
+        "weights": None if weights is None else ray.put(weights),
         "pictures": pictures,
         "board": board,
         "threads": max(1, int(cpus)),
@@ -303,7 +307,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     if config.weights is not None and (os.path.exists(config.weights) or "/" in config.weights):
         paths["weights"] = locate(config.weights).uri
     for name in ("init_from", "word_vectors"):
-        if (path := getattr(config, name)) is not None:
+        if (path := getattr(config, name)) is not None and not is_registered(path):
             paths[name] = locate(path).uri
     return config.model_copy(update=paths)
 
