@@ -175,6 +175,7 @@ class Worker:
             metrics = self.train_epoch()
             with self.optimiser.averaged():
                 metrics |= self.validate()
+            metrics = {name: float(value) for name, value in metrics.items()}
             self.optimiser.end_epoch(metrics)
             progress = self.progress
             progress.epoch += 1
