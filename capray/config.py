@@ -26,6 +26,8 @@ FailureKind = Literal[
     "missing", "too_large", "not_an_image", "truncated", "unsupported_format", "decode_error", "crashed"
 ]
 """The final kinds of failure: those another attempt is not expected to mend."""
+MetricName = Literal["bleu", "rouge_l", "cider_d", "meteor", "meteor_nltk", "diversity"]
+"""Groups of figures of captions; the names that `metrics.REFERENCE_METRICS` has, and `diversity`."""
 
 
 class Settings(BaseModel):
@@ -545,7 +547,7 @@ class CompactConfig(Settings):
     """Rows of a part of the copy."""
 
 
-class EvaluateConfig(Settings):
+class EvaluateConfig(ImageLimits):
     """Score the captions of an output against the references of a Samples table."""
 
     positional: ClassVar[tuple[str, ...]] = ("output",)
@@ -560,6 +562,25 @@ class EvaluateConfig(Settings):
     """How captions find their references: by image id, or by the last part of it (for ids that are URIs)."""
     allow_partial: bool = False
     """Print the figures although images of the split have no caption."""
+    metrics: tuple[MetricName, ...] | None = None
+    """Figures wanted: `bleu`, `rouge_l`, `cider_d`, `meteor` (1.5: needs the extra `meteor` and Java), `meteor_nltk` (needs
+    NLTK's WordNet corpus), `diversity` (lengths, words, distinct and novel captions); when not given, all that this
+    machine can compute, and a line for each that it cannot."""
+    train_split: str = "train"
+    """Split of the references' table whose captions are not novel."""
+    model: str | None = None
+    """Captioner folder or URI: its perplexity and its top-5 accuracies over the split's images and references, too."""
+    resamples: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
+    """Resamples of the bootstrap over images that the 95 % intervals come from; 0 for no intervals."""
+    seed: int = 0
+    """Seed of the resampling."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _some(cls, metrics: tuple[MetricName, ...] | None) -> tuple[MetricName, ...] | None:
+        if metrics == ():
+            raise ValueError("name at least one metric")
+        return metrics
 
 
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")

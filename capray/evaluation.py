@@ -1,73 +1,228 @@
-"""Scoring a captioning output against a Samples table."""
+"""Scoring a captioning output against a Samples table, and the captioner's own foresight of its references."""
 
 from __future__ import annotations
 
+import io
 import json
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple, get_args
 
 import duckdb
+import numpy as np
+from rich.console import Console
+from rich.table import Table
 
-from capray.config import EvaluateConfig
-from capray.errors import DataError
-from capray.metrics import corpus_bleu
+from capray.config import EvaluateConfig, ImageLimits, MetricName
+from capray.datasets.samples import read_samples
+from capray.errors import ConfigError, DataError
+from capray.metrics import (
+    REFERENCE_METRICS,
+    Corpus,
+    Figure,
+    Statistics,
+    bootstrap,
+    distinct_captions,
+    mean_length,
+    novel_captions,
+    vocabulary_used,
+)
 from capray.output import create_view, require_output
+from capray.progress import ProgressDisplay
 from capray.storage import Location, find_parquet, locate
 from capray.tables import SAMPLES
+from capray.vocabulary import tokenise
+
+IMAGES_PER_BATCH = 32
+ALL_METRICS: tuple[MetricName, ...] = get_args(MetricName)
+LABELS = {
+    **{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)},
+    "rouge_l": "ROUGE-L",
+    "cider_d": "CIDEr-D",
+    "meteor": "METEOR 1.5",
+    "meteor_nltk": "METEOR (NLTK)",
+    "mean_length": "words per caption",
+    "vocabulary_used": "different words",
+    "distinct_captions": "distinct captions",
+    "novel_captions": "novel captions",
+    "perplexity": "perplexity",
+    "teacher_forced_top5_accuracy": "top-5 accuracy, teacher-forced",
+    "free_running_top5_accuracy": "top-5 accuracy, free-running",
+}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Evaluation:
-    """The figures of a split; ``withheld`` says why there are none."""
+    """The figures of a split by name; ``withheld`` says why there are none, ``left_out`` why some are missing."""
 
     split: str
     images: int
     matched: int
     references: int
-    bleu: dict[str, float] | None
+    figures: dict[str, Figure] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
     withheld: str | None = None
 
     def json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
     def text(self) -> str:
-        lines = [
-            f"split {self.split}: {self.matched:,} of {self.images:,} images have a caption; {self.references:,} references"
-        ]
-        lines += [f"{name.replace('bleu_', 'BLEU-')}: {value:.4f}" for name, value in (self.bleu or {}).items()]
-        return "\n".join(lines)
+        stream = io.StringIO()
+        console = Console(file=stream, width=160, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        console.print(
+            f"split {self.split}: {self.matched:,} of {self.images:,} images have a caption; "
+            f"{self.references:,} references"
+        )
+        if self.figures:
+            table = Table("figure")
+            table.add_column("value", justify="right")
+            table.add_column("95 % interval", justify="right")
+            for name, figure in self.figures.items():
+                interval = "" if figure.low is None else f"{_plain(figure.low)} – {_plain(figure.high)}"
+                table.add_row(LABELS[name], _plain(figure.value), interval)
+            console.print(table)
+        for line in (*self.notes, *(f"left out: {LABELS[name]}: {reason}" for name, reason in self.left_out.items())):
+            console.print(line)
+        return stream.getvalue().rstrip("\n")
+
+
+def _plain(value: float | None) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """BLEU-1 … BLEU-4 of the captions of ``config.split``, each image once.
+    """The figures of the captions of ``config.split``, each image once, and of the captioner where one is given.
 
     Figures are withheld when an image of the split has no caption, unless ``allow_partial``.
 
     Raises:
-        ConfigError: no captioning output.
-        DataError: no such split, or references that share an id.
+        ConfigError: no captioning output; a metric named that this machine cannot compute; a captioner that is not the one
+            whose captions these are.
+        DataError: no such split, an image without references, references that share an id.
+        CheckpointError: the captioner cannot be loaded.
     """
-    captioned, references = _matched(config)
-    matched = [image_id for image_id in references if image_id in captioned]
-    num_references = sum(len(references[image_id]) for image_id in matched)
-    withheld = None
-    if not matched:
-        withheld = (
-            f"none of the {len(references)} images of split {config.split!r} has a caption in {config.output!r}: "
+    texts = _read(config)
+    matched = [image_id for image_id in texts.references if image_id in texts.captions]
+    evaluation = Evaluation(
+        config.split,
+        images=len(texts.references),
+        matched=len(matched),
+        references=sum(len(texts.references[image_id]) for image_id in matched),
+        withheld=_why_withheld(config, len(matched), len(texts.references)),
+    )
+    if evaluation.withheld is not None:
+        return evaluation
+    corpus = Corpus.of([texts.references[i] for i in matched], [texts.captions[i] for i in matched])
+    _score(corpus, config, texts.training, evaluation)
+    if config.model is not None:
+        _score_captioner(config, config.model, texts.model_ids, evaluation)
+    if config.resamples:
+        evaluation.notes.append(f"intervals: bootstrap over images, {config.resamples:,} resamples, seed {config.seed}")
+    return evaluation
+
+
+def _why_withheld(config: EvaluateConfig, num_matched: int, num_images: int) -> str | None:
+    if not num_matched:
+        return (
+            f"none of the {num_images} images of split {config.split!r} has a caption in {config.output!r}: "
             "their ids differ if the images were captioned under other names (try --match file_name)"
         )
-    elif len(matched) < len(references) and not config.allow_partial:
-        withheld = (
-            f"{len(references) - len(matched)} of {len(references)} images of split {config.split!r} have no caption, so "
+    if num_matched < num_images and not config.allow_partial:
+        return (
+            f"{num_images - num_matched} of {num_images} images of split {config.split!r} have no caption, so "
             "figures are withheld: caption them, or give --allow-partial"
         )
-    bleu = None
-    if withheld is None:
-        bleu = corpus_bleu([references[i] for i in matched], [captioned[i] for i in matched])
-    return Evaluation(config.split, len(references), len(matched), num_references, bleu, withheld)
+    return None
 
 
-def _matched(config: EvaluateConfig) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Captions and references of the split, both by the key they are matched by."""
+def _score(corpus: Corpus, config: EvaluateConfig, training: list[str], evaluation: Evaluation) -> None:
+    """Add the figures of the captions."""
+    wanted = config.metrics or ALL_METRICS
+    statistics: list[Statistics] = []
+    for name in [name for name in REFERENCE_METRICS if name in wanted]:
+        try:
+            statistics.append(REFERENCE_METRICS[name](corpus))
+        except ConfigError as error:
+            if config.metrics is not None:
+                raise
+            evaluation.left_out[name] = str(error)
+    counted: dict[str, Figure] = {}
+    if "diversity" in wanted:
+        captions = corpus.hypotheses
+        statistics.append(mean_length(captions))
+        if training:
+            statistics.append(novel_captions(captions, [tokenise(caption) for caption in training]))
+        else:
+            reason = f"{config.references!r} has no captions in split {config.train_split!r} (--train-split)"
+            if config.metrics is not None:
+                raise DataError(f"novel captions: {reason}")
+            evaluation.left_out["novel_captions"] = reason
+        counted["distinct_captions"] = Figure(distinct_captions(captions))
+        counted["vocabulary_used"] = Figure(vocabulary_used(captions))
+    evaluation.figures.update(bootstrap(statistics, config.resamples, config.seed))
+    evaluation.figures.update(counted)
+    if "cider_d" in evaluation.figures:
+        evaluation.notes.append(f"CIDEr-D: idf from the references of these {len(corpus.references):,} images")
+
+
+def _score_captioner(config: EvaluateConfig, model: str, model_ids: set[str], evaluation: Evaluation) -> None:
+    """Add the perplexity and top-5 accuracies of the captioner in ``model`` over the split, read as a stream."""
+    import torch
+
+    from capray.images import ImageError, load
+    from capray.model.accuracy import accuracy_figures, accuracy_sums
+    from capray.model.checkpoint import load_captioner
+    from capray.model.loss import collate
+
+    captioner, model_id = load_captioner(model, "cuda" if torch.cuda.is_available() else "cpu")
+    if model_ids != {model_id}:
+        raise ConfigError(
+            f"the captions in {config.output!r} are by {', '.join(sorted(model_ids))}, not by {model!r} ({model_id}): "
+            "give the captioner they are by, or none"
+        )
+    limits = config.subset(ImageLimits)
+    sums: list[np.ndarray] = []
+    undecodable = 0
+    with ProgressDisplay("foretelling references", evaluation.images) as progress:
+        for samples in read_samples(config.references, config.split, IMAGES_PER_BATCH):
+            pixels, captions = [], []
+            for sample in samples:
+                try:
+                    pixels.append(load(sample.image, captioner.architecture, limits)[0])
+                except ImageError:
+                    undecodable += 1
+                    continue
+                captions.append([captioner.vocabulary.encode(tokenise(caption)) for caption in sample.captions])
+            if pixels:
+                batch = collate(captions, max_words=sys.maxsize).to(captioner.device)
+                with torch.inference_mode():
+                    memory = captioner.encode_all(pixels)
+                    sums.append(torch.stack(accuracy_sums(captioner, memory, batch), 1).cpu().numpy())
+            num_images = sum(map(len, sums))
+            progress.update(num_images + undecodable, f"{num_images:,} images")
+    if not sums:
+        raise DataError(f"no image of split {config.split!r} of {config.references!r} can be decoded")
+    statistics = Statistics(np.concatenate(sums), accuracy_figures)
+    evaluation.figures.update(bootstrap([statistics], config.resamples, config.seed))
+    evaluation.notes.append(
+        f"perplexity and accuracy: captioner {model_id[:12]} over {num_images:,} images, <end> included"
+    )
+    if undecodable:
+        evaluation.notes.append(f"{undecodable:,} images cannot be decoded and are not among those")
+
+
+class _Texts(NamedTuple):
+    """Captions and references of the split, both by the key they are matched by; who wrote the captions; the training
+    split's captions, where they are wanted."""
+
+    captions: dict[str, str]
+    references: dict[str, list[str]]
+    model_ids: set[str]
+    training: list[str]
+
+
+def _read(config: EvaluateConfig) -> _Texts:
     samples = locate(config.references)
     files = [Location(entry.uri, samples.fs, entry.path) for entry in find_parquet(config.references)]
     with require_output(config.output).connect(samples) as connection:
@@ -80,15 +235,30 @@ def _matched(config: EvaluateConfig) -> tuple[dict[str, str], dict[str, list[str
         except duckdb.BinderException as error:
             raise DataError(f"{config.references!r} is no Samples table: {str(error).splitlines()[0]}") from error
         captions = connection.execute(
-            f"SELECT {key}, caption FROM captions WHERE {key} IN (SELECT {key} FROM samples WHERE split = ?)",
+            f"SELECT {key}, caption, model_id FROM captions WHERE {key} IN (SELECT {key} FROM samples WHERE split = ?)",
             [config.split],
         ).fetchall()
+        training = []
+        if "diversity" in (config.metrics or ALL_METRICS):
+            training = connection.execute(
+                "SELECT DISTINCT unnest(captions) FROM samples WHERE split = ?", [config.train_split]
+            ).fetchall()
     if not references:
         raise DataError(f"no images in split {config.split!r} of {config.references!r}")
+    for image_id, texts in references:
+        if not texts or None in texts:
+            raise DataError(
+                f"image {image_id!r} of {config.references!r} has {'a null' if texts else 'no'} reference caption"
+            )
     for rows, where in ((references, config.references), (captions, config.output)):
         keys = [row[0] for row in rows]
         if len(set(keys)) < len(keys):
             raise DataError(
                 f"{len(keys) - len(set(keys))} images of {where!r} share a key ({config.match}) with another"
             )
-    return dict(captions), dict(references)
+    return _Texts(
+        {key: caption for key, caption, _ in captions},
+        dict(references),
+        {model_id for _, _, model_id in captions},
+        [caption for (caption,) in training if caption is not None],
+    )

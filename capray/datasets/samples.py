@@ -1,4 +1,4 @@
-"""Writing the Samples table: what every data set has in common.
+"""Writing the Samples table, what every data set has in common, and reading one split of it as a stream.
 
 A data set yields samples split by split; they land in ``<split>-<n>.parquet`` shards, and ``_dataset.json``, written
 last, says that the table is whole and what is in it.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, groupby, islice
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from capray.errors import ConfigError, DataError
-from capray.storage import is_folder, list_names, locate, write_atomic
+from capray.storage import find_parquet, is_folder, list_names, locate, storage_errors, write_atomic
 from capray.tables import SAMPLES, encode_parquet
 
 IMAGES_PER_SHARD = 500
@@ -91,6 +93,25 @@ def write_samples(samples: Iterable[Sample], output: str, dataset: str, notes: l
     }
     write_atomic(folder.join(RECORD), json.dumps(record, indent=2).encode())
     return prepared
+
+
+def read_samples(samples: str, split: str, batch_size: int) -> Iterator[list[Sample]]:
+    """The samples of ``split``, at most ``batch_size`` at once; other splits' images are not read.
+
+    Raises:
+        StorageError: a file cannot be read.
+    """
+    fs = locate(samples).fs
+    for entry in find_parquet(samples):
+        with storage_errors(f"reading {entry.uri}"):
+            file = pq.ParquetFile(entry.path, filesystem=fs)
+            for group in range(file.num_row_groups):
+                if split not in file.read_row_group(group, columns=["split"])["split"].unique().to_pylist():
+                    continue
+                for batch in file.iter_batches(batch_size, row_groups=[group], columns=SAMPLES.names):
+                    rows = batch.filter(pc.field("split") == split).select(SAMPLES.names).to_pylist()
+                    if rows:
+                        yield [Sample(**row) for row in rows]
 
 
 def check_empty(output: str) -> None:
