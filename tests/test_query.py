@@ -22,7 +22,7 @@ def write_job(output: Output, schema_version: int = 1) -> None:
     write_atomic(output.job, json.dumps({"schema_version": schema_version}).encode())
 
 
-def write_captions(output: Output, rows: dict[str, str], run: str = "run-1") -> None:
+def write_captions(output: Output, rows: dict[str, str], run: str = "run-1", model_id: str = "m") -> None:
     """A part of captions by image id, a second apart."""
     fixed = {
         "log_prob": -2.0,
@@ -32,7 +32,7 @@ def write_captions(output: Output, rows: dict[str, str], run: str = "run-1") -> 
         "width": 40,
         "height": 30,
         "sha256": b"\xab" * 32,
-        "model_id": "m",
+        "model_id": model_id,
         "run_id": run,
     }
     table = [
