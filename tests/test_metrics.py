@@ -185,7 +185,7 @@ class TestMeteor:
             (["A dog runs fast .", "A hound is running ."], "the dogs are running"),
             (["Two men sit on a bench ."], "two men sit on a bench"),
             (["A child in the snow .", "A kid plays ."], ""),
-            (["A man ||| rides a horse"], "a woman and her naïve bicycle"),
+            (["A man rides a horse and a naïve dog"], "a woman ||| rides her naïve bicycle"),
             (["Children playing quickly with a ball"], "quickly a ball with kids that play"),
         ]
         corpus = Corpus.of([references for references, _ in raw], [caption for _, caption in raw])
