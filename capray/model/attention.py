@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from capray.config import Architecture
 from capray.errors import ConfigError
@@ -16,19 +17,24 @@ from capray.errors import ConfigError
 class Attention(nn.Module):
     """Scores every position of the grid for a decoder state. ``project`` once per image, ``scores`` per step."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.query: nn.Linear | None = None
+        """What turns the decoder's state into a query; None where the state itself is one."""
+
     def project(self, grid_BPD: torch.Tensor) -> torch.Tensor:
         """The keys: (B, P, …), linear in the grid, so that pooling may come after it."""
         raise NotImplementedError
 
-    def scores(self, keys_BPA: torch.Tensor, query_BKH: torch.Tensor) -> torch.Tensor:
-        """Unnormalised scores (B, K, P)."""
-        raise NotImplementedError
+    def scores(self, keys_BPA: torch.Tensor, query_BKA: torch.Tensor) -> torch.Tensor:
+        """Unnormalised scores (B, K, P); only their differences between positions mean anything."""
+        return query_BKA @ keys_BPA.transpose(1, 2)
 
     def forward(
-        self, keys_BPA: torch.Tensor, grid_BPD: torch.Tensor, query_BKH: torch.Tensor
+        self, keys_BPA: torch.Tensor, grid_BPD: torch.Tensor, query_BKA: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The context (B, K, D) and the weights (B, K, P) that sum to 1 over positions."""
-        alpha_BKP = self.scores(keys_BPA, query_BKH).float().softmax(-1)
+        alpha_BKP = self.scores(keys_BPA, query_BKA).float().softmax(-1)
         return alpha_BKP.to(grid_BPD.dtype) @ grid_BPD, alpha_BKP
 
 
@@ -41,13 +47,17 @@ class AdditiveAttention(Attention):
         self.grid = nn.Linear(grid_dim, attention_dim)
         self.query = nn.Linear(hidden_dim, attention_dim)
         self.energy = nn.Linear(attention_dim, 1)
-        self.activation = {"tanh": torch.tanh, "relu": torch.relu}[activation]
+        self.is_tanh = activation == "tanh"
 
     def project(self, grid_BPD: torch.Tensor) -> torch.Tensor:
         return self.grid(grid_BPD)
 
-    def scores(self, keys_BPA: torch.Tensor, query_BKH: torch.Tensor) -> torch.Tensor:
-        hidden_BKPA = self.activation(keys_BPA[:, None] + self.query(query_BKH)[:, :, None])
+    def scores(self, keys_BPA: torch.Tensor, query_BKA: torch.Tensor) -> torch.Tensor:
+        if self.is_tanh:
+            # tanh(x) = 2 sigmoid(2x) - 1, whose -1 is the same for all positions; torch's sigmoid on a CPU is 3-7x faster.
+            hidden_BKPA = torch.sigmoid((2 * keys_BPA)[:, None] + (2 * query_BKA)[:, :, None])
+            return functional.linear(hidden_BKPA, 2 * self.energy.weight).squeeze(-1)
+        hidden_BKPA = torch.relu(keys_BPA[:, None] + query_BKA[:, :, None])
         return self.energy(hidden_BKPA).squeeze(-1)
 
 
@@ -61,18 +71,12 @@ class GeneralAttention(Attention):
     def project(self, grid_BPD: torch.Tensor) -> torch.Tensor:
         return self.grid(grid_BPD)
 
-    def scores(self, keys_BPA: torch.Tensor, query_BKH: torch.Tensor) -> torch.Tensor:
-        return query_BKH @ keys_BPA.transpose(1, 2)
-
 
 class DotAttention(Attention):
     """score(h, g) = h · g (Luong et al. 2015, section 3.1)."""
 
     def project(self, grid_BPD: torch.Tensor) -> torch.Tensor:
         return grid_BPD
-
-    def scores(self, keys_BPA: torch.Tensor, query_BKH: torch.Tensor) -> torch.Tensor:
-        return query_BKH @ keys_BPA.transpose(1, 2)
 
 
 def build_attention(architecture: Architecture, grid_dim: int) -> Attention | None:

@@ -123,9 +123,10 @@ class Captioner(nn.Module):
 
     def next_log_probs(self, memory: Memory):
         """The decoder as beam search wants it: last tokens and state to the next token's log-probabilities."""
+        weights = self.decoder.weights()
 
         def next_log_probs(last_BK: torch.Tensor, search: _Search) -> tuple[torch.Tensor, _Search]:
-            state, _ = self.decoder.step(self.decoder.embedding(last_BK), search.state, memory)
+            state, _ = self.decoder.step(self.decoder.embedding(last_BK), search.state, memory, weights)
             log_probs_BKV = self.decoder.logits(state.hidden_BKH).float().log_softmax(-1)
             return log_probs_BKV.nan_to_num(nan=float("-inf")), _Search(state)
 

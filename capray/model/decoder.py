@@ -1,7 +1,7 @@
 """The recurrent decoder. One ``step`` serves teacher forcing, free running and beam search.
 
-Axes: B images, K captions or beams of an image, T steps, P positions, D grid channels, E embedding, H state,
-V vocabulary.
+Axes: B images, K captions or beams of an image, N those of them that still run, T steps, P positions, D grid channels,
+E embedding, H state, G gates of the cell (3H or 4H), O all that a step computes from the state, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from capray.config import Architecture
 from capray.model.attention import build_attention
@@ -40,6 +41,32 @@ class State(NamedTuple):
         """The states of the beams ``beams_BK`` (indices along K) of each image."""
         index_BKH = beams_BK[..., None].expand(-1, -1, self.hidden_BKH.shape[-1])
         return State(*(part.gather(1, index_BKH) for part in self))
+
+
+class Weights(NamedTuple):
+    """What every step multiplies by, laid together and cast once for many steps."""
+
+    words_GE: torch.Tensor
+    context_GD: torch.Tensor
+    state_OH: torch.Tensor
+    """The cell's gates, the gate on the context and attention's query, below each other."""
+    bias_G: torch.Tensor
+    bias_O: torch.Tensor
+
+
+class _Deferred(torch.autograd.Function):
+    """The identity on ``outputs_NO``, to which every step adds its input times ``weight_OI``, detached; going back, the
+    gradient of the weight is one product over all steps. ``inputs`` is filled with the steps' inputs meanwhile."""
+
+    @staticmethod
+    def forward(ctx, outputs_NO: torch.Tensor, weight_OI: torch.Tensor, inputs: list[torch.Tensor]) -> torch.Tensor:
+        ctx.inputs = inputs
+        return outputs_NO.view_as(outputs_NO)
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor):
+        (gradient_NO,) = gradients
+        return gradient_NO, gradient_NO.T @ torch.cat(ctx.inputs), None
 
 
 class Decoder(nn.Module):
@@ -82,34 +109,93 @@ class Decoder(nn.Module):
         """The state before the first word, for ``num_captions`` captions or beams of each image."""
         mean_BD = memory.grid_BPD.mean(1)
         if self.attention is None:
-            hidden_dim = self.cell.hidden_size
-            zeros_B1H = mean_BD.new_zeros(len(mean_BD), 1, hidden_dim)
-            state = self._recur(self.first_input(mean_BD)[:, None], State(zeros_B1H, zeros_B1H))
+            first = self.cell(self.first_input(mean_BD))
+            hidden_BH, cell_BH = first if self.is_lstm else (first, first)
         else:
-            hidden_B1H = self.initial_hidden(mean_BD)[:, None]
-            cell_B1H = self.initial_cell(mean_BD)[:, None] if self.initial_cell else hidden_B1H
-            state = State(hidden_B1H, cell_B1H)
+            hidden_BH = self.initial_hidden(mean_BD)
+            cell_BH = self.initial_cell(mean_BD) if self.initial_cell else hidden_BH
             if self.squashes_start:
-                state = State(*(part.tanh() for part in state))
-        return State(*(part.expand(-1, num_captions, -1) for part in state))
+                hidden_BH, cell_BH = hidden_BH.tanh(), cell_BH.tanh()
+        return State(*(part[:, None].expand(-1, num_captions, -1) for part in (hidden_BH, cell_BH)))
 
-    def _recur(self, inputs_BKI: torch.Tensor, state: State) -> State:
-        shape = inputs_BKI.shape[:2]
-        hidden_NH, cell_NH = (part.flatten(0, 1) for part in state)
-        if self.is_lstm:
-            hidden_NH, cell_NH = self.cell(inputs_BKI.flatten(0, 1), (hidden_NH, cell_NH))
-        else:
-            hidden_NH = cell_NH = self.cell(inputs_BKI.flatten(0, 1), hidden_NH)
-        return State(hidden_NH.unflatten(0, shape), cell_NH.unflatten(0, shape))
+    def weights(self) -> Weights:
+        """The weights of ``step``, in the precision that autocast asks for."""
+        layers = [self.gate, self.attention.query] if self.attention is not None else []
+        layers = [layer for layer in layers if layer is not None]
+        words_GE, context_GD = self.cell.weight_ih.tensor_split([self.embedding.embedding_dim], 1)
+        state_OH = torch.cat([self.cell.weight_hh, *(layer.weight for layer in layers)])
+        bias_O = torch.cat([self.cell.bias_hh, *(layer.bias for layer in layers)])
+        weights = Weights(words_GE, context_GD, state_OH, self.cell.bias_ih, bias_O)
+        device = words_GE.device.type
+        if torch.is_autocast_enabled(device):
+            return Weights(*(part.to(torch.get_autocast_dtype(device)) for part in weights))
+        return weights
 
-    def step(self, words_BKE: torch.Tensor, state: State, memory: Memory) -> tuple[State, torch.Tensor]:
-        """One word further: the new state, and the attention over the grid (B, K, P; P = 0 without attention)."""
+    def step(
+        self, words_BKE: torch.Tensor, state: State, memory: Memory, weights: Weights | None = None
+    ) -> tuple[State, torch.Tensor]:
+        """One word further: the new state, and the attention over the grid (B, K, P; P = 0 without attention).
+
+        ``weights`` saves laying them together again at each of many steps.
+        """
+        weights = weights or self.weights()
+        shape = words_BKE.shape[:2]
+        words_NG = functional.linear(words_BKE.flatten(0, 1), weights.words_GE, weights.bias_G)
+        everywhere = torch.arange(len(words_NG), device=words_NG.device)
+        state_N = State(*(part.flatten(0, 1).to(weights.state_OH.dtype) for part in state))
+        state_N, alpha_NP, _ = self._advance(words_NG, weights.bias_O, state_N, memory, everywhere, shape, weights)
+        return State(*(part.unflatten(0, shape) for part in state_N)), alpha_NP.unflatten(0, shape)
+
+    def _advance(
+        self,
+        words_NG: torch.Tensor,
+        bias_O: torch.Tensor,
+        state: State,
+        memory: Memory,
+        place_N: torch.Tensor,
+        shape: tuple[int, int],
+        weights: Weights,
+    ) -> tuple[State, torch.Tensor, torch.Tensor]:
+        """The new state of N captions, their attention, and their gated contexts.
+
+        Args:
+            words_NG: what the words bring to the cell's gates.
+            bias_O: what is added to the state's product.
+            place_N: where each caption stands among the (B, K) of ``shape``, flattened.
+        """
+        hidden_NH, cell_NH = state
+        gates_NG, *others = torch.addmm(bias_O, hidden_NH, weights.state_OH.T).split(self._state_sizes, 1)
         if self.attention is None:
-            return self._recur(words_BKE, state), words_BKE.new_zeros(*words_BKE.shape[:2], 0)
-        context_BKD, alpha_BKP = self.attention(memory.keys_BPA, memory.grid_BPD, state.hidden_BKH)
-        if self.gate is not None:
-            context_BKD = torch.sigmoid(self.gate(state.hidden_BKH)) * context_BKD
-        return self._recur(torch.cat([words_BKE, context_BKD], -1), state), alpha_BKP
+            alpha_NP = context_ND = hidden_NH[:, :0]
+        else:
+            query_NA = others.pop() if self.attention.query is not None else hidden_NH
+            query_BKA = query_NA.new_zeros(shape[0] * shape[1], query_NA.shape[1]).index_copy(0, place_N, query_NA)
+            attended = self.attention(memory.keys_BPA, memory.grid_BPD, query_BKA.unflatten(0, shape))
+            context_ND, alpha_NP = (part.flatten(0, 1)[place_N] for part in attended)
+            if self.gate is not None:
+                context_ND = torch.sigmoid(others.pop()) * context_ND
+            context_ND = context_ND.to(words_NG.dtype)
+            words_NG = torch.addmm(words_NG, context_ND, weights.context_GD.T)
+        return self._recur(words_NG, gates_NG, hidden_NH, cell_NH), alpha_NP, context_ND
+
+    @property
+    def _state_sizes(self) -> list[int]:
+        """How the product of the state with ``Weights.state_OH`` divides."""
+        layers = [self.gate, self.attention.query] if self.attention is not None else []
+        return [len(self.cell.weight_hh), *(layer.out_features for layer in layers if layer is not None)]
+
+    def _recur(
+        self, inputs_NG: torch.Tensor, gates_NG: torch.Tensor, hidden_NH: torch.Tensor, cell_NH: torch.Tensor
+    ) -> State:
+        """torch's LSTMCell and GRUCell from the products of their input and of their state."""
+        if self.is_lstm:
+            keep_in, forget, candidate, out = (inputs_NG + gates_NG).chunk(4, 1)
+            cell_NH = forget.sigmoid() * cell_NH + keep_in.sigmoid() * candidate.tanh()
+            return State(out.sigmoid() * cell_NH.tanh(), cell_NH)
+        (reset_in, update_in, new_in), (reset, update, new) = inputs_NG.chunk(3, 1), gates_NG.chunk(3, 1)
+        new = torch.tanh(new_in + torch.sigmoid(reset_in + reset) * new)
+        hidden_NH = torch.lerp(new, hidden_NH, torch.sigmoid(update_in + update))
+        return State(hidden_NH, hidden_NH)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Unnormalised scores of the next word (…, V) for states (…, H)."""
@@ -118,21 +204,41 @@ class Decoder(nn.Module):
     def teacher_force(
         self, memory: Memory, inputs_BKT: torch.Tensor, lengths_BK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states (B, K, T, H) and attention (B, K, T, P) when the words ``inputs_BKT`` are given.
+        """The states (B, K, T, H) and attention (B, K, T, P) when the words ``inputs_BKT`` are given; zero past a
+        caption's length (``lengths_BK``; 0 for padding).
 
-        The captions of an image should come longest first: a step then leaves out those that every image has ended.
-        States and attention past a caption's length (``lengths_BK``; 0 for padding) are undefined where that caption
-        still ran beside a longer one, and zero where it did not; the caller masks by length.
+        A step computes only the captions that still run. Attention covers images and captions up to the last of those:
+        images and their captions best come longest first.
         """
-        words_BKTE = self.embedding(inputs_BKT)
-        num_captions, num_steps = inputs_BKT.shape[1:]
-        state = self.start(memory, num_captions)
-        live_T = (lengths_BK[..., None] > torch.arange(num_steps, device=lengths_BK.device)).any(0).sum(0).tolist()
+        num_images, num_captions, num_steps = inputs_BKT.shape
+        lengths_N, order_N = lengths_BK.flatten().sort(descending=True, stable=True)
+        steps_T = torch.arange(num_steps, device=lengths_BK.device)
+        runs_TN = steps_T[:, None] < lengths_N
+        images_TN, captions_TN = (part * runs_TN for part in (order_N // num_captions + 1, order_N % num_captions + 1))
+        extents = torch.stack([runs_TN.sum(1), images_TN.amax(1), captions_TN.amax(1)], 1).tolist()
+
+        weights = self.weights()
+        words_NE = self.embedding(inputs_BKT.flatten(0, 1)[order_N].T[runs_TN])
+        states, contexts = [], []
+        words_NG = functional.linear(words_NE, weights.words_GE, weights.bias_G)
+        words_NG = _Deferred.apply(words_NG, weights.context_GD, contexts)
+        bias_NO = _Deferred.apply(weights.bias_O.expand(len(words_NG), -1), weights.state_OH, states)
+        sizes = [num_running for num_running, _, _ in extents]
+        weights = Weights(*(part.detach() for part in weights))
+        state = State(*(part.flatten(0, 1)[order_N].to(words_NG.dtype) for part in self.start(memory, num_captions)))
         hidden, alpha = [], []
-        for t in range(num_steps):
-            state = State(*(part[:, : live_T[t]] for part in state))
-            state, alpha_BKP = self.step(words_BKTE[:, : live_T[t], t], state, memory)
-            padding = (0, 0, 0, num_captions - live_T[t])
-            hidden.append(nn.functional.pad(state.hidden_BKH, padding))
-            alpha.append(nn.functional.pad(alpha_BKP, padding))
-        return torch.stack(hidden, 2), torch.stack(alpha, 2)
+        for words, bias, (num, *shape) in zip(words_NG.split(sizes), bias_NO.split(sizes), extents, strict=True):
+            memory = Memory(*(part[: shape[0]] for part in memory))
+            state = State(*(part[:num] for part in state))
+            states.append(state.hidden_BKH.detach())
+            place_N = order_N[:num] // num_captions * shape[1] + order_N[:num] % num_captions
+            state, alpha_NP, context_ND = self._advance(words, bias, state, memory, place_N, shape, weights)
+            contexts.append(context_ND.detach())
+            hidden.append(state.hidden_BKH)
+            alpha.append(alpha_NP)
+        where = (order_N * num_steps + steps_T[:, None])[runs_TN]
+        size = (num_images, num_captions, num_steps)
+        return tuple(
+            part.new_zeros(lengths_BK.numel() * num_steps, part.shape[1]).index_copy(0, where, part).unflatten(0, size)
+            for part in (torch.cat(hidden), torch.cat(alpha))
+        )
