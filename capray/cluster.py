@@ -42,7 +42,9 @@ def connect() -> None:
     import ray
     import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # for own_error
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not ray.is_initialized():
@@ -89,6 +91,15 @@ def _init() -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+
+
+def own_error(error: BaseException) -> CaprayError | None:
+    """The error of ours that Ray has wrapped in ``error``, as it was raised; None when there is none."""
+    found, wrapped = None, error
+    while wrapped is not None:
+        found = wrapped if isinstance(wrapped, CaprayError) else found
+        wrapped = getattr(wrapped, "cause", None) or wrapped.__cause__
+    return found
 
 
 def cluster_resources() -> tuple[float, float]:

@@ -339,6 +339,9 @@ class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Ar
     they lack start at random."""
     freeze_word_vectors: bool = False
     """Whether the word embedding is left as it starts."""
+    feature_cache: str = "auto"
+    """Where a frozen encoder's features are kept, so that each image is encoded once: a folder or URI; `auto`, which is
+    `_features` beside the samples (in the output where that cannot be written); `none` to encode in every epoch."""
 
     min_word_count: Annotated[int, Field(ge=1)] = 5
     """Words seen less often in the training split become the unknown word."""

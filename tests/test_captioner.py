@@ -6,6 +6,7 @@ import torch
 
 from capray.config import Architecture, Decoding
 from capray.errors import CheckpointError, ConfigError
+from capray.images import normalise
 from capray.model.captioner import Captioner
 from capray.model.encoder import Encoder
 from capray.model.loss import collate
@@ -55,6 +56,65 @@ def test_teacher_forced_and_step_by_step_logits_agree(variant):
             live = batch.lengths_BK > t
             stepped = captioner.decoder.logits(state.hidden_BKH)
             torch.testing.assert_close(forced[:, :, t][live], stepped[live], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["additive", "relu", "gru", "none", "none-gru"])
+def test_a_step_is_that_of_torchs_cell(variant):
+    captioner = make(**VARIANTS[variant])
+    decoder = captioner.decoder
+    with torch.no_grad():
+        memory = captioner.encode(images(2))
+        state = decoder.start(memory, 1)
+        hidden, cell = state.hidden_BKH[:, 0], state.cell_BKH[:, 0]
+        inputs = words = decoder.embedding(torch.tensor([5, 9]))
+        if decoder.attention is not None:
+            energy = memory.grid_BPD @ decoder.attention.grid.weight.T + decoder.attention.grid.bias
+            energy = energy + decoder.attention.query(hidden)[:, None]
+            energy = torch.relu(energy) if variant == "relu" else torch.tanh(energy)
+            alpha = decoder.attention.energy(energy).softmax(1)
+            context = (alpha * memory.grid_BPD).sum(1)
+            inputs = torch.cat(
+                [words, context if decoder.gate is None else decoder.gate(hidden).sigmoid() * context], 1
+            )
+        expected = decoder.cell(inputs, (hidden, cell) if decoder.is_lstm else hidden)
+        found, _ = decoder.step(words[:, None], state, memory)
+    expected = expected if decoder.is_lstm else (expected, expected)
+    for part, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(part[:, 0], other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_teacher_forcing_gives_the_gradients_of_repeated_steps(variant):
+    captions = [[[4, 5, 6, 7], [8, 9]], [[10, 11, 4], [5]], [[6]]]
+    batch = collate(captions, max_words=10)
+    gradients = []
+    for forced in (True, False):
+        captioner = make(**VARIANTS[variant]).train()
+        memory = captioner.encode(images(3))
+        if forced:
+            states, alpha = captioner(memory, batch.inputs_BKT, batch.lengths_BK)
+        else:
+            state, steps = captioner.decoder.start(memory, 2), []
+            for t in range(batch.inputs_BKT.shape[-1]):
+                words = captioner.decoder.embedding(batch.inputs_BKT[..., t])
+                state, alpha_BKP = captioner.decoder.step(words, state, memory)
+                steps.append((state.hidden_BKH, alpha_BKP))
+            states, alpha = (torch.stack(parts, 2) for parts in zip(*steps, strict=True))
+        scored = torch.arange(states.shape[2]) < batch.lengths_BK[..., None]
+        (captioner.decoder.logits(states[scored]).log_softmax(-1)[:, 5].sum() + (alpha[scored] ** 2).sum()).backward()
+        gradients.append({name: p.grad for name, p in captioner.decoder.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_kept_grids_give_the_memory_of_their_images():
+    captioner = make(pool_grid=3)
+    with torch.no_grad():
+        grids = captioner.encoder(normalise(images(3), captioner.architecture)).half().numpy()
+        kept, fresh = captioner.encode_all(list(grids)), captioner.encode_all(list(images(3).numpy()))
+    for part, other in zip(kept, fresh, strict=True):
+        torch.testing.assert_close(part, other, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -47,18 +47,15 @@ class AdditiveAttention(Attention):
         self.grid = nn.Linear(grid_dim, attention_dim)
         self.query = nn.Linear(hidden_dim, attention_dim)
         self.energy = nn.Linear(attention_dim, 1)
-        self.is_tanh = activation == "tanh"
+        # tanh(x) = 2 sigmoid(2x) - 1, whose -1 is the same for all positions; torch's sigmoid on a CPU is 3-7x faster.
+        self.activation, self.scale = {"tanh": (torch.sigmoid_, 2), "relu": (torch.relu_, 1)}[activation]
 
     def project(self, grid_BPD: torch.Tensor) -> torch.Tensor:
-        return self.grid(grid_BPD)
+        return self.scale * self.grid(grid_BPD)
 
     def scores(self, keys_BPA: torch.Tensor, query_BKA: torch.Tensor) -> torch.Tensor:
-        if self.is_tanh:
-            # tanh(x) = 2 sigmoid(2x) - 1, whose -1 is the same for all positions; torch's sigmoid on a CPU is 3-7x faster.
-            hidden_BKPA = torch.sigmoid((2 * keys_BPA)[:, None] + (2 * query_BKA)[:, :, None])
-            return functional.linear(hidden_BKPA, 2 * self.energy.weight).squeeze(-1)
-        hidden_BKPA = torch.relu(keys_BPA[:, None] + query_BKA[:, :, None])
-        return self.energy(hidden_BKPA).squeeze(-1)
+        hidden_BKPA = self.activation(keys_BPA[:, None] + self.scale * query_BKA[:, :, None])
+        return functional.linear(hidden_BKPA, self.scale * self.energy.weight, self.energy.bias).squeeze(-1)
 
 
 class GeneralAttention(Attention):

@@ -102,15 +102,21 @@ class Captioner(nn.Module):
         memory = self.decoder.remember(grid_BPD)
         return Memory(*(_pool(part, size, pool) for part in memory))
 
+    def recall(self, grid_BDhw: torch.Tensor) -> Memory:
+        """The memory of native grids that were kept from an earlier encoding (float16), on any device."""
+        device = self.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        return self.remember(grid_BDhw.to(self.device, dtype, non_blocking=True))
+
     def encode_all(self, images: Sequence[np.ndarray]) -> Memory:
-        """The memory of images (H, W, 3), uint8, of any sizes: each size is encoded as a batch of its own."""
+        """The memory of images (H, W, 3), uint8, or of kept grids (D, h, w), float16, of any sizes: each size is encoded
+        as a batch of its own."""
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, image in enumerate(images):
             by_shape[image.shape].append(i)
         order = [i for group in by_shape.values() for i in group]
-        memory = Memory.cat(
-            [self.encode(torch.from_numpy(np.stack([images[i] for i in group]))) for group in by_shape.values()]
-        )
+        batches = (torch.from_numpy(np.stack([images[i] for i in group])) for group in by_shape.values())
+        memory = Memory.cat([self.encode(b) if b.dtype == torch.uint8 else self.recall(b) for b in batches])
         if order == list(range(len(images))):
             return memory
         return memory.select(torch.tensor(np.argsort(order), device=self.device))

@@ -6,6 +6,7 @@ E embedding, H state, G gates of the cell (3H or 4H), O all that a step computes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -153,7 +154,7 @@ class Decoder(nn.Module):
         state: State,
         memory: Memory,
         place_N: torch.Tensor,
-        shape: tuple[int, int],
+        shape: Sequence[int],
         weights: Weights,
     ) -> tuple[State, torch.Tensor, torch.Tensor]:
         """The new state of N captions, their attention, and their gated contexts.

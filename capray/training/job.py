@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from capray import cluster
 from capray.config import Augmentation, Decoding, ImageLimits, Preprocessing, TrainConfig
 from capray.datasets.samples import RECORD
@@ -20,6 +22,8 @@ from capray.model.word_vectors import WordVectors, read_word_vectors
 from capray.progress import ProgressDisplay
 from capray.registry import is_registered
 from capray.storage import exists, find_parquet, list_names, locate, read_bytes, write_atomic
+from capray.training.encoding import build_cache
+from capray.training.features import Cache, cached_dataset, choose_root, identify
 from capray.training.flavour import write_model
 from capray.training.pictures import pick_pictures
 from capray.training.reading import Chance, SplitText, dataset, read_text
@@ -42,6 +46,7 @@ NOT_IDENTITY = {
     "register_as",
     "log_every_steps",
     "shuffle_buffer",
+    "feature_cache",
 }
 """Settings that may differ when a training is taken up again."""
 
@@ -81,12 +86,16 @@ def train(config: TrainConfig) -> TrainResult:
     vectors = None
     if config.word_vectors is not None:
         vectors = read_word_vectors(config.word_vectors, vocabulary, config.embed_dim)
+    torch.manual_seed(config.seed)  # a random frozen encoder is the one the workers make
     captioner = build_captioner(config, vocabulary, vectors, weights)
     num_parameters = sum(p.numel() for p in captioner.parameters())
     num_trained = sum(p.numel() for p in captioner.parameters() if p.requires_grad)
+    digest = _digest(config.samples)
+    encoder = captioner.encoder
+    root = choose_root(config, encoder)
+    identity = identify(config, encoder, digest)
     del captioner
 
-    digest = _digest(config.samples)
     parameters = {
         "num_parameters": num_parameters,
         "num_trained_parameters": num_trained,
@@ -102,7 +111,9 @@ def train(config: TrainConfig) -> TrainResult:
             display.say(f"word vectors for {len(vectors.ids_N):,} of {num_words:,} words; the others start at random")
         try:
             cluster.connect()
-            _fit(config, text, validation, vocabulary, vectors, weights, tracker, display)
+            splits = {config.train_split: text, config.validation_split: validation}
+            cache = build_cache(root, identity, encoder, config, splits, display) if root else None
+            _fit(config, text, validation, vocabulary, vectors, weights, tracker, display, cache)
         except BaseException as error:
             tracker.close("KILLED" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "FAILED")
             raise
@@ -139,6 +150,7 @@ def _fit(
     weights: Weights | None,
     tracker: Tracker,
     display: ProgressDisplay,
+    cache: Cache | None,
 ) -> None:
     import ray
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -162,6 +174,8 @@ def _fit(
     num_pairs = text.num_images if one_caption else sum(len(captions) for captions in text.captions)
 
     def data(split: str, text: SplitText, chance: Chance | None = None):
+        if cache is not None:
+            return cached_dataset(cache.splits[split], config.samples, split, text.units, vocabulary, chance)
         preprocessing, limits = config.subset(Preprocessing), config.subset(ImageLimits)
         return dataset(config.samples, split, text.units, vocabulary, preprocessing, limits, chance)
 
@@ -180,6 +194,7 @@ def _fit(
         "threads": max(1, int(cpus)),
         "num_images": text.num_images,
         "num_pairs": num_pairs,
+        "encoder_sha256": cache.identity.encoder_sha256 if cache is not None else None,
     }
     output = locate(config.output)
     trainer = TorchTrainer(
@@ -304,6 +319,8 @@ def _cause(error: Exception) -> CaprayError:
 def _absolute(config: TrainConfig) -> TrainConfig:
     """The settings with paths that hold in any process: Ray Train's workers have a working directory of their own."""
     paths = {"samples": locate(config.samples).uri, "output": locate(config.output).uri}
+    if config.feature_cache not in ("auto", "none"):
+        paths["feature_cache"] = locate(config.feature_cache).uri
     if config.weights is not None and (os.path.exists(config.weights) or "/" in config.weights):
         paths["weights"] = locate(config.weights).uri
     for name in ("init_from", "word_vectors"):

@@ -20,7 +20,6 @@ from capray.errors import DataError
 from capray.images import ImageError, load
 from capray.storage import find_parquet, locate, storage_errors
 from capray.tables import SAMPLES
-from capray.training.augmentation import augment
 from capray.vocabulary import Vocabulary, tokenise
 
 DECODED = pa.schema(
@@ -33,7 +32,8 @@ DECODED = pa.schema(
         ("words", pa.list_(pa.list_(pa.int32()))),
     ]
 )
-"""Images at the encoder's input size (uint8; null where the image could not be decoded), raw captions and word ids."""
+"""Images at the encoder's input size (uint8; null where the image could not be decoded), raw captions and word ids. Of a
+feature cache, ``pixels`` are native grids (float16, channels first) and ``height`` and ``width`` theirs."""
 
 
 class SplitText(NamedTuple):
@@ -147,6 +147,14 @@ def _read_item(
     return read(items[place["item"][0].as_py()], **settings)
 
 
+def read_unit(samples: str, unit: dict[str, Any], split: str, columns: list[str]) -> pa.Table:
+    """``columns`` (`split` among them) of the rows of ``split`` in one row group of the Samples table."""
+    with storage_errors(f"reading {unit['path']}"):
+        file = pq.ParquetFile(unit["path"], filesystem=locate(samples).fs)
+        table = file.read_row_group(unit["row_group"], columns=columns)
+    return table.filter(pc.field("split") == split)
+
+
 def _read_and_decode(
     unit: dict[str, Any],
     samples: str,
@@ -157,10 +165,7 @@ def _read_and_decode(
     augmentation: Augmentation | None = None,
     seed: str = "",
 ) -> pa.Table:
-    with storage_errors(f"reading {unit['path']}"):
-        file = pq.ParquetFile(unit["path"], filesystem=locate(samples).fs)
-        table = file.read_row_group(unit["row_group"], columns=SAMPLES.names)
-    table = table.filter(pc.field("split") == split)
+    table = read_unit(samples, unit, split, SAMPLES.names)
     pixels, heights, widths, words = [], [], [], []
     for image_id, image, captions in zip(*(table[name] for name in ("image_id", "image", "captions")), strict=True):
         tokens = [tokenise(caption) for caption in captions.as_py()]
@@ -169,6 +174,8 @@ def _read_and_decode(
         except ImageError:
             array = None
         if augmentation is not None and array is not None:
+            from capray.training.augmentation import augment
+
             array, tokens = augment(array, tokens, augmentation, f"{seed} {image_id}")
         pixels.append(None if array is None else array.tobytes())
         heights.append(None if array is None else array.shape[0])
@@ -178,18 +185,26 @@ def _read_and_decode(
 
 
 class Images(NamedTuple):
-    """A batch as it leaves reading: pixels (H, W, 3) uint8, word ids of the captions of each, raw captions, ids."""
+    """A batch as it leaves reading: pixels (H, W, 3) uint8 or cached grids (D, h, w) float16, word ids of the captions of
+    each, raw captions, ids."""
 
     ids: list[str]
     pixels: list[np.ndarray]
     words: list[list[list[int]]]
     captions: list[list[str]]
 
+    def longest_first(self) -> Images:
+        """The same images, that with the longest caption first: the decoder likes them so."""
+        images = sorted(zip(*self, strict=True), key=lambda image: -max(map(len, image[2])))
+        return Images(*map(list, zip(*images, strict=True)))
+
 
 class Reading:
-    """Counts what reading had to leave out; ``batches`` streams one pass over a worker's shard."""
+    """Counts what reading had to leave out; ``batches`` streams one pass over a worker's shard, of pixels or of cached
+    features."""
 
-    def __init__(self) -> None:
+    def __init__(self, cached: bool = False) -> None:
+        self.cached = cached
         self.undecodable = 0
         self.without_captions = 0
 
@@ -223,13 +238,14 @@ class Reading:
                 words = [rng.choice(words)]
             full = len(batch.ids) == images_per_batch if images_per_batch else pairs + len(words) > pairs_per_batch
             if batch.ids and full:
-                yield batch
+                yield batch.longest_first()
                 batch, pairs = Images([], [], [], []), 0
-            shape = (row["height"], row["width"], 3)
+            size = row["height"], row["width"]
+            dtype, shape = (np.float16, (-1, *size)) if self.cached else (np.uint8, (*size, 3))
             batch.ids.append(row["image_id"])
-            batch.pixels.append(np.frombuffer(row["pixels"], np.uint8).reshape(shape))
+            batch.pixels.append(np.frombuffer(row["pixels"], dtype).reshape(shape))
             batch.words.append(words)
             batch.captions.append(row["captions"])
             pairs += len(words)
         if batch.ids:
-            yield batch
+            yield batch.longest_first()

@@ -25,8 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from capray.cluster import own_error
 from capray.config import Decoding, Optimisation, TrainConfig
-from capray.errors import CaprayError, DataError
+from capray.errors import DataError
 from capray.images import input_size
 from capray.metrics import corpus_bleu
 from capray.model.accuracy import accuracy_sums
@@ -35,6 +36,7 @@ from capray.model.checkpoint import pack
 from capray.model.feeding import feed_own_words, teacher_forcing_ratio
 from capray.model.loss import Batch, LossSums, collate, loss_sums
 from capray.storage import locate, write_atomic
+from capray.training.features import digest_of
 from capray.training.optimisation import Optimiser, steps_per_epoch
 from capray.training.pictures import page
 from capray.training.reading import Images, Reading
@@ -147,10 +149,16 @@ class Worker:
         steps = steps_per_epoch(settings["num_images"], self.num_pairs, config, self.world_size)
         self.optimiser = Optimiser(self.captioner, config.subset(Optimisation), config.epochs * steps)
         self.progress = Progress()
-        self.reading = Reading()
+        self.encoder_sha256 = settings["encoder_sha256"]
+        self.reading = self._new_reading()
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             self._restore(checkpoint)
+        if self.encoder_sha256 is not None and digest_of(self.captioner.encoder) != self.encoder_sha256:
+            raise DataError(
+                f"the encoder's weights {config.weights!r} are no longer those this training began with: put them back, "
+                "or set feature_cache to none"
+            )
 
     def _restore(self, checkpoint: ray.train.Checkpoint) -> None:
         with checkpoint.as_directory() as folder:
@@ -161,6 +169,9 @@ class Worker:
         self.captioner.load_state_dict(weights)
         self.optimiser.load_state_dict(state["optimiser"])
         self.progress = Progress(**state["progress"])
+
+    def _new_reading(self) -> Reading:
+        return Reading(cached=self.encoder_sha256 is not None)
 
     @property
     def finished(self) -> bool:
@@ -322,7 +333,7 @@ class Worker:
     def _publish(self, metrics: dict[str, float], improved: bool) -> None:
         """Write the captioner as `last` (and `best`), log the epoch, and report a checkpoint to resume from."""
         left_out = reduce_sums([self.reading.undecodable, self.reading.without_captions], self.device)
-        self.reading = Reading()
+        self.reading = self._new_reading()
         if self.rank != 0:
             ray.train.report({**metrics, "epoch": self.progress.epoch})
             return
@@ -371,5 +382,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     try:
         Worker(settings).train()
         ray.get(settings["board"].failure.remote())  # By now the board has all that was posted before.
-    except CaprayError as error:
-        ray.get(settings["board"].fail.remote(error))
+    except Exception as error:
+        fault = own_error(error)
+        if fault is None:
+            raise
+        ray.get(settings["board"].fail.remote(fault))

@@ -26,7 +26,7 @@ def _arm_captioner(module):
     encode_all = module.Captioner.encode_all
 
     def deadly(self, images):
-        if any((image == (255, 0, 255)).all() for image in images):
+        if any(image.shape[-1] == 3 and (image == (255, 0, 255)).all() for image in images):
             os.kill(os.getpid(), signal.SIGKILL)
         if log := os.environ.get("CAPRAY_CHAOS_LOG"):
             with open(log, "a") as file:

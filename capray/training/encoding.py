@@ -1,0 +1,201 @@
+"""Filling the feature cache: Ray Data actors that decode, encode and write one unit of the Samples table at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from capray import cluster
+from capray.config import ImageLimits, Preprocessing, TrainConfig
+from capray.errors import DataError, Interrupted
+from capray.images import ImageError, load, normalise
+from capray.model.encoder import Encoder
+from capray.progress import ProgressDisplay
+from capray.storage import Location, list_names, locate, write_atomic
+from capray.training.features import (
+    FILE,
+    GRIDS,
+    MANIFEST,
+    Cache,
+    CachedSplit,
+    FeatureIdentity,
+    read_grids,
+    read_manifest,
+)
+from capray.training.reading import SplitText, read_unit
+
+IMAGES_PER_BATCH = 32
+
+
+def build_cache(
+    root: str,
+    identity: FeatureIdentity,
+    encoder: Encoder,
+    config: TrainConfig,
+    splits: dict[str, SplitText],
+    display: ProgressDisplay,
+) -> Cache:
+    """The cache of ``splits`` below ``root``; what is missing of it is built with ``encoder``.
+
+    Raises:
+        DataError: what is there is not this cache, or an image's features do not fit float16.
+        StorageError: it cannot be read or written.
+        Interrupted: stopped by Ctrl-C.
+    """
+    found = {}
+    for split, text in splits.items():
+        folder = locate(root).join(identity.key, split)
+        cached = read_manifest(folder, identity, split, text)
+        names = set(list_names(folder, ".arrow"))
+        if cached is None or not names.issuperset(cached.files):
+            display.say(f"encoding the {text.num_images:,} images of split {split} once, into {folder.uri}")
+            try:
+                cached = _build(folder, names, identity, encoder, config, split, text, display)
+            except KeyboardInterrupt as error:
+                raise Interrupted("stopped; the same command goes on with what was encoded") from error
+        else:
+            display.say(f"features of split {split} are read from {folder.uri}")
+        found[split] = cached
+    return Cache(identity, found)
+
+
+def _build(
+    folder: Location,
+    names: set[str],
+    identity: FeatureIdentity,
+    encoder: Encoder,
+    config: TrainConfig,
+    split: str,
+    text: SplitText,
+    display: ProgressDisplay,
+) -> CachedSplit:
+    import ray
+    import ray.data
+    from ray.exceptions import RayError
+
+    there = {int(match[1]): name for name in sorted(names) if (match := FILE.fullmatch(name))}
+    items = [
+        {"number": number, "path": path, "row_group": group, "there": there.get(number, "")}
+        for number, (path, group) in enumerate(text.units)
+    ]
+    cpus, gpus = cluster.cluster_resources()
+    on_gpu = bool(gpus) and config.gpus_per_worker != 0
+    num_actors = min(len(items), max(1, int(gpus if on_gpu else cpus - 1)))
+    num_cpus = max(1, int(cpus - 1) // num_actors) if on_gpu else 1
+    done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _Encoding,
+        fn_constructor_args=(ray.put(encoder), config, split, folder.uri, on_gpu, num_cpus),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+        num_cpus=num_cpus,
+        num_gpus=1 if on_gpu else None,
+    )
+    files: dict[int, str] = {}
+    undecodable: list[str] = []
+    images = 0
+    try:
+        for row in done.iter_rows():
+            files[row["number"]] = row["file"]
+            undecodable += row["undecodable"]
+            images += row["images"]
+            display.update(images, f"{images:,} images", f"encoding split {split}", text.num_images)
+    except RayError as error:
+        raise cluster.own_error(error) or error from error
+    if images != text.num_images:
+        raise DataError(f"{config.samples!r} changed while it was encoded: {images} images, not {text.num_images}")
+    manifest = {
+        "identity": asdict(identity),
+        "split": split,
+        "images": images,
+        "undecodable": sorted(undecodable),
+        "files": [files[number] for number in range(len(items))],
+    }
+    write_atomic(folder.join(MANIFEST), json.dumps(manifest, indent=1).encode())
+    return CachedSplit(folder.uri, manifest["files"])
+
+
+class _Encoding:
+    """The actor: units of the Samples table to files of the cache."""
+
+    def __init__(self, encoder: Any, config: TrainConfig, split: str, folder: str, on_gpu: bool, num_threads: int):
+        """``encoder`` is a reference to it."""
+        import ray
+
+        torch.set_num_threads(num_threads)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        self.encoder = ray.get(encoder).eval().to(self.device)
+        self.config, self.split, self.folder = config, split, locate(folder)
+        self.pool = ThreadPoolExecutor(num_threads)
+
+    def __call__(self, unit: pa.Table) -> pa.Table:
+        (item,) = unit.to_pylist()
+        name = item["there"]
+        table = read_grids(self.folder, name) if name else None
+        if table is None:
+            rows = read_unit(self.config.samples, item, self.split, ["image_id", "image", "split"])
+            table = self._encode(rows["image_id"], [image.as_py() for image in rows["image"]])
+            data = _to_bytes(table)
+            name = f"unit-{item['number']:06d}-{hashlib.sha256(data).hexdigest()}.arrow"
+            write_atomic(self.folder.join(name), data)
+        ids, nulls = table["image_id"].to_pylist(), table["grid"].is_null().to_pylist()
+        undecodable = [image_id for image_id, null in zip(ids, nulls, strict=True) if null]
+        result = {"number": item["number"], "file": name, "images": len(ids), "undecodable": undecodable}
+        columns = [("number", pa.int64()), ("file", pa.string()), ("images", pa.int64())]
+        return pa.Table.from_pylist([result], pa.schema([*columns, ("undecodable", pa.list_(pa.string()))]))
+
+    def _encode(self, ids: pa.ChunkedArray, images: list[bytes]) -> pa.Table:
+        settings = self.config.subset(Preprocessing), self.config.subset(ImageLimits)
+        decoded = self.pool.map(partial(_decoded, settings=settings), images)
+        grids: list[np.ndarray | None] = []
+        while batch := list(islice(decoded, IMAGES_PER_BATCH)):
+            grids += self._grids(batch)
+        for image_id, grid in zip(ids.to_pylist(), grids, strict=True):
+            if grid is not None and not np.isfinite(grid).all():
+                raise DataError(f"features of {image_id!r} are beyond float16: set feature_cache to none")
+        shapes = [(None, None) if grid is None else grid.shape[1:] for grid in grids]
+        heights, widths = zip(*shapes, strict=True)
+        data = [None if grid is None else grid.tobytes() for grid in grids]
+        return pa.table([ids, data, heights, widths], schema=GRIDS)
+
+    @torch.inference_mode()
+    def _grids(self, pixels: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+        """The grid of each image (D, h, w); images of one size are encoded together."""
+        grids: list[np.ndarray | None] = [None] * len(pixels)
+        by_shape: dict[tuple[int, ...], dict[int, np.ndarray]] = defaultdict(dict)
+        for i, image in enumerate(pixels):
+            if image is not None:
+                by_shape[image.shape][i] = image
+        for places in by_shape.values():
+            batch = torch.from_numpy(np.stack(list(places.values()))).to(self.device)
+            encoded = self.encoder(normalise(batch, self.config.subset(Preprocessing))).half().cpu()
+            for i, grid in zip(places, encoded.contiguous().numpy(), strict=True):
+                grids[i] = grid
+        return grids
+
+
+def _decoded(image: bytes, settings: tuple[Preprocessing, ImageLimits]) -> np.ndarray | None:
+    try:
+        return load(image, *settings)[0]
+    except ImageError:
+        return None
+
+
+def _to_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()

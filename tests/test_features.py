@@ -1,0 +1,214 @@
+"""The feature cache: the same training with and without it, and nothing of it used that is not surely right."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from capray.config import TrainConfig
+from capray.errors import ConfigError, DataError
+from capray.model.encoder import Encoder
+from capray.progress import ProgressDisplay
+from capray.storage import locate
+from capray.tables import SAMPLES, encode_parquet
+from capray.training.encoding import build_cache
+from capray.training.features import MANIFEST, choose_root, identify, read_grids
+from capray.training.job import train
+from capray.training.reading import read_text
+from tests.test_training import SETTINGS, with_oddities
+
+FROZEN = {**SETTINGS, "fine_tune_from": None, "epochs": 1, "tracking_uri": "none"}
+pytestmark = pytest.mark.timeout(400)
+
+
+def run(samples, output, **settings):
+    return train(TrainConfig(samples=str(samples), output=str(output), **{**FROZEN, **settings}))
+
+
+def config_of(samples, **settings) -> TrainConfig:
+    return TrainConfig(samples=str(samples), output="out", **{**FROZEN, **settings})
+
+
+def frozen_encoder(seed=0) -> Encoder:
+    torch.manual_seed(seed)
+    return Encoder("tiny")
+
+
+def manifests(root) -> list[Path]:
+    return sorted(Path(root).glob(f"*/*/{MANIFEST}"))
+
+
+@pytest.fixture
+def built(samples, tmp_path, ray_cluster):
+    """A cache that a training has built, in a folder of its own, and that training's metrics."""
+    root = tmp_path / "cache"
+    return root, run(samples, tmp_path / "first", feature_cache=str(root)).metrics
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_cached_and_uncached_training_agree(samples, tmp_path, capfd):
+    odd = with_oddities(samples, tmp_path / "odd")
+    plain = run(odd, tmp_path / "plain", feature_cache="none").metrics[0]
+    assert "1 images could not be decoded" in capfd.readouterr().err
+    cached = run(odd, tmp_path / "cached").metrics[0]
+    said = capfd.readouterr().err
+    assert "encoding the 48 images of split train once" in said
+    assert "1 images could not be decoded" in said
+    for name in ("train_loss", "train_objective", "val_loss", "train_regulariser"):
+        assert cached[name] == pytest.approx(plain[name], rel=1e-2), name
+    assert [cached[f"bleu_{n}"] for n in range(1, 5)] == pytest.approx(
+        [plain[f"bleu_{n}"] for n in range(1, 5)], abs=0.02
+    )
+    assert cached["val_images"] == plain["val_images"]
+
+    dev, trained = (json.loads(path.read_text()) for path in manifests(Path(odd) / "_features"))
+    assert (dev["split"], dev["images"], dev["undecodable"]) == ("dev", 6, [])
+    assert (trained["split"], trained["images"], len(trained["undecodable"])) == ("train", 48, 1)
+
+    before = {path: path.stat().st_mtime_ns for path in (Path(odd) / "_features").rglob("*.arrow")}
+    again = run(odd, tmp_path / "again", num_workers=2, pool_grid=6).metrics[0]
+    assert "encoding" not in capfd.readouterr().err, "another captioner over the same encoder uses the same features"
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert 0 < again["val_loss"] < 10
+
+
+class TestRefusals:
+    def test_a_damaged_file_is_refused_by_name_and_built_anew_when_deleted(self, built, samples, tmp_path):
+        root, metrics = built
+        file = next(root.glob("*/train/*.arrow"))
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(DataError, match=rf"^.*{file.name}' of the feature cache is damaged: delete it, and .*$"):
+            run(samples, tmp_path / "second", feature_cache=str(root))
+        file.unlink()
+        assert run(samples, tmp_path / "third", feature_cache=str(root)).metrics[0]["val_loss"] == pytest.approx(
+            metrics[0]["val_loss"], rel=1e-2
+        )
+        assert file.exists(), "the same features under the same name"
+
+    @pytest.mark.parametrize("change", ["identity", "images", "split", "files", "json"])
+    def test_a_manifest_of_something_else(self, change, built, samples, tmp_path):
+        root, _ = built
+        path = manifests(root)[0]
+        manifest = json.loads(path.read_text())
+        if change == "json":
+            path.write_text("{")
+        else:
+            changed = {
+                "identity": {**manifest["identity"], "encoder_sha256": "0" * 64},
+                "images": 7,
+                "split": "test",
+                "files": ["../../secret", *manifest["files"][1:]],
+            }
+            path.write_text(json.dumps({**manifest, change: changed[change]}))
+        with pytest.raises(DataError, match=r"feature cache.*(another's|damaged).*delete"):
+            run(samples, tmp_path / "second", feature_cache=str(root))
+
+    def test_a_fine_tuned_encoder(self, samples, tmp_path):
+        with pytest.raises(ConfigError, match="needs a frozen encoder"):
+            run(samples, tmp_path / "out", fine_tune_from="all", feature_cache=str(tmp_path / "cache"))
+
+    def test_a_file_under_another_name(self, tmp_path):
+        (tmp_path / "unit-000000.arrow").write_bytes(b"")
+        with pytest.raises(DataError, match="is damaged"):
+            read_grids(locate(str(tmp_path)), "unit-000000.arrow")
+
+
+class TestIdentity:
+    def key(self, samples, seed=0, digest="d", **settings) -> str:
+        return identify(config_of(samples, **settings), frozen_encoder(seed), digest).key
+
+    def test_what_the_features_depend_on_changes_the_key(self, samples):
+        changes = [{"seed": 1}, {"digest": "e"}, {"size": 48}, {"resize": "pad"}, {"mean": (0, 0, 0)}]
+        keys = [self.key(samples, **change) for change in [{}, *changes, {"max_image_pixels": 10}]]
+        assert len(set(keys)) == len(keys)
+
+    def test_what_they_do_not_depend_on_keeps_it(self, samples):
+        assert self.key(samples) == self.key(
+            samples, hidden_dim=64, learning_rate=1, pool_grid=3, captions_per_image="1"
+        )
+
+    def test_a_table_edited_after_it_was_prepared_has_another_key(self, samples, tmp_path):
+        before = self.key(samples)
+        assert self.key(with_oddities(samples, tmp_path / "odd")) != before
+
+
+class TestWhere:
+    def test_auto_is_beside_the_samples_or_in_the_output(self, samples, tmp_path):
+        assert choose_root(config_of(samples), frozen_encoder()) == f"{samples}/_features"
+        file = next(Path(samples).glob("train-*.parquet"))
+        config = config_of(file).model_copy(update={"output": str(tmp_path / "out")})
+        assert choose_root(config, frozen_encoder()) == str(tmp_path / "out" / "_features")
+
+    def test_none_and_a_fine_tuned_encoder_have_no_cache(self, samples):
+        assert choose_root(config_of(samples, feature_cache="none"), frozen_encoder()) is None
+        assert choose_root(config_of(samples, fine_tune_from="all"), Encoder("tiny", fine_tune_from="all")) is None
+
+
+def in_small_units(samples, folder, copies: int) -> str:
+    """The samples with ``copies`` of each image and two images per row group: many files of a cache."""
+    folder.mkdir()
+    for file in Path(samples).glob("*.parquet"):
+        rows = pq.read_table(file).to_pylist()
+        rows = [{**row, "image_id": f"{row['image_id']}-{i}"} for i in range(copies) for row in rows]
+        (folder / file.name).write_bytes(encode_parquet(pa.Table.from_pylist(rows, SAMPLES), 2))
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_build_leaves_nothing_half_used_and_what_it_finished_is_kept(samples, tmp_path):
+    many, root = in_small_units(samples, tmp_path / "many", copies=10), tmp_path / "cache"
+    settings = {**FROZEN, "samples": many, "output": str(tmp_path / "killed"), "feature_cache": str(root)}
+    code = "import sys, json; from capray.training.job import train; from capray.config import TrainConfig; "
+    code += "train(TrainConfig(**json.loads(sys.argv[1])))"
+    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(settings)], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(root.glob("*/train/unit-*.arrow"))) < 5:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not manifests(root)
+    before = {path: path.stat().st_mtime_ns for path in root.glob("*/train/unit-*.arrow")}
+    assert 5 <= len(before) < 240
+
+    assert run(many, tmp_path / "second", feature_cache=str(root)).metrics[0]["val_images"] == 60
+    (trained,) = (json.loads(path.read_text()) for path in manifests(root) if path.parent.name == "train")
+    assert len(trained["files"]) == 240 and trained["images"] == 480
+    assert {path.name for path in before} <= set(trained["files"])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_builds_at_once_on_s3_and_what_they_cache(samples, s3):
+    config = config_of(samples, feature_cache=f"{s3}/features")
+    encoder = frozen_encoder(config.seed)
+    identity = identify(config, encoder, "d")
+    splits = {"train": read_text(samples, "train")}
+
+    def build(_):
+        return build_cache(config.feature_cache, identity, config, splits, ProgressDisplay("")).splits["train"]
+
+    with ThreadPoolExecutor(2) as pool:
+        caches = list(pool.map(build, range(2)))
+    assert build(None) in caches
+    for cache in caches:
+        for name in cache.files:
+            grids = read_grids(locate(cache.folder), name)
+            first = np.frombuffer(grids["grid"][0].as_py(), np.float16).reshape(-1, 4, 4)
+            assert first.shape == (encoder.dim, 4, 4)
+            assert np.isfinite(first).all() and first.std() > 0
