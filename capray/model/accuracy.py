@@ -81,12 +81,13 @@ def free_running_candidates(captioner: Captioner, memory: Memory, num_steps: int
     its ``<end>``."""
     decoder = captioner.decoder
     num_images = len(memory.grid_BPD)
+    weights = decoder.weights()
     state = decoder.start(memory, 1)
     last_B1 = torch.full((num_images, 1), START, device=memory.grid_BPD.device)
     has_ended_B1 = torch.zeros_like(last_B1, dtype=torch.bool)
     candidates = []
     for _ in range(num_steps):
-        state, _ = decoder.step(decoder.embedding(last_B1), state, memory)
+        state, _ = decoder.step(decoder.embedding(last_B1), state, memory, weights)
         scores_BV = decoder.logits(state.hidden_BKH)[:, 0].float()
         best_BC = scores_BV.topk(min(k, scores_BV.shape[-1]), -1).indices
         candidates.append(best_BC.masked_fill(has_ended_B1, PAD))

@@ -44,9 +44,10 @@ def feed_own_words(captioner: Captioner, memory: Memory, batch: Batch, ratio: fl
     decoder = captioner.decoder
     inputs_BKT = batch.inputs_BKT.clone()
     is_own_BKT = torch.rand(inputs_BKT.shape, device=inputs_BKT.device) >= ratio
+    weights = decoder.weights()
     state = decoder.start(memory, inputs_BKT.shape[1])
     for t in range(inputs_BKT.shape[-1] - 1):
-        state, _ = decoder.step(decoder.embedding(inputs_BKT[..., t]), state, memory)
+        state, _ = decoder.step(decoder.embedding(inputs_BKT[..., t]), state, memory, weights)
         own_BK = decoder.logits(state.hidden_BKH).argmax(-1)
         inputs_BKT[..., t + 1] = torch.where(is_own_BKT[..., t + 1], own_BK, inputs_BKT[..., t + 1])
     torch.clear_autocast_cache()  # It holds casts of the weights now that would pass no gradient on.

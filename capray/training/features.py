@@ -91,8 +91,8 @@ class Cache(NamedTuple):
 def choose_root(config: TrainConfig, encoder: Encoder) -> str | None:
     """Where this training's features are cached; None when they are not.
 
-    ``auto`` caches them when the encoder is frozen and images are not augmented: beside the samples where that is a folder that can be written, so that
-    other trainings find them, else in the training's output.
+    ``auto`` caches them when the encoder is frozen and images are not augmented: beside the samples where that is a folder
+    that can be written, so that other trainings find them, else in the training's output.
 
     Raises:
         ConfigError: a cache was asked for, and the encoder is fine-tuned or the images are augmented.
