@@ -33,6 +33,8 @@ bench:  ## Print the benchmarks' figures beside their references
 	uv run python benchmarks/planning.py
 	uv run python benchmarks/verification.py
 	uv run python benchmarks/recipes.py
+	uv run python benchmarks/training.py
+	uv run python benchmarks/training.py --tutorial-sizes --batch-size 40 --repeats 2
 
 chaos:  ## Kill things at random for ROUNDS rounds, each judged by the oracle
 	uv run python -m tests.chaos --rounds $(ROUNDS)

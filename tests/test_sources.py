@@ -292,6 +292,14 @@ class TestParquet:
         with pytest.raises(ConfigError, match="no column 'zz'"):
             opened(write_table(tmp_path / "y.parquet", {"uri": ["a"]}), ["zz"])
 
+    def test_a_table_behind_many_private_files_is_still_one(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("capray.captioning.sources._SAMPLE", 2)
+        (tmp_path / "in" / "_features").mkdir(parents=True)
+        for i in range(5):
+            (tmp_path / "in" / "_features" / f"{i}.arrow").write_bytes(b"x")
+        write_table(tmp_path / "in" / "samples" / "x.parquet", {"image_id": ["1"], "image": [b"x"]})
+        assert opened(tmp_path / "in").kind == "parquet"
+
     def test_null_ids_other_columns_and_what_is_no_parquet(self, tmp_path):
         write_table(tmp_path / "in" / "0.parquet", {"uri": ["a", None]})
         write_table(tmp_path / "in" / "1.parquet", {"path": ["a"]})

@@ -48,6 +48,10 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     place = locate(uri)
     files = _files(place)
     sample = list(itertools.islice(files, _SAMPLE))
+    while sample and all(is_hidden(_below(place, entry), (".", "_")) for entry in sample[-_SAMPLE:]):
+        if not (more := list(itertools.islice(files, _SAMPLE))):
+            break
+        sample += more
     if not sample:
         raise ConfigError(f"there are no images at {uri!r}: it is empty, or does not exist")
     kind = settings.input_kind if settings.input_kind != "auto" else _judge(place, sample)
