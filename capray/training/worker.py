@@ -135,7 +135,7 @@ class Worker:
         self.pictures: dict[str, bytes] = settings["pictures"]
         self.samples: list[dict[str, Any]] = []
         self.unlogged = np.zeros(3)
-        self.logged_at = time.monotonic()
+        self.unlogged_seconds = 0.0
         self.num_pairs = settings["num_pairs"]
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
@@ -203,6 +203,7 @@ class Worker:
         torch.manual_seed(config.seed * 1_000_003 + epoch * 1009 + self.rank)
         learning_rate = self.optimiser.learning_rate
         started = time.monotonic()
+        self.logged_at = started - self.unlogged_seconds
         sums = np.zeros(7)
         for images in self._train_steps():
             batches = [(part.pixels, collate(part.words, config.max_caption_words)) for part in images]
@@ -226,6 +227,7 @@ class Worker:
         if not captions:
             raise DataError(f"no image of split {self.config.train_split!r} could be decoded")
         seconds = time.monotonic() - started
+        self.unlogged_seconds = time.monotonic() - self.logged_at
         return {
             "train_objective": objective / tokens + self.config.doubly_stochastic * regulariser / captions,
             "train_loss": nll / tokens,
@@ -254,7 +256,8 @@ class Worker:
             yield list(islice(batches, config.accumulate_batches))
 
     def _log_step(self, nll: float, tokens: float, num_images: float) -> None:
-        """Every log_every_steps: the mean loss and the throughput, over all workers, since the last time."""
+        """Every log_every_steps: the mean loss and the throughput, over all workers, since the last time (validation
+        apart)."""
         self.unlogged += [nll, tokens, num_images]
         step = self.progress.step
         if step % self.config.log_every_steps:
