@@ -14,6 +14,7 @@ import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from capray.captioning.direct import caption_photos
@@ -157,6 +158,27 @@ class TestATrainedRun:
         server.client.set_registered_model_alias("shapes", "champion", "1")
         assert caption(config).model_id == trained.model_id
         assert set(check_exactly_once(str(tmp_path / "out"), set(photos))) == set(photos)
+
+    def test_a_training_starts_from_its_registered_name(self, server, trained, samples, tmp_path):
+        config = TrainConfig(
+            samples=samples,
+            output=str(tmp_path / "second"),
+            init_from="models:/shapes/1",
+            learning_rate=1e-12,
+            fine_tune_from="all",
+            encoder_learning_rate=1e-12,
+            epochs=1,
+            cpus_per_worker=1,
+            tracking_uri=server.uri,
+            experiment="second",
+        )
+        result = train(config)
+        tuned, first = (load_captioner(folder)[0] for folder in (result.last, trained.result.best))
+        assert tuned.vocabulary.words == first.vocabulary.words
+        for name, value in first.state_dict().items():
+            torch.testing.assert_close(tuned.state_dict()[name], value, atol=1e-6, rtol=1e-5, msg=name)
+        (run,) = server.client.search_runs([server.client.get_experiment_by_name("second").experiment_id])
+        assert run.data.params["init_from"] == "models:/shapes/1"
 
     def test_captions_a_photo_by_its_registered_name(self, server, trained, tmp_path, capsys):
         (photo,) = write_photos(tmp_path, 1)

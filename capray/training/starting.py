@@ -30,7 +30,9 @@ def adopt_captioner(config: TrainConfig) -> tuple[TrainConfig, Vocabulary, Weigh
         ConfigError: settings were given that its weights do not fit, or MLflow knows no such model.
     """
     assert config.init_from is not None, "there is no captioner to adopt"
-    captioner, _ = load_captioner(find_model(config.init_from, config.tracking_uri))
+    captioner, _ = load_captioner(
+        find_model(config.init_from, None if config.tracking_uri == "none" else config.tracking_uri)
+    )
     given, architecture = config.model_fields_set, captioner.architecture
     for name in Architecture.model_fields:
         wanted, found = getattr(config, name), getattr(architecture, name)
