@@ -572,7 +572,10 @@ class EvaluateConfig(ImageLimits):
     train_split: str = "train"
     """Split of the references' table whose captions are not novel."""
     model: str | None = None
-    """Captioner folder or URI: its perplexity and its top-5 accuracies over the split's images and references, too."""
+    """Captioner whose captions these are, a folder, a URI or `models:/…`: with it come its perplexity and top-5 accuracies
+    over the images and references of the split."""
+    tracking_uri: str | None = None
+    """MLflow server that a `models:/` or `runs:/` model is on; MLFLOW_TRACKING_URI when not given."""
     resamples: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
     """Resamples of the bootstrap over images that the 95 % intervals come from; 0 for no intervals."""
     seed: int = 0

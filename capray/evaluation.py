@@ -1,4 +1,4 @@
-"""Scoring a captioning output against a Samples table, and the captioner's own foresight of its references."""
+"""Scoring a captioning output against a Samples table, and how well the captioner foretells the references there."""
 
 from __future__ import annotations
 
@@ -174,8 +174,10 @@ def _score_captioner(config: EvaluateConfig, model: str, model_ids: set[str], ev
     from capray.model.accuracy import accuracy_figures, accuracy_sums
     from capray.model.checkpoint import load_captioner
     from capray.model.loss import collate
+    from capray.registry import find_model
 
-    captioner, model_id = load_captioner(model, "cuda" if torch.cuda.is_available() else "cpu")
+    folder = find_model(model, config.tracking_uri)
+    captioner, model_id = load_captioner(folder, "cuda" if torch.cuda.is_available() else "cpu")
     if model_ids != {model_id}:
         raise ConfigError(
             f"the captions in {config.output!r} are by {', '.join(sorted(model_ids))}, not by {model!r} ({model_id}): "
@@ -184,7 +186,7 @@ def _score_captioner(config: EvaluateConfig, model: str, model_ids: set[str], ev
     limits = config.subset(ImageLimits)
     sums: list[np.ndarray] = []
     undecodable = 0
-    with ProgressDisplay("foretelling references", evaluation.images) as progress:
+    with ProgressDisplay("perplexity and accuracy", evaluation.images) as progress:
         for samples in read_samples(config.references, config.split, IMAGES_PER_BATCH):
             pixels, captions = [], []
             for sample in samples:
