@@ -361,7 +361,9 @@ def test_samples_captioned_and_scored_on_s3(samples, model, s3):
     for file in Path(samples).iterdir():
         fs.put_file(str(file), f"{s3}/scored/samples/{file.name}")
     run(f"{s3}/scored/samples", f"{s3}/scored/out", model, split="dev")
-    config = EvaluateConfig(output=f"{s3}/scored/out", references=f"{s3}/scored/samples", split="dev")
+    config = EvaluateConfig(
+        output=f"{s3}/scored/out", references=f"{s3}/scored/samples", split="dev", metrics=("bleu",)
+    )
     evaluation = evaluate(config)
     assert (evaluation.matched, evaluation.references, evaluation.withheld) == (6, 30, None)
 
