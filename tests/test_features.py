@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from capray.progress import ProgressDisplay
 from capray.storage import locate
 from capray.tables import SAMPLES, encode_parquet
 from capray.training.encoding import build_cache
-from capray.training.features import MANIFEST, choose_root, identify, read_grids
-from capray.training.job import train
+from capray.training.features import MANIFEST, Cache, choose_root, identify, read_grids
+from capray.training.job import _digest, train
 from capray.training.reading import read_text
 from tests.test_training import SETTINGS, with_oddities
 
@@ -48,13 +49,29 @@ def manifests(root) -> list[Path]:
     return sorted(Path(root).glob(f"*/*/{MANIFEST}"))
 
 
+def build(samples, root) -> Cache:
+    """The cache of the train split below ``root``, as a training with these samples has it."""
+    config = config_of(samples, feature_cache=str(root))
+    encoder = frozen_encoder(config.seed)
+    splits = {"train": read_text(str(samples), "train")}
+    return build_cache(str(root), identify(config, encoder, "d"), encoder, config, splits, ProgressDisplay(""))
+
+
+@pytest.fixture(scope="module")
+def built(samples, tmp_path_factory, ray_cluster):
+    root = tmp_path_factory.mktemp("features")
+    build(samples, root)
+    return root
+
+
 @pytest.fixture
-def built(samples, tmp_path, ray_cluster):
-    """A cache that a training has built, in a folder of its own, and that training's metrics."""
-    root = tmp_path / "cache"
-    return root, run(samples, tmp_path / "first", feature_cache=str(root)).metrics
+def root(built, tmp_path):
+    """A cache of the train split, in a copy to spoil."""
+    shutil.copytree(built, tmp_path / "cache")
+    return tmp_path / "cache"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_cached_and_uncached_training_agree(samples, tmp_path, capfd):
     odd = with_oddities(samples, tmp_path / "odd")
@@ -83,24 +100,23 @@ def test_cached_and_uncached_training_agree(samples, tmp_path, capfd):
 
 
 class TestRefusals:
-    def test_a_damaged_file_is_refused_by_name_and_built_anew_when_deleted(self, built, samples, tmp_path):
-        root, metrics = built
-        file = next(root.glob("*/train/*.arrow"))
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1
-        file.write_bytes(data)
-        with pytest.raises(DataError, match=rf"^.*{file.name}' of the feature cache is damaged: delete it, and .*$"):
-            run(samples, tmp_path / "second", feature_cache=str(root))
-        file.unlink()
-        assert run(samples, tmp_path / "third", feature_cache=str(root)).metrics[0]["val_loss"] == pytest.approx(
-            metrics[0]["val_loss"], rel=1e-2
-        )
-        assert file.exists(), "the same features under the same name"
+    def test_a_damaged_file_ends_the_training(self, samples, tmp_path, ray_cluster):
+        config = config_of(samples, feature_cache=str(tmp_path / "cache"))
+        splits = {name: read_text(samples, name) for name in ("train", "dev")}
+        encoder = frozen_encoder(config.seed)
+        identity = identify(config, encoder, _digest(samples))
+        build_cache(config.feature_cache, identity, encoder, config, splits, ProgressDisplay(""))
+        file = next((tmp_path / "cache").glob("*/train/*.arrow"))
+        whole = file.read_bytes()
+        file.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+        with pytest.raises(
+            DataError, match=rf"{file.name}' of the feature cache is damaged: delete it, and it is built"
+        ):
+            run(samples, tmp_path / "out", feature_cache=config.feature_cache)
 
     @pytest.mark.parametrize("change", ["identity", "images", "split", "files", "json"])
-    def test_a_manifest_of_something_else(self, change, built, samples, tmp_path):
-        root, _ = built
-        path = manifests(root)[0]
+    def test_a_manifest_of_something_else(self, change, root, samples):
+        (path,) = manifests(root)
         manifest = json.loads(path.read_text())
         if change == "json":
             path.write_text("{")
@@ -113,7 +129,21 @@ class TestRefusals:
             }
             path.write_text(json.dumps({**manifest, change: changed[change]}))
         with pytest.raises(DataError, match=r"feature cache.*(another's|damaged).*delete"):
-            run(samples, tmp_path / "second", feature_cache=str(root))
+            build(samples, root)
+
+    def test_a_missing_file_is_built_anew(self, root, samples):
+        (file,) = root.glob("*/train/*.arrow")
+        whole = file.read_bytes()
+        file.unlink()
+        build(samples, root)
+        assert file.read_bytes() == whole, "the same features under the same name"
+
+    def test_a_damaged_file_is_not_taken_over_by_a_build(self, root, samples):
+        (manifest,), (file,) = manifests(root), root.glob("*/train/*.arrow")
+        manifest.unlink()
+        file.write_bytes(b"half")
+        with pytest.raises(DataError, match="is damaged: delete it"):
+            build(samples, root)
 
     def test_a_fine_tuned_encoder(self, samples, tmp_path):
         with pytest.raises(ConfigError, match="needs a frozen encoder"):
@@ -195,20 +225,12 @@ def test_a_killed_build_leaves_nothing_half_used_and_what_it_finished_is_kept(sa
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_builds_at_once_on_s3_and_what_they_cache(samples, s3):
-    config = config_of(samples, feature_cache=f"{s3}/features")
-    encoder = frozen_encoder(config.seed)
-    identity = identify(config, encoder, "d")
-    splits = {"train": read_text(samples, "train")}
-
-    def build(_):
-        return build_cache(config.feature_cache, identity, config, splits, ProgressDisplay("")).splits["train"]
-
     with ThreadPoolExecutor(2) as pool:
-        caches = list(pool.map(build, range(2)))
-    assert build(None) in caches
+        caches = list(pool.map(lambda _: build(samples, f"{s3}/features").splits["train"], range(2)))
+    assert build(samples, f"{s3}/features").splits["train"] in caches
     for cache in caches:
         for name in cache.files:
             grids = read_grids(locate(cache.folder), name)
             first = np.frombuffer(grids["grid"][0].as_py(), np.float16).reshape(-1, 4, 4)
-            assert first.shape == (encoder.dim, 4, 4)
+            assert first.shape == (frozen_encoder().dim, 4, 4)
             assert np.isfinite(first).all() and first.std() > 0
