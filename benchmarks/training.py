@@ -106,10 +106,7 @@ def training_step(decoder: nn.Module, loss: Callable[[], torch.Tensor], precisio
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default="mobilenet_v2")
-    parser.add_argument(
-        "--pool-grid", type=int, help="side of the grid attended to (the tutorials' 14); the encoder's own"
-    )
+    parser.add_argument("--tutorial-sizes", action="store_true")
     parser.add_argument("--batch-size", type=int, default=160, help="image-caption pairs")
     parser.add_argument("--vocabulary", type=int, default=2543)
     parser.add_argument("--images", type=int, default=6000, help="images of an epoch")
