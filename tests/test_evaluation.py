@@ -239,8 +239,6 @@ class TestCaptioner:
         return evaluate(config)
 
     def test_perplexity_is_that_of_the_loss(self, captioned, samples, model):
-        import torch
-
         from capray.images import load
         from capray.model.checkpoint import load_captioner
         from capray.model.loss import collate, loss_sums
@@ -252,7 +250,7 @@ class TestCaptioner:
             pixels, _, _ = load(row["image"], captioner.architecture)
             words = [[captioner.vocabulary.encode(tokenise(text)) for text in row["captions"]]]
             batch = collate(words, 100)
-            nll += float(loss_sums(captioner, captioner.encode(torch.from_numpy(pixels)[None]), batch).nll)
+            nll += float(loss_sums(captioner, captioner.encode_all([pixels]), batch).nll)
             tokens += batch.num_tokens
         figures = self.score(captioned, samples, model).figures
         assert figures["perplexity"].value == pytest.approx(math.exp(nll / tokens), rel=1e-5)
