@@ -178,6 +178,7 @@ class TestCiderD:
 
 class TestMeteor:
     @pytest.mark.slow
+    @pytest.mark.timeout(600)  # Two Java processes unpack 60 MB of paraphrases each.
     def test_equals_coco_caption(self):
         if shutil.which("java") is None:
             pytest.skip("needs Java")
