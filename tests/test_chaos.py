@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_driver_actor_and_node_killed():
     command = [sys.executable, "-m", "tests.chaos", "--kinds", "driver", "actor", "node"]
     result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
