@@ -52,7 +52,7 @@ def jobs(monkeypatch):
     def train(config):
         seen.configs.append(config)
         seen.answer()
-        return types.SimpleNamespace(best_epoch=3, best="/there/best")
+        return types.SimpleNamespace(best_epoch=3, best="/there/best", registered=None)
 
     fake = types.ModuleType("capray.training.job")
     fake.train = train
