@@ -26,6 +26,7 @@ from capray.config import (
     Flickr8kConfig,
     Flickr30kConfig,
     FolderConfig,
+    ImportSgrvinodConfig,
     QueryConfig,
     Settings,
     ShapesConfig,
@@ -50,6 +51,8 @@ app = App(
 )
 prepare_app = App(name="prepare", help="Turn a captioned data set into the Samples table that `train` reads.")
 app.command(prepare_app)
+import_app = App(name="import", help="Turn a captioner trained elsewhere into a captioner folder.")
+app.command(import_app)
 
 
 @prepare_app.command
@@ -98,6 +101,14 @@ def _report_prepared(prepared) -> None:
     for note in prepared.notes:
         print(f"  note: {note}")
     print(f"wrote {prepared.output}")
+
+
+@import_app.command
+def sgrvinod(config: Annotated[ImportSgrvinodConfig, Flat]) -> None:
+    """A checkpoint of sgrvinod's PyTorch tutorial to image captioning, and its word map."""
+    from capray.importing.sgrvinod import import_sgrvinod
+
+    print(import_sgrvinod(config).text())
 
 
 @app.command
@@ -211,6 +222,7 @@ CONFIGS: dict[tuple[str, ...], type[Settings]] = {
     ("prepare", "coco"): CocoConfig,
     ("prepare", "folder"): FolderConfig,
     ("prepare", "shapes"): ShapesConfig,
+    ("import", "sgrvinod"): ImportSgrvinodConfig,
     ("train",): TrainConfig,
     ("caption",): CaptionConfig,
     ("evaluate",): EvaluateConfig,

@@ -745,6 +745,19 @@ class ShapesConfig(Settings):
     """Seed of the scenes: the same seed draws the same images and captions."""
 
 
+class ImportSgrvinodConfig(Settings):
+    """Turn a checkpoint of sgrvinod's PyTorch tutorial to image captioning into a captioner folder."""
+
+    positional: ClassVar[tuple[str, ...]] = ("checkpoint", "word_map", "output")
+
+    checkpoint: str
+    """File or URI of the checkpoint (`BEST_checkpoint_….pth.tar`); nothing in it is executed."""
+    word_map: str
+    """File or URI of the word map it was trained with (`WORDMAP_….json`)."""
+    output: str
+    """Folder or URI for the captioner."""
+
+
 class QueryConfig(Settings):
     """Query a captioning output with SQL (DuckDB)."""
 

@@ -15,12 +15,12 @@ from rich.console import Console
 
 from capray.captioning.job import caption
 from capray.config import CaptionConfig, DemoConfig, QueryConfig, ShapesConfig, TrainConfig
-from capray.datasets.samples import check_empty
 from capray.datasets.shapes import prepare_shapes
 from capray.errors import CaprayError
 from capray.metrics import corpus_bleu
 from capray.output import Output
 from capray.query import run_query
+from capray.storage import check_empty
 from capray.training.job import train
 from capray.training.reading import read_text
 from capray.vocabulary import tokenise

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from capray.errors import CaprayError, DataError, StorageError
+from capray.errors import CaprayError, ConfigError, DataError, StorageError
 
 S3_OPTIONS = {
     "use_listings_cache": False,
@@ -179,6 +179,13 @@ def is_folder(location: Location) -> bool:
     with storage_errors(f"looking at {location.uri}"):
         location.fs.invalidate_cache()
         return location.fs.isdir(location.path)
+
+
+def check_empty(output: str) -> None:
+    """Raise ConfigError when ``output`` already holds something."""
+    folder = locate(output)
+    if is_folder(folder) and (names := list_names(folder)):
+        raise ConfigError(f"{output!r} is not empty (it holds {names[0]!r}): choose a new folder or empty it")
 
 
 def is_file(location: Location) -> bool:

@@ -22,6 +22,7 @@ VARIANTS = {
     "dot": {"attention": "multiplicative", "multiplicative_score": "dot", "hidden_dim": 128},
     "none": {"attention": "none"},
     "gru": {"cell": "gru"},
+    "linear-start": {"initial_state": "linear"},
     "none-gru": {"attention": "none", "cell": "gru"},
     "pooled": {"pool_grid": 7},
     "pooled-down": {"pool_grid": 2},

@@ -14,10 +14,10 @@ from capray.config import CocoConfig
 from capray.datasets.fetching import KARPATHY_URL, Archive, fetch, karpathy_archive
 from capray.datasets.karpathy import find_karpathy, read_karpathy
 from capray.datasets.layout import find_file, find_folder, open_folder, photos_in, read_json
-from capray.datasets.samples import Prepared, check_empty
+from capray.datasets.samples import Prepared
 from capray.datasets.selection import Listing, prepare_listing
 from capray.errors import ConfigError, DataError
-from capray.storage import Location
+from capray.storage import Location, check_empty
 
 _YEARS = ("2014", "2017")
 _SPLITS = {"train": "train", "val": "dev"}

@@ -22,10 +22,10 @@ from capray.datasets.layout import (
     read_text,
     read_tokens,
 )
-from capray.datasets.samples import Prepared, check_empty
+from capray.datasets.samples import Prepared
 from capray.datasets.selection import Listing, prepare_listing
 from capray.errors import ConfigError, DataError
-from capray.storage import Location, is_file, locate
+from capray.storage import Location, check_empty, is_file, locate
 
 _IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images/flickr30k_images", "flickr30k_images", "Images")
 _TEXT_FOLDERS = ("", "flickr30k_images", "flickr30k")

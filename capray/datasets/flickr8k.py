@@ -14,10 +14,10 @@ from capray.config import Flickr8kConfig
 from capray.datasets.fetching import KARPATHY_URL, Archive, fetch, karpathy_archive
 from capray.datasets.karpathy import find_karpathy, read_karpathy
 from capray.datasets.layout import find_file, find_photos, open_folder, read_names, read_text, read_tokens
-from capray.datasets.samples import Prepared, check_empty
+from capray.datasets.samples import Prepared
 from capray.datasets.selection import Listing, prepare_listing
 from capray.errors import DataError
-from capray.storage import Location
+from capray.storage import Location, check_empty
 
 SPLITS = {"train": "Flickr_8k.trainImages.txt", "dev": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
 _IMAGE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset/Flicker8k_Dataset")

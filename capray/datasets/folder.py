@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from capray.config import FolderConfig, check_split_name
 from capray.datasets.layout import decode_text, lines_of, open_folder
-from capray.datasets.samples import Prepared, check_empty
+from capray.datasets.samples import Prepared
 from capray.datasets.selection import Listing, prepare_listing
 from capray.errors import ConfigError, DataError
-from capray.storage import Location, is_file, iter_files, list_names, locate, read_bytes
+from capray.storage import Location, check_empty, is_file, iter_files, list_names, locate, read_bytes
 
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")

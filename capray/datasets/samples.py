@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from capray.errors import ConfigError, DataError
-from capray.storage import find_parquet, is_folder, list_names, locate, storage_errors, write_atomic
+from capray.errors import DataError
+from capray.storage import check_empty, find_parquet, locate, storage_errors, write_atomic
 from capray.tables import SAMPLES, encode_parquet
 
 IMAGES_PER_SHARD = 500
@@ -112,10 +112,3 @@ def read_samples(samples: str, split: str, batch_size: int) -> Iterator[list[Sam
                     rows = batch.filter(pc.field("split") == split).select(SAMPLES.names).to_pylist()
                     if rows:
                         yield [Sample(**row) for row in rows]
-
-
-def check_empty(output: str) -> None:
-    """Raise ConfigError when ``output`` already holds something."""
-    folder = locate(output)
-    if is_folder(folder) and (names := list_names(folder)):
-        raise ConfigError(f"{output!r} is not empty (it holds {names[0]!r}): choose a new folder or empty it")

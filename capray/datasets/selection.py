@@ -12,10 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from capray.config import PrepareSettings
-from capray.datasets.samples import Prepared, Sample, check_empty, write_samples
+from capray.datasets.samples import Prepared, Sample, write_samples
 from capray.errors import DataError
 from capray.progress import ProgressDisplay
-from capray.storage import Location, read_bytes
+from capray.storage import Location, check_empty, read_bytes
 
 NUM_READERS = 16
 NUM_READ_AHEAD = 64

@@ -76,13 +76,18 @@ def load_captioner(folder: str, device: torch.device | str = "cpu") -> tuple[Cap
         captioner.load_state_dict(safetensors.torch.load(files[WEIGHTS]))
     except (CaprayError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder!r}: the weights do not fit the configuration: {error}") from error
-    broken = [name for name, values in captioner.state_dict().items() if not values.isfinite().all()]
-    if broken:
-        raise CheckpointError(
-            f"{folder!r} has weights that are not finite numbers, in {broken[0]}: it gives no captions"
-        )
+    check_finite(captioner, folder)
     captioner.requires_grad_(False)
     return captioner.to(device).eval(), model_id_of(files)
+
+
+def check_finite(captioner: Captioner, source: str) -> None:
+    """Raise CheckpointError, naming ``source``, when weights of ``captioner`` are not finite numbers."""
+    for name, values in captioner.state_dict().items():
+        if not values.isfinite().all():
+            raise CheckpointError(
+                f"{source!r} has weights that are not finite numbers, in {name}: it gives no captions"
+            )
 
 
 def _read_files(folder: str) -> dict[str, bytes]:

@@ -1,0 +1,1 @@
+"""Captioners trained elsewhere, turned into captioner folders without running anything from their files."""
