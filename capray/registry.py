@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from capray.errors import CheckpointError, ConfigError, StorageError
-from capray.model.checkpoint import FILES
+from capray.model.layout import FILES
 from capray.storage import list_names, locate
 
 _ENVIRONMENT = {

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,23 @@ def ray_cluster(s3: str) -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     here = Path(__file__).parent
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here / "faults"), os.environ.get("PYTHONPATH", "")])
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@contextmanager
+def in_process() -> Iterator[None]:
+    """Trainings without a Ray Train of processes (its local mode): the one worker's loop runs here, reading through Ray.
+
+    For tests of anything else than workers and restarts, which cost most of a minute to start.
+    """
+    import ray.train
+
+    scaling = ray.train.ScalingConfig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray.train, "ScalingConfig", lambda **_: scaling(num_workers=0))
+        yield
 
 
 @pytest.fixture(scope="session")

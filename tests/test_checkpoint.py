@@ -9,7 +9,8 @@ import torch
 
 from capray.config import Decoding
 from capray.errors import CheckpointError
-from capray.model.checkpoint import load_captioner, model_id_of, save_captioner
+from capray.model.checkpoint import load_captioner, save_captioner
+from capray.model.layout import model_id_of
 
 
 @pytest.fixture

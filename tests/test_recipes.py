@@ -11,6 +11,7 @@ from capray.model.captioner import Captioner
 from capray.model.checkpoint import load_captioner, save_captioner
 from capray.training.job import train
 from capray.vocabulary import Vocabulary
+from tests.conftest import in_process
 
 FOLDER = Path(__file__).parents[1] / "jobs" / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -24,6 +25,7 @@ SMALL = {
     "num_workers": 1,
     "cpus_per_worker": 1,
     "tracking_uri": "none",
+    "feature_cache": "none",
 }
 
 
@@ -44,19 +46,19 @@ def drawings(tmp_path_factory) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains(name, drawings, tmp_path):
     small = {**SMALL, "samples": drawings, "output": str(tmp_path / "out")}
     if name.endswith("-stage2"):
         del small["min_word_count"], small["size"]
-        first = TrainConfig.from_yaml(FOLDER / f"{name.removesuffix('-stage2')}.yaml", **SMALL | small, size=64)
+        first = TrainConfig.from_yaml(FOLDER / f"{name.removesuffix('-stage2')}.yaml", **SMALL | small)
         captioner = Captioner(first.subset(Architecture), Vocabulary(["circle", "a", "square"]))
         small["init_from"] = str(tmp_path / "stage-1")
         save_captioner(captioner, small["init_from"])
     config = TrainConfig.from_yaml(FOLDER / f"{name}.yaml", **small)
-    result = train(config)
+    with in_process():
+        result = train(config)
     assert len(result.metrics) == 1
     trained, _ = load_captioner(result.best)
     if name.endswith("-stage2"):

@@ -23,12 +23,13 @@ from capray.captioning.shipping import Shipment
 from capray.config import CaptionConfig, Decoding, TrainConfig
 from capray.errors import CheckpointError, ConfigError, StorageError
 from capray.images import load
-from capray.model.checkpoint import FILES, load_captioner
+from capray.model.checkpoint import load_captioner
+from capray.model.layout import FILES
 from capray.registry import find_model, without_credentials
 from capray.training.flavour import write_model
 from capray.training.job import train
 from capray.training.tracking import Points, TextFile, Tracker, shown_settings
-from tests.conftest import free_port, write_photos
+from tests.conftest import free_port, in_process, write_photos
 from tests.mlflow_server import MlflowServer
 from tests.oracle import check_exactly_once
 from tests.test_training import SETTINGS
@@ -172,7 +173,8 @@ class TestATrainedRun:
             tracking_uri=server.uri,
             experiment="second",
         )
-        result = train(config)
+        with in_process():
+            result = train(config)
         tuned, first = (load_captioner(folder)[0] for folder in (result.last, trained.result.best))
         assert tuned.vocabulary.words == first.vocabulary.words
         for name, value in first.state_dict().items():
@@ -357,7 +359,8 @@ class TestAServerThatFails:
 
         killer = threading.Thread(target=kill_when_started)
         killer.start()
-        result = train(config_of(samples, output, epochs=2, log_every_steps=1, tracking_uri=own_server.uri))
+        with in_process():
+            result = train(config_of(samples, output, epochs=2, log_every_steps=1, tracking_uri=own_server.uri))
         killer.join()
         said = capfd.readouterr().err
         assert len(result.metrics) == 2 and result.registered is None

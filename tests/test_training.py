@@ -29,7 +29,7 @@ from capray.training.job import train
 from capray.training.reading import DECODED, Reading, read_text
 from capray.training.worker import TrainingStep, backward, nothing
 from capray.vocabulary import Vocabulary
-from tests.conftest import TINY, image_bytes
+from tests.conftest import TINY, image_bytes, in_process
 
 SETTINGS = {
     **TINY,
@@ -297,7 +297,8 @@ def test_the_same_seed_gives_the_same_losses_interrupted_or_not_and_a_second_sta
         cpus_per_worker=1,
         encoder_learning_rate=1e-3,
     )
-    tuned, _ = load_captioner(train(second).last)
+    with in_process():
+        tuned, _ = load_captioner(train(second).last)
     assert tuned.architecture == first.architecture and tuned.vocabulary.words == first.vocabulary.words
     changed = {name: not torch.equal(value, first.state_dict()[name]) for name, value in tuned.state_dict().items()}
     assert changed["encoder.backbone.layer4.0.weight"] and changed["decoder.output.weight"]
@@ -329,7 +330,8 @@ def test_samples_and_output_on_s3_and_early_stopping(samples, s3):
     for file in Path(samples).iterdir():
         fs.put_file(str(file), f"{s3}/samples/{file.name}")
     settings = {"tracking_uri": "none", "attention": "none", "doubly_stochastic": 0, "captions_per_image": "1"}
-    result = run(f"{s3}/samples", f"{s3}/training", epochs=9, patience=1, learning_rate=1e-9, **settings)
+    with in_process():
+        result = run(f"{s3}/samples", f"{s3}/training", epochs=9, patience=1, learning_rate=1e-9, **settings)
     assert len(result.metrics) == 2, "no better after the first epoch"
     assert load_captioner(f"{s3}/training/best")[0].decoder.attention is None
 
@@ -399,17 +401,10 @@ def test_three_workers_validate_as_one_does(tmp_path):
         ]
         (folder / f"{split}.parquet").write_bytes(encode_parquet(pa.Table.from_pylist(rows, SAMPLES), 70))
     settings = {"size": 16, "learning_rate": 1e-12, "encoder_learning_rate": 1e-12, "max_length": 5, "epochs": 1}
-    one, three = (
-        run(
-            str(folder),
-            tmp_path / str(number),
-            **settings,
-            num_workers=number,
-            cpus_per_worker=0.5,
-            tracking_uri="none",
-        ).metrics[0]
-        for number in (1, 3)
-    )
+    settings |= {"cpus_per_worker": 0.5, "tracking_uri": "none"}
+    with in_process():
+        (one,) = run(str(folder), tmp_path / "one", **settings).metrics
+    (three,) = run(str(folder), tmp_path / "three", num_workers=3, **settings).metrics
     assert one["val_images"] == three["val_images"] == 1000
     assert one["train_images"] == three["train_images"] == 20
     for name in ("val_loss", "val_perplexity", "bleu_1", "bleu_2", "bleu_3", "bleu_4"):

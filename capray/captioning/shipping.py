@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from capray.model.checkpoint import FILES
+from capray.model.layout import FILES
 from capray.storage import exists, locate, read_bytes, write_atomic
 
 

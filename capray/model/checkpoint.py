@@ -16,19 +16,12 @@ import capray
 from capray.config import Architecture
 from capray.errors import CaprayError, CheckpointError, ConfigError
 from capray.model.captioner import Captioner
+from capray.model.layout import CONFIG, FILES, VOCABULARY, WEIGHTS, model_id_of
 from capray.storage import list_names, locate, read_bytes, write_atomic
 from capray.vocabulary import Vocabulary
 
 SCHEMA_VERSION = 1
-CONFIG, VOCABULARY, WEIGHTS = "config.json", "vocabulary.json", "model.safetensors"
-FILES = (CONFIG, VOCABULARY, WEIGHTS)
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".joblib")
-
-
-def model_id_of(files: dict[str, bytes]) -> str:
-    """SHA-256 over the names and SHA-256s of the folder's three files, in sorted order."""
-    lines = (f"{name} {hashlib.sha256(files[name]).hexdigest()}\n" for name in sorted(FILES))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def pack(captioner: Captioner) -> dict[str, bytes]:

@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 import torch
-import torchvision
 from torch import nn
 
 from capray.errors import CheckpointError, ConfigError
@@ -46,6 +45,8 @@ def _backbone(name: str, weights: str | None) -> nn.Sequential:
     """The named network without its head, its blocks under torchvision's own names."""
     if name == "tiny":
         return _tiny()
+    import torchvision  # Takes as long to import as torch does.
+
     try:
         network = torchvision.models.get_model(name, weights=weights)
     except ValueError as error:

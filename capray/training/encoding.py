@@ -7,7 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -53,83 +53,111 @@ def build_cache(
         StorageError: it cannot be read or written.
         Interrupted: stopped by Ctrl-C.
     """
-    found = {}
+    found: dict[str, CachedSplit] = {}
+    missing: list[_Missing] = []
     for split, text in splits.items():
         folder = locate(root).join(identity.key, split)
         cached = read_manifest(folder, identity, split, text)
         names = set(list_names(folder, ".arrow"))
         if cached is None or not names.issuperset(cached.files):
             display.say(f"encoding the {text.num_images:,} images of split {split} once, into {folder.uri}")
-            try:
-                cached = _build(folder, names, identity, encoder, config, split, text, display)
-            except KeyboardInterrupt as error:
-                raise Interrupted("stopped; the same command goes on with what was encoded") from error
+            missing.append(_Missing(split, text, folder, names))
         else:
             display.say(f"features of split {split} are read from {folder.uri}")
-        found[split] = cached
+            found[split] = cached
+    if missing:
+        try:
+            found |= _build(missing, identity, encoder, config, display)
+        except KeyboardInterrupt as error:
+            raise Interrupted("stopped; the same command goes on with what was encoded") from error
     return Cache(identity, found)
 
 
+@dataclass
+class _Missing:
+    """A split to encode, and what has come of it."""
+
+    split: str
+    text: SplitText
+    folder: Location
+    names: set[str]
+    files: dict[int, str] = field(default_factory=dict)
+    undecodable: list[str] = field(default_factory=list)
+    images: int = 0
+
+    def items(self) -> list[dict[str, Any]]:
+        there = {int(match[1]): name for name in sorted(self.names) if (match := FILE.fullmatch(name))}
+        return [
+            {
+                "split": self.split,
+                "folder": self.folder.uri,
+                "number": number,
+                "path": path,
+                "row_group": group,
+                "there": there.get(number, ""),
+            }
+            for number, (path, group) in enumerate(self.text.units)
+        ]
+
+    def publish(self, identity: FeatureIdentity) -> CachedSplit:
+        if self.images != self.text.num_images:
+            raise DataError(
+                f"split {self.split!r} changed while it was encoded: {self.images} images, not {self.text.num_images}"
+            )
+        manifest = {
+            "identity": asdict(identity),
+            "split": self.split,
+            "images": self.images,
+            "undecodable": sorted(self.undecodable),
+            "files": [self.files[number] for number in sorted(self.files)],
+        }
+        write_atomic(self.folder.join(MANIFEST), json.dumps(manifest, indent=1).encode())
+        return CachedSplit(self.folder.uri, manifest["files"])
+
+
 def _build(
-    folder: Location,
-    names: set[str],
-    identity: FeatureIdentity,
-    encoder: Encoder,
-    config: TrainConfig,
-    split: str,
-    text: SplitText,
-    display: ProgressDisplay,
-) -> CachedSplit:
+    missing: list[_Missing], identity: FeatureIdentity, encoder: Encoder, config: TrainConfig, display: ProgressDisplay
+) -> dict[str, CachedSplit]:
+    """All splits by one pool of actors, whose start takes longer than a small split."""
     import ray
     import ray.data
     from ray.exceptions import RayError
 
-    there = {int(match[1]): name for name in sorted(names) if (match := FILE.fullmatch(name))}
-    items = [
-        {"number": number, "path": path, "row_group": group, "there": there.get(number, "")}
-        for number, (path, group) in enumerate(text.units)
-    ]
+    items = [item for part in missing for item in part.items()]
     cpus, gpus = cluster.cluster_resources()
     on_gpu = bool(gpus) and config.gpus_per_worker != 0
     num_actors = min(len(items), max(1, int(gpus if on_gpu else cpus - 1)))
     num_cpus = max(1, int(cpus - 1) // num_actors) if on_gpu else 1
     done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _Encoding,
-        fn_constructor_args=(ray.put(encoder), config, split, folder.uri, on_gpu, num_cpus),
+        fn_constructor_args=(ray.put(encoder), config, on_gpu, num_cpus),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=num_actors),
         num_cpus=num_cpus,
         num_gpus=1 if on_gpu else None,
     )
-    files: dict[int, str] = {}
-    undecodable: list[str] = []
-    images = 0
+    parts, found = {part.split: part for part in missing}, {}
+    total = sum(part.text.num_images for part in missing)
     try:
         for row in done.iter_rows():
-            files[row["number"]] = row["file"]
-            undecodable += row["undecodable"]
-            images += row["images"]
-            display.update(images, f"{images:,} images", f"encoding split {split}", text.num_images)
+            part = parts[row["split"]]
+            part.files[row["number"]] = row["file"]
+            part.undecodable += row["undecodable"]
+            part.images += row["images"]
+            if len(part.files) == len(part.text.units):
+                found[part.split] = part.publish(identity)
+            images = sum(part.images for part in missing)
+            display.update(images, f"{images:,} images", "encoding", total)
     except RayError as error:
         raise cluster.own_error(error) or error from error
-    if images != text.num_images:
-        raise DataError(f"{config.samples!r} changed while it was encoded: {images} images, not {text.num_images}")
-    manifest = {
-        "identity": asdict(identity),
-        "split": split,
-        "images": images,
-        "undecodable": sorted(undecodable),
-        "files": [files[number] for number in range(len(items))],
-    }
-    write_atomic(folder.join(MANIFEST), json.dumps(manifest, indent=1).encode())
-    return CachedSplit(folder.uri, manifest["files"])
+    return found
 
 
 class _Encoding:
     """The actor: units of the Samples table to files of the cache."""
 
-    def __init__(self, encoder: Any, config: TrainConfig, split: str, folder: str, on_gpu: bool, num_threads: int):
+    def __init__(self, encoder: Any, config: TrainConfig, on_gpu: bool, num_threads: int):
         """``encoder`` is a reference to it."""
         import ray
 
@@ -138,23 +166,24 @@ class _Encoding:
         torch.backends.cudnn.allow_tf32 = False
         self.device = torch.device("cuda" if on_gpu else "cpu")
         self.encoder = ray.get(encoder).eval().to(self.device)
-        self.config, self.split, self.folder = config, split, locate(folder)
+        self.config = config
         self.pool = ThreadPoolExecutor(num_threads)
 
     def __call__(self, unit: pa.Table) -> pa.Table:
         (item,) = unit.to_pylist()
-        name = item["there"]
-        table = read_grids(self.folder, name) if name else None
+        name, folder = item["there"], locate(item["folder"])
+        table = read_grids(folder, name) if name else None
         if table is None:
-            rows = read_unit(self.config.samples, item, self.split, ["image_id", "image", "split"])
+            rows = read_unit(self.config.samples, item, item["split"], ["image_id", "image", "split"])
             table = self._encode(rows["image_id"], [image.as_py() for image in rows["image"]])
             data = _to_bytes(table)
             name = f"unit-{item['number']:06d}-{hashlib.sha256(data).hexdigest()}.arrow"
-            write_atomic(self.folder.join(name), data)
+            write_atomic(folder.join(name), data)
         ids, nulls = table["image_id"].to_pylist(), table["grid"].is_null().to_pylist()
         undecodable = [image_id for image_id, null in zip(ids, nulls, strict=True) if null]
-        result = {"number": item["number"], "file": name, "images": len(ids), "undecodable": undecodable}
-        columns = [("number", pa.int64()), ("file", pa.string()), ("images", pa.int64())]
+        result = {"split": item["split"], "number": item["number"], "file": name, "images": len(ids)}
+        result["undecodable"] = undecodable
+        columns = [("split", pa.string()), ("number", pa.int64()), ("file", pa.string()), ("images", pa.int64())]
         return pa.Table.from_pylist([result], pa.schema([*columns, ("undecodable", pa.list_(pa.string()))]))
 
     def _encode(self, ids: pa.ChunkedArray, images: list[bytes]) -> pa.Table:

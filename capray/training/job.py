@@ -17,18 +17,19 @@ from capray import cluster
 from capray.config import Augmentation, Decoding, ImageLimits, Preprocessing, TrainConfig
 from capray.datasets.samples import RECORD
 from capray.errors import CaprayError, Interrupted, OutputConflictError
-from capray.model.checkpoint import FILES, model_id_of
+from capray.model.layout import FILES, model_id_of
 from capray.model.word_vectors import WordVectors, read_word_vectors
 from capray.progress import ProgressDisplay
 from capray.registry import is_registered
 from capray.storage import exists, find_parquet, list_names, locate, read_bytes, write_atomic
+from capray.training.board import board_class
 from capray.training.encoding import build_cache
 from capray.training.features import Cache, cached_dataset, choose_root, identify
 from capray.training.flavour import write_model
 from capray.training.pictures import pick_pictures
 from capray.training.reading import Chance, SplitText, dataset, read_text
 from capray.training.starting import Weights, adopt_captioner, build_captioner, build_vocabulary
-from capray.training.tracking import Item, Model, Tracker
+from capray.training.tracking import Model, Tracker
 from capray.training.worker import HISTORY, train_worker
 from capray.vocabulary import Vocabulary, tokenise
 
@@ -183,7 +184,7 @@ def _fit(
     pictures = (
         pick_pictures(config.samples, config.validation_split, validation.units, limits) if tracker.run_id else {}
     )
-    board = _board_class().remote()
+    board = board_class().remote()
     settings = {
         "config": config.model_copy(update={"tracking_uri": None}).model_dump(),
         "words": vocabulary.words,
@@ -228,49 +229,6 @@ def _fit(
         failure = ray.get(board.failure.remote())
         if failure is not None:
             raise failure
-
-
-def _board_class():
-    import ray
-
-    @ray.remote(num_cpus=0)
-    class Board:
-        """Where rank 0 leaves its progress, and the driver and the tasks that read find it."""
-
-        def __init__(self) -> None:
-            self.state: dict[str, Any] = {}
-            self.lines: list[str] = []
-            self.items: list[Item] = []
-            self.error: CaprayError | None = None
-            self.num_epochs = 0
-
-        def begin(self, epoch: int) -> None:
-            self.num_epochs = epoch
-
-        def epoch(self) -> int:
-            return self.num_epochs
-
-        def post(self, state: dict[str, Any]) -> None:
-            self.state |= state
-
-        def say(self, line: str) -> None:
-            self.lines.append(line)
-
-        def fail(self, error: CaprayError) -> None:
-            self.error = error
-
-        def failure(self) -> CaprayError | None:
-            return self.error
-
-        def track(self, item: Item) -> None:
-            self.items.append(item)
-
-        def read(self) -> tuple[dict[str, Any], list[str], list[Item]]:
-            lines, self.lines = self.lines, []
-            items, self.items = self.items, []
-            return self.state, lines, items
-
-    return Board
 
 
 @contextmanager
