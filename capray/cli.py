@@ -17,12 +17,14 @@ from cyclopts import App, Parameter
 from pydantic import ValidationError
 
 import capray
+from capray import config as settings
 from capray.config import (
     CaptionConfig,
     CocoConfig,
     CompactConfig,
     DemoConfig,
     EvaluateConfig,
+    ExplainConfig,
     Flickr8kConfig,
     Flickr30kConfig,
     FolderConfig,
@@ -32,7 +34,6 @@ from capray.config import (
     ShapesConfig,
     TrainConfig,
     VerifyConfig,
-    explain,
     read_yaml,
 )
 from capray.errors import CaprayError, ConfigError, ImagesFailed, Interrupted
@@ -159,6 +160,14 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
 
 
 @app.command
+def explain(config: Annotated[ExplainConfig, Flat]) -> None:
+    """Draw where the captioner looked: a photo with a heat map for each word of its caption."""
+    from capray.captioning.explanation import explain as run
+
+    print(f"{config.image}\t{run(config).caption}")
+
+
+@app.command
 def evaluate(config: Annotated[EvaluateConfig, Flat], *, json: bool = False) -> None:
     """Score a captioning output against reference captions.
 
@@ -178,7 +187,7 @@ def evaluate(config: Annotated[EvaluateConfig, Flat], *, json: bool = False) -> 
 @app.command
 def query(config: Annotated[QueryConfig, Flat]) -> None:
     """Query a captioning output with SQL; without a query, sum it up."""
-    from capray.query import run_query
+    from capray.query.answers import run_query
 
     run_query(config)
 
@@ -225,6 +234,7 @@ CONFIGS: dict[tuple[str, ...], type[Settings]] = {
     ("import", "sgrvinod"): ImportSgrvinodConfig,
     ("train",): TrainConfig,
     ("caption",): CaptionConfig,
+    ("explain",): ExplainConfig,
     ("evaluate",): EvaluateConfig,
     ("query",): QueryConfig,
     ("compact",): CompactConfig,
@@ -260,7 +270,7 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.exit_code)
     except cyclopts.CycloptsError as error:
         cause = error.__cause__
-        return _fail(explain(cause) if isinstance(cause, ValidationError) else str(error), 2)
+        return _fail(settings.explain(cause) if isinstance(cause, ValidationError) else str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:

@@ -518,6 +518,39 @@ class CaptionConfig(ImageLimits, SourceSettings, Decoding):
         return (self.input, *self.also)
 
 
+class ExplainConfig(ImageLimits, Decoding):
+    """Show where the captioner looked at each word of a photo's caption."""
+
+    positional: ClassVar[tuple[str, ...]] = ("image",)
+
+    image: str
+    """A photo, a file or URI; with `table`, an image id."""
+    model: str | None = None
+    """Captioner that captions the photo: a folder, a URI or `models:/…`."""
+    table: str | None = None
+    """Captioning output, written with `attention`, that holds the image's caption, in place of `model`."""
+    photo: str | None = None
+    """With `table`: file or URI of the image, where the table does not hold it."""
+    out: str | None = None
+    """Picture to write (.png, .pdf, .svg, .jpg): the photo with a heat map for each word."""
+    html: str | None = None
+    """Page to write: the photo, whose heat map is that of the word under the pointer."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the encoder and decoder."""
+    tracking_uri: str | None = None
+    """MLflow server that a `models:/` or `runs:/` model is on; MLFLOW_TRACKING_URI when not given."""
+
+    @model_validator(mode="after")
+    def _of_one_thing(self) -> Self:
+        if (self.model is None) == (self.table is None):
+            raise ValueError("give a captioner with model, or a captioning output with table: one of the two")
+        if self.photo is not None and self.table is None:
+            raise ValueError("photo goes with table: the image itself is the photo otherwise")
+        if self.out is None and self.html is None:
+            raise ValueError("give out, a picture to write (figure.png), or html, a page")
+        return self
+
+
 class VerifyConfig(SourceSettings):
     """Prove the promise of a captioning job over one output, or over several that share the work."""
 
@@ -759,16 +792,50 @@ class ImportSgrvinodConfig(Settings):
 
 
 class QueryConfig(Settings):
-    """Query a captioning output with SQL (DuckDB)."""
+    """Query a captioning output: with SQL (DuckDB), by words, or in part."""
 
     positional: ClassVar[tuple[str, ...]] = ("output", "sql")
 
     output: str
     """Folder or URI a captioning job wrote."""
     sql: str | None = None
-    """Query over the views captions, failures (current ones) and failure_log; a summary when not given."""
+    """Query over the views captions, failures (current ones), failure_log, caption_counts, words, failure_kinds and runs;
+    a summary when not given."""
+    search: str | None = None
+    """Captions with these words or inflections of them, the best matches first (BM25)."""
+    where: str | None = None
+    """Only captions for which this SQL condition holds: `"score > -0.5 AND width > 640"`."""
+    sample: Annotated[int, Field(ge=1)] | None = None
+    """So many captions drawn at random."""
+    seed: int = 0
+    """Seed of the drawing."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """At most this many rows; 20 of a search or condition, and all to an export, when not given."""
+    join: str | None = None
+    """Table with a column image_id (Parquet, CSV or JSON lines, local or on S3) to query beside the captions: the views
+    source_table and joined."""
+    export: Literal["csv", "parquet", "jsonl", "coco"] | None = None
+    """Write all columns to a file: CSV, Parquet, JSON lines or COCO's results format."""
+    out: str | None = None
+    """File or URI of the export."""
+    coco_id: str | None = None
+    """Carried column (of `keep`) that holds COCO's integer image ids; the digits at the end of the file's name when not
+    given."""
     format: Literal["table", "csv", "json"] = "table"
-    """Output format."""
+    """How an answer is printed."""
+
+    @model_validator(mode="after")
+    def _one_question(self) -> Self:
+        for name in ("search", "where", "sample", "limit"):
+            if self.sql is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no use beside a query in SQL: put it into the query")
+        if self.search is not None and self.sample is not None:
+            raise ValueError("search and sample are two questions: ask one")
+        if (self.export is None) != (self.out is None):
+            raise ValueError("export needs out, the file to write, and out needs export, its format")
+        if self.coco_id is not None and self.export != "coco":
+            raise ValueError("coco_id goes with export coco")
+        return self
 
 
 class DemoConfig(Settings):

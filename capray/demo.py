@@ -19,7 +19,7 @@ from capray.datasets.shapes import prepare_shapes
 from capray.errors import CaprayError
 from capray.metrics import corpus_bleu
 from capray.output import Output
-from capray.query import run_query
+from capray.query.answers import run_query
 from capray.storage import check_empty
 from capray.training.job import train
 from capray.training.reading import read_text

@@ -7,6 +7,7 @@ them (environment, profile, instance role; ``AWS_ENDPOINT_URL`` for other S3 ser
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -232,6 +233,23 @@ def write_atomic(location: Location, data: bytes, scratch: Location | None = Non
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def write_file(location: Location, file: str) -> None:
+    """Publish the local ``file``, which may be larger than memory, under ``location`` in one step."""
+    with storage_errors(f"writing {location.uri}"):
+        if not location.is_local:
+            location.fs.put_file(file, location.path)
+            return
+        os.makedirs(os.path.dirname(location.path), exist_ok=True)
+        temporary = f"{location.path}.{uuid.uuid4().hex}"
+        try:
+            shutil.copyfile(file, temporary)
+            os.replace(temporary, location.path)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            raise
 
 
 def is_glob(location: Location) -> bool:

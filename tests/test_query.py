@@ -4,14 +4,17 @@ import csv
 import datetime
 import io
 import json
+import math
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from capray.config import QueryConfig
 from capray.errors import CaprayError, ConfigError, StorageError
 from capray.output import Output
-from capray.query import run_query
+from capray.query.answers import run_query
 from capray.storage import write_atomic
 from capray.tables import CAPTIONS, FAILURES, encode_parquet
 
@@ -211,7 +214,7 @@ class TestMistakes:
         ],
     )
     def test_bad_sql_names_the_views(self, local, sql, message):
-        with pytest.raises(ConfigError, match=rf"(?s){message}.*\(views: captions, failures, failure_log\)"):
+        with pytest.raises(ConfigError, match=rf"(?s){message}.*\(views: captions, failures, failure_log, .*\)"):
             ask(local, sql)
 
     @pytest.mark.parametrize("sql", ["", ";", "-- nothing"])
@@ -236,3 +239,203 @@ class TestMistakes:
         write_atomic(local.captions.join("part-run-3-00000.parquet"), b"PAR1 and no more")
         with pytest.raises(StorageError, match=r"reading .*part-run-3-00000\.parquet"):
             ask(local)
+
+
+BEACH = {
+    "1.jpg": "a dog runs on the beach",
+    "2.jpg": "two dogs on a beach",
+    "3.jpg": "a man sits on a bench",
+    "4.jpg": "a dog",
+    "5.jpg": "a cat on a dog on a dog",
+    "6.jpg": "people walking",
+}
+
+
+class TestSearch:
+    @pytest.fixture
+    def beach(self, tmp_path) -> Output:
+        output = Output(str(tmp_path))
+        write_job(output)
+        write_captions(output, BEACH)
+        return output
+
+    def found(self, output, text, **settings) -> list[str]:
+        return [row["image_id"] for row in json.loads(ask(output, search=text, format="json", **settings))]
+
+    def test_all_words_come_before_some_and_inflections_count(self, beach):
+        assert set(self.found(beach, "Dog on beach")[:2]) == {"1.jpg", "2.jpg"}
+        assert self.found(beach, "beaches!") == ["2.jpg", "1.jpg"], "the shorter first"
+        assert self.found(beach, "walks") == ["6.jpg"]
+        assert self.found(beach, "zebra") == []
+
+    def test_the_relevance_is_bm25(self, beach):
+        """Against the formula, computed apart."""
+        documents = {name: text.replace("dogs", "dog").split() for name, text in BEACH.items()}
+        mean = sum(map(len, documents.values())) / len(documents)
+
+        def relevance(words, terms):
+            total = 0.0
+            for term in terms:
+                n = sum(term in other for other in documents.values())
+                idf = math.log(1 + (len(documents) - n + 0.5) / (n + 0.5))
+                tf = words.count(term)
+                total += idf * tf * 2.2 / (tf + 1.2 * (0.25 + 0.75 * len(words) / mean))
+            return total
+
+        rows = json.loads(ask(beach, search="dogs beach", format="json"))
+        expected = {name: relevance(words, ["dog", "beach"]) for name, words in documents.items()}
+        assert {row["image_id"]: row["relevance"] for row in rows} == pytest.approx(
+            {name: value for name, value in expected.items() if value}, abs=1e-3
+        )
+        assert [row["relevance"] for row in rows] == sorted((row["relevance"] for row in rows), reverse=True)
+
+    def test_a_condition_and_a_limit(self, beach):
+        assert self.found(beach, "dog", where="image_id < '2'") == ["1.jpg"]
+        assert len(self.found(beach, "dog", limit=2)) == 2
+
+    @pytest.mark.parametrize("text", ["", "?!", " "])
+    def test_nothing_to_search_for(self, beach, text):
+        with pytest.raises(ConfigError, match="holds no word"):
+            self.found(beach, text)
+
+    def test_signs_of_sql_are_words_like_others(self, beach):
+        assert "4.jpg" in self.found(beach, "a'; DROP VIEW captions; --")
+        assert self.found(beach, "%") == self.found(beach, '\\" $1') == []
+
+    def test_a_sample_is_drawn_by_its_seed(self, beach):
+        drawn = [ask(beach, sample=3, seed=seed, format="json") for seed in (0, 0, 1, 2, 3)]
+        assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+        assert all(len(json.loads(text)) == 3 for text in drawn)
+        assert len(json.loads(ask(beach, sample=99, where="num_tokens = 2", format="json"))) == 2
+
+
+class TestViewsOfCommonQuestions:
+    def test_words_and_captions_are_counted_by_images(self, tmp_path):
+        output = Output(str(tmp_path))
+        write_job(output)
+        write_captions(output, {"1": "a dog a dog", "2": "a cat", "3": "a cat"})
+        assert records(output, "FROM words") == [
+            {"word": "a", "images": 3},
+            {"word": "cat", "images": 2},
+            {"word": "dog", "images": 1},
+        ]
+        assert records(output, "FROM caption_counts LIMIT 1") == [{"caption": "a cat", "images": 2}]
+
+    def test_runs(self, local):
+        rows = records(local, "SELECT run_id, captions, failures FROM runs")
+        assert rows == [
+            {"run_id": "run-1", "captions": 2, "failures": 2},
+            {"run_id": "run-2", "captions": 1, "failures": 2},
+        ]
+
+    @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "folder"])
+    def test_a_table_is_joined_by_image_id(self, output, tmp_path, kind):
+        table = pa.table({"image_id": ["a", "b", "x"], "shop": ["one's", "two", "three"]})
+        path = tmp_path / f"shops.{kind}"
+        if kind == "csv":
+            path.write_text("image_id,shop\na,one's\nb,two\nx,three\n")
+        elif kind == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+        elif kind == "parquet":
+            path.write_bytes(encode_parquet(table))
+        else:
+            path.mkdir()
+            (path / "0.parquet").write_bytes(encode_parquet(table.slice(0, 1)))
+            (path / "1.parquet").write_bytes(encode_parquet(table.slice(1)))
+        text = ask(output, "SELECT image_id, shop FROM joined ORDER BY 1", join=str(path), format="json")
+        assert json.loads(text) == [{"image_id": "a", "shop": "one's"}, {"image_id": "b", "shop": "two"}]
+        assert "x" in ask(
+            output, "SELECT image_id FROM source_table ANTI JOIN captions USING (image_id)", join=str(path)
+        )
+
+    def test_a_table_without_ids(self, local, tmp_path):
+        (tmp_path / "t.csv").write_text("id,shop\na,1\n")
+        with pytest.raises(ConfigError, match="no column image_id to join by, but id, shop"):
+            ask(local, "FROM joined", join=str(tmp_path / "t.csv"))
+
+    def test_a_table_that_is_not_there(self, local, tmp_path):
+        for name in ("t.csv", "t.parquet", "t"):
+            with pytest.raises(CaprayError, match=name):
+                ask(local, "FROM joined", join=str(tmp_path / name))
+
+
+class TestExport:
+    def test_every_format_holds_every_row_and_column(self, output, tmp_path):
+        for kind in ("csv", "jsonl", "parquet"):
+            out = tmp_path / "export" / f"captions.{kind}"
+            assert ask(output, export=kind, out=str(out)) == f"wrote 3 rows to {out}\n"
+        frame = pq.read_table(tmp_path / "export" / "captions.parquet")
+        assert frame.schema.names == CAPTIONS.names and sorted(frame["image_id"].to_pylist()) == ["a", "b", "e"]
+        rows = [json.loads(line) for line in (tmp_path / "export" / "captions.jsonl").read_text().splitlines()]
+        assert {row["image_id"]: row["caption"] for row in rows}["b"] == "Two\nlines"
+        assert rows[0]["sha256"] == "ab" * 32
+        with open(tmp_path / "export" / "captions.csv", newline="") as file:
+            assert {row["image_id"]: row["sha256"] for row in csv.DictReader(file)} == dict.fromkeys("abe", "ab" * 32)
+
+    def test_the_answer_to_a_query_and_a_condition(self, local, tmp_path):
+        out = str(tmp_path / "answer.csv")
+        ask(local, "SELECT image_id FROM captions ORDER BY 1 DESC", export="csv", out=out)
+        assert Path(out).read_text() == "image_id\ne\nb\na\n"
+        assert "wrote 1 rows" in ask(local, where="caption LIKE 'She%'", export="csv", out=out)
+        assert len(Path(out).read_text().splitlines()) == 2
+
+    def test_to_s3(self, local, s3):
+        import s3fs
+
+        ask(local, export="jsonl", out=f"{s3}/export/captions.jsonl")
+        fs = s3fs.S3FileSystem(use_listings_cache=False)
+        assert len(fs.cat_file(f"{s3}/export/captions.jsonl").splitlines()) == 3
+
+    def test_cocos_results(self, tmp_path):
+        output = Output(str(tmp_path / "out"))
+        write_job(output)
+        write_captions(output, {"s3://b/COCO_val2014_000000000042.jpg": "a dog", "7.png": "a cat", "val/9": "a man"})
+        ask(output, export="coco", out=str(tmp_path / "results.json"))
+        assert json.loads((tmp_path / "results.json").read_text()) == [
+            {"image_id": 7, "caption": "a cat"},
+            {"image_id": 9, "caption": "a man"},
+            {"image_id": 42, "caption": "a dog"},
+        ]
+
+    def test_cocos_ids_from_a_carried_column(self, tmp_path):
+        output = Output(str(tmp_path / "out"))
+        write_job(output)
+        write_captions(output, {"x.jpg": "a dog"})
+        (part,) = (tmp_path / "out" / "captions").iterdir()
+        table = pq.read_table(part)
+        carried = pa.array([{"coco id": 5}], pa.struct([("coco id", pa.int64())]))
+        part.write_bytes(encode_parquet(table.append_column("source", carried)))
+        out = str(tmp_path / "results.json")
+        ask(output, export="coco", out=out, coco_id="coco id")
+        assert json.loads(Path(out).read_text()) == [{"image_id": 5, "caption": "a dog"}]
+
+    @pytest.mark.parametrize(
+        ("names", "settings", "message"),
+        [
+            (["x.jpg"], {}, "'x.jpg' has no integer id: name the carried column"),
+            (["1.jpg", "b/1.png"], {}, "the integer id 1 would be that of"),
+            (["1.jpg"], {"coco_id": "id"}, "no columns were carried along"),
+            (["1.jpg"], {"sql": "SELECT caption FROM captions"}, "needs the columns image_id and caption, not caption"),
+        ],
+    )
+    def test_what_coco_cannot_hold(self, tmp_path, names, settings, message):
+        output = Output(str(tmp_path / "out"))
+        write_job(output)
+        write_captions(output, dict.fromkeys(names, "a dog"))
+        with pytest.raises(ConfigError, match=message):
+            ask(output, export="coco", out=str(tmp_path / "results.json"), **settings)
+        assert not (tmp_path / "results.json").exists()
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"export": "csv"}, "export needs out"),
+            ({"out": "x"}, "out needs export"),
+            ({"sql": "SELECT 1", "search": "x"}, "search has no use beside a query"),
+            ({"search": "x", "sample": 1}, "ask one"),
+            ({"coco_id": "x"}, "coco_id goes with export coco"),
+        ],
+    )
+    def test_settings_that_do_not_fit(self, settings, message):
+        with pytest.raises(ConfigError, match=message):
+            QueryConfig.create(output="o", **settings)

@@ -382,7 +382,8 @@ class _Run:
         precision = self.config.precision
         if precision == "auto":
             precision = "bf16" if self.actors.gpus else "fp32"
-        job = _job_of(self.config, self.summary.model_id, self.sources) | {"precision": precision}
+        job = _job_of(self.config, self.summary.model_id, self.sources)
+        job |= {"precision": precision, "preprocessing": self.preprocessing.model_dump(mode="json")}
         write_atomic(self.output.job, json.dumps(job, indent=2).encode(), self.output.scratch)
         return precision
 

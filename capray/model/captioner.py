@@ -163,12 +163,26 @@ class Captioner(nn.Module):
     @torch.inference_mode()
     def attend(self, memory: Memory, token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """The attention over the grid at each token of a caption per image: (tokens, P) each, on the CPU."""
+        _, alpha_B1TP = self._follow(memory, token_ids)
+        return [alpha_TP[: len(ids)].float().cpu() for alpha_TP, ids in zip(alpha_B1TP[:, 0], token_ids, strict=True)]
+
+    @torch.inference_mode()
+    def log_probs(self, memory: Memory, token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The log-probability of each token of a caption per image after those before it: (tokens,) each, on the CPU."""
+        hidden_B1TH, _ = self._follow(memory, token_ids)
+        logits_BTV = self.decoder.logits(hidden_B1TH[:, 0]).float()
+        return [
+            logits_TV[: len(ids)].log_softmax(-1).cpu().gather(1, torch.tensor(ids)[:, None])[:, 0]
+            for logits_TV, ids in zip(logits_BTV, token_ids, strict=True)
+        ]
+
+    def _follow(self, memory: Memory, token_ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Teacher forcing of a caption per image."""
         lengths = [len(ids) for ids in token_ids]
         inputs_B1T = torch.full((len(lengths), 1, max(lengths, default=0)), PAD, device=self.device)
         for i, ids in enumerate(token_ids):
             inputs_B1T[i, 0, : len(ids)] = torch.tensor([START, *ids][: len(ids)])
-        _, alpha_B1TP = self(memory, inputs_B1T, torch.tensor(lengths, device=self.device)[:, None])
-        return [alpha_TP[:length].float().cpu() for alpha_TP, length in zip(alpha_B1TP[:, 0], lengths, strict=True)]
+        return self(memory, inputs_B1T, torch.tensor(lengths, device=self.device)[:, None])
 
 
 def _pool(part_BPX: torch.Tensor, size: torch.Size, pool: int) -> torch.Tensor:
