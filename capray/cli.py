@@ -30,6 +30,7 @@ from capray.config import (
     FolderConfig,
     ImportSgrvinodConfig,
     QueryConfig,
+    ReportConfig,
     Settings,
     ShapesConfig,
     TrainConfig,
@@ -193,6 +194,15 @@ def query(config: Annotated[QueryConfig, Flat]) -> None:
 
 
 @app.command
+def report(config: Annotated[ReportConfig, Flat]) -> None:
+    """Make one page about a captioning output or a training: counts, curves, failures, captions with pictures."""
+    from capray.report.output import report_output
+    from capray.report.training import report_training
+
+    print(report_training(config) if config.training is not None else report_output(config))
+
+
+@app.command
 def compact(config: Annotated[CompactConfig, Flat]) -> None:
     """Copy a captioning output into a new one, sorted by image id, in large parts, and prove the copy."""
     from capray.compaction import compact as run
@@ -237,6 +247,7 @@ CONFIGS: dict[tuple[str, ...], type[Settings]] = {
     ("explain",): ExplainConfig,
     ("evaluate",): EvaluateConfig,
     ("query",): QueryConfig,
+    ("report",): ReportConfig,
     ("compact",): CompactConfig,
     ("verify",): VerifyConfig,
     ("demo",): DemoConfig,

@@ -838,6 +838,32 @@ class QueryConfig(Settings):
         return self
 
 
+class ReportConfig(Settings):
+    """Make one page, with everything in it, about a captioning output or a training."""
+
+    positional: ClassVar[tuple[str, ...]] = ("output",)
+
+    output: str | None = None
+    """Folder or URI a captioning job wrote."""
+    training: str | None = None
+    """Folder or URI of a training, in place of an output."""
+    html: str
+    """Page to write, a file or URI."""
+    images: str | None = None
+    """Table with the columns image_id and image (a Samples table) to take the pictures from, where the captions hold no
+    URIs of images that can be read."""
+    pictures: Annotated[int, Field(ge=0, le=200)] = 12
+    """Pictures in each gallery: drawn at random, the surest captions, the least sure, the longest."""
+    seed: int = 0
+    """Seed of what is drawn at random."""
+
+    @model_validator(mode="after")
+    def _about_one_thing(self) -> Self:
+        if (self.output is None) == (self.training is None):
+            raise ValueError("give a captioning output, or a training with --training: one of the two")
+        return self
+
+
 class DemoConfig(Settings):
     """Draw a data set, train on it, caption images it has never seen, evaluate and query."""
 

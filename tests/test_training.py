@@ -18,12 +18,13 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from capray.config import Architecture, TrainConfig
+from capray.config import Architecture, ReportConfig, TrainConfig
 from capray.errors import CheckpointError, ConfigError, DataError, OutputConflictError
 from capray.model.captioner import Captioner
 from capray.model.checkpoint import load_captioner
 from capray.model.loss import collate
 from capray.registry import find_model
+from capray.report.training import report_training
 from capray.tables import SAMPLES, encode_parquet
 from capray.training.job import train
 from capray.training.reading import DECODED, Reading, read_text
@@ -248,6 +249,7 @@ def test_the_same_seed_gives_the_same_losses_interrupted_or_not_and_a_second_sta
     halves = run(odd, tmp_path / "halves", epochs=2, **settings)
     assert halves.metrics[0] == half.metrics[0]
     check_tracking(tmp_path / "halves", halves)
+    check_report(tmp_path / "halves", odd)
     with pytest.raises(OutputConflictError, match="learning_rate: 0.001 -> 0.5"):
         run(odd, tmp_path / "halves", epochs=3, **settings, learning_rate=0.5)
     whole = run(odd, tmp_path / "whole", epochs=2, **settings, tracking_uri="none")
@@ -286,6 +288,12 @@ def test_the_same_seed_gives_the_same_losses_interrupted_or_not_and_a_second_sta
     changed = {name: not torch.equal(value, first.state_dict()[name]) for name, value in tuned.state_dict().items()}
     assert changed["encoder.backbone.layer4.0.weight"] and changed["decoder.output.weight"]
     assert not changed["encoder.backbone.layer3.0.weight"] and not changed["decoder.embedding.weight"]
+
+
+def check_report(output, samples):
+    said = report_training(ReportConfig(training=str(output), html=str(output.parent / "report.html")))
+    assert said.endswith("2 epochs, 6 samples")
+    assert (output.parent / "report.html").read_text().count("data:image/jpeg") == 6
 
 
 def check_tracking(output, result):

@@ -26,14 +26,14 @@ from capray.training.board import board_class
 from capray.training.encoding import build_cache
 from capray.training.features import Cache, cached_dataset, choose_root, identify
 from capray.training.flavour import write_model
+from capray.training.layout import HISTORY, SETTINGS
 from capray.training.pictures import pick_pictures
 from capray.training.reading import Chance, SplitText, dataset, read_text
 from capray.training.starting import Weights, adopt_captioner, build_captioner, build_vocabulary
 from capray.training.tracking import Model, Tracker
-from capray.training.worker import HISTORY, train_worker
+from capray.training.worker import train_worker
 from capray.vocabulary import Vocabulary, tokenise
 
-RECORD_NAME = "training.json"
 NOT_IDENTITY = {
     "output",
     "epochs",
@@ -181,9 +181,7 @@ def _fit(
         return dataset(config.samples, split, text.units, vocabulary, preprocessing, limits, chance)
 
     limits = config.subset(ImageLimits)
-    pictures = (
-        pick_pictures(config.samples, config.validation_split, validation.units, limits) if tracker.run_id else {}
-    )
+    pictures = pick_pictures(config.samples, config.validation_split, validation.units, limits)
     board = board_class().remote()
     settings = {
         "config": config.model_copy(update={"tracking_uri": None}).model_dump(),
@@ -327,7 +325,7 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
 def _check_output(config: TrainConfig) -> dict[str, Any]:
     """The record of the training in the output, {} when there is none; an error when it is another training."""
     output = locate(config.output)
-    record = output.join(RECORD_NAME)
+    record = output.join(SETTINGS)
     if not exists(record):
         if names := list_names(output):
             raise OutputConflictError(
@@ -347,4 +345,4 @@ def _check_output(config: TrainConfig) -> dict[str, Any]:
 
 def _write_record(config: TrainConfig, run_id: str | None) -> None:
     record = {"settings": _identity(config), "mlflow_run_id": run_id}
-    write_atomic(locate(config.output).join(RECORD_NAME), json.dumps(record, indent=2).encode())
+    write_atomic(locate(config.output).join(SETTINGS), json.dumps(record, indent=2).encode())

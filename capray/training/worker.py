@@ -37,6 +37,7 @@ from capray.model.feeding import feed_own_words, teacher_forcing_ratio
 from capray.model.loss import Batch, LossSums, collate, loss_sums
 from capray.storage import locate, write_atomic
 from capray.training.features import digest_of
+from capray.training.layout import HISTORY, SAMPLES
 from capray.training.optimisation import Optimiser, steps_per_epoch
 from capray.training.pictures import page
 from capray.training.reading import Images, Reading
@@ -46,8 +47,6 @@ from capray.vocabulary import Vocabulary
 
 CAPTIONER_WEIGHTS = "captioner.pt"
 TRAINER_STATE = "trainer.pt"
-HISTORY = "history.json"
-"""In the training's output: the best epoch and the metrics of every epoch."""
 
 
 @dataclass
@@ -361,8 +360,10 @@ class Worker:
         self._track(Points(metrics, epoch))
         if self.samples:
             path = f"samples/epoch-{epoch:03d}"
-            self._track(TextFile(f"{path}.json", json.dumps(self.samples, indent=1, ensure_ascii=False)))
+            text = json.dumps(self.samples, indent=1, ensure_ascii=False)
+            self._track(TextFile(f"{path}.json", text))
             if improved:
+                write_atomic(locate(self.config.output).join(SAMPLES), text.encode())
                 self._track(TextFile(f"{path}.html", page(f"epoch {epoch}", self.pictures, self.samples)))
 
     def _say(self, metrics: dict[str, float], improved: bool, undecodable: float, without_captions: float) -> None:

@@ -1,0 +1,1 @@
+"""One page, with everything in it, about a captioning output or a training."""
