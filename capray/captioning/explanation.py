@@ -25,8 +25,10 @@ from capray.registry import find_model
 from capray.storage import locate, write_atomic
 from capray.vocabulary import END, SPECIAL_TOKENS
 
-SIDE = 640
+SIDE = 480
 """Longer side of the photo drawn, in pixels."""
+_DARKEST = 0.15
+"""Brightness of the photo where a word's attention is none."""
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom as shares of the photo's width and height; a padded photo's lies outside of it."""
 
@@ -202,13 +204,13 @@ def figure(explanation: Explanation, image_format: str = "png") -> bytes:
     axes = drawing.subplots(rows, columns, squeeze=False).flat
     for place in axes:
         place.axis("off")
-    axes[0].imshow(explanation.photo)
+    photo_HW3 = np.asarray(explanation.photo)
+    axes[0].imshow(photo_HW3)
     axes[0].set_title("the photo", fontsize=11)
     for i, (word, weights_kk) in enumerate(zip(explanation.words, explanation.attention_Tkk, strict=True)):
         place = axes[i + 1]
-        place.imshow(explanation.photo)
-        heat = _over_photo(explanation, weights_kk)
-        place.imshow(heat, cmap="inferno", alpha=0.25 + 0.5 * heat, vmin=0, vmax=1)
+        light_HW = _DARKEST + (1 - _DARKEST) * _over_photo(explanation, weights_kk)
+        place.imshow((photo_HW3 * light_HW[..., None]).astype(np.uint8))
         probability = "" if explanation.probabilities_T is None else f"  {explanation.probabilities_T[i]:.2f}"
         place.set_title(f"{word}{probability}", fontsize=11, parse_math=False)
     drawing.suptitle(explanation.caption, fontsize=13, parse_math=False)

@@ -112,12 +112,12 @@ def _failures(connection: duckdb.DuckDBPyConnection) -> list[Row]:
 
 
 def _rate(connection: duckdb.DuckDBPyConnection) -> str | None:
-    """Images a second over the hours of work; None when it took less than two seconds. Pauses between runs of a job are
+    """Images a second over the hours of work; None when it took less than half a minute. Pauses between runs of a job are
     shown as they are: nothing was done in them."""
     (seconds,) = first_row(connection, "SELECT extract(epoch FROM max(captioned_at) - min(captioned_at)) FROM captions")
-    if seconds is None or seconds < 2:
+    if seconds is None or seconds < 30:
         return None
-    width = max(1.0, seconds / NUM_BINS)
+    width = max(10.0, seconds / NUM_BINS)
     found = connection.execute(
         """SELECT floor(extract(epoch FROM captioned_at - (SELECT min(captioned_at) FROM captions)) / ?) AS bin, count(*)
         FROM captions GROUP BY 1""",
