@@ -31,6 +31,7 @@ from capray.config import (
     ImportSgrvinodConfig,
     QueryConfig,
     ReportConfig,
+    ServeConfig,
     Settings,
     ShapesConfig,
     TrainConfig,
@@ -161,6 +162,14 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
 
 
 @app.command
+def serve(config: Annotated[ServeConfig, Flat]) -> None:
+    """Caption photos over HTTP: a page for people, JSON for programs."""
+    from capray.serving.server import run as serve_until_stopped
+
+    serve_until_stopped(config)
+
+
+@app.command
 def explain(config: Annotated[ExplainConfig, Flat]) -> None:
     """Draw where the captioner looked: a photo with a heat map for each word of its caption."""
     from capray.captioning.explanation import explain as run
@@ -244,6 +253,7 @@ CONFIGS: dict[tuple[str, ...], type[Settings]] = {
     ("import", "sgrvinod"): ImportSgrvinodConfig,
     ("train",): TrainConfig,
     ("caption",): CaptionConfig,
+    ("serve",): ServeConfig,
     ("explain",): ExplainConfig,
     ("evaluate",): EvaluateConfig,
     ("query",): QueryConfig,

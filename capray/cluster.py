@@ -102,6 +102,19 @@ def own_error(error: BaseException) -> CaprayError | None:
     return found
 
 
+def is_port_taken(host: str, port: int) -> bool:
+    """Whether somebody listens at ``port`` of this machine's ``host``."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False
+
+
 def cluster_resources() -> tuple[float, float]:
     """CPUs and GPUs of the cluster."""
     import ray

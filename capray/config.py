@@ -551,6 +551,43 @@ class ExplainConfig(ImageLimits, Decoding):
         return self
 
 
+class ServeConfig(ImageLimits, Decoding):
+    """Caption photos over HTTP, with Ray Serve."""
+
+    model: str
+    """Captioner: a folder or URI, or one in MLflow: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/ID/captioner`."""
+    tracking_uri: str | None = None
+    """MLflow server that a `models:/` or `runs:/` model is on; MLFLOW_TRACKING_URI when not given."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 for all, which lets anybody who reaches this machine in."""
+    port: Annotated[int, Field(ge=1, le=65_535)] = 8000
+    """Port to listen at."""
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    """Replicas of the captioner at least."""
+    max_replicas: Annotated[int, Field(ge=1)] = 1
+    """Replicas at most, as many as the load asks for."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Photos captioned together at most."""
+    batch_wait_ms: Annotated[float, Field(ge=0, le=10_000)] = 10
+    """Milliseconds the first photo of a batch waits for others."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of a replica; when not given, 1 if the cluster has GPUs."""
+    threads_per_replica: Annotated[int, Field(ge=1)] = 1
+    """CPUs and threads of a replica."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the encoder and decoder; auto is bf16 on GPUs and fp32 on CPUs."""
+    max_requests: Annotated[int, Field(ge=1)] = 256
+    """Photos in work at once; more are refused with status 503."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 30
+    """Seconds after which a request is given up with status 504."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is less than min_replicas {self.min_replicas}")
+        return self
+
+
 class VerifyConfig(SourceSettings):
     """Prove the promise of a captioning job over one output, or over several that share the work."""
 

@@ -29,7 +29,6 @@ from pathlib import Path
 
 from tests.oracle import check_exactly_once
 
-NUM_PHOTOS = 120
 PART_ROWS = 12
 BATCH_SIZE = 4
 SECONDS_PER_IMAGE = 0.1
@@ -68,14 +67,14 @@ def pids(pattern: str) -> list[int]:
 class World:
     """The cluster, the store behind its proxy, the photos and the model of all rounds."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, num_photos: int):
         import s3fs
         from ray.cluster_utils import Cluster
 
         from tests.conftest import SeaweedFS, free_port, make_model, write_photos
         from tests.proxy import FaultyProxy
 
-        self.folder = folder
+        self.folder, self.num_photos = folder, num_photos
         self.log = folder / "captioned"
         self.log.touch()
         os.environ.update([MARK.split("=")])
@@ -91,7 +90,7 @@ class World:
         self.bucket = self.store.make_bucket("capray-chaos")
         self.model = make_model(folder / "model", seed=0)
         self.fs = s3fs.S3FileSystem(use_listings_cache=False)
-        paths = write_photos(folder / "photos", NUM_PHOTOS)
+        paths = write_photos(folder / "photos", num_photos)
         self.fs.put(str(folder / "photos"), f"{self.bucket}/", recursive=True)
         self.wanted = {f"{self.bucket}/photos/{Path(path).name}" for path in paths}
         self.cluster = Cluster(
@@ -158,7 +157,7 @@ class Round:
     def run(self, undisturbed: dict[str, str] | None = None) -> dict[str, str]:
         """The captions; raises AssertionError when the promise is broken."""
         world = self.world
-        threshold = self.rng.randint(1, NUM_PHOTOS // PART_ROWS - 3)
+        threshold = self.rng.randint(1, world.num_photos // PART_ROWS - 3)
         if self.kind == "network":
             world.proxy.set_rates(NETWORK)
         try:
@@ -230,16 +229,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=None, help="how many; one of each kind when not given")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--photos", type=int, default=120, help="how many to caption, 48 at least")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     kinds = arguments.kinds
     broken = 0
     with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder))
+        world = World(Path(folder), arguments.photos)
         try:
             expected = Round(world, "none", str(world.folder / "undisturbed"), rng, captioned_when_struck=0).run()
-            print(f"{NUM_PHOTOS} photos, parts of {PART_ROWS}; redone: images captioned more than once in all")
+            print(f"{world.num_photos} photos, parts of {PART_ROWS}; redone: images captioned more than once in all")
             print(
                 f"{'round':>5}  {'fault':<10}{'output':<8}{'exit codes':<14}{'struck at':>9}{'redone':>8}{'seconds':>9}"
             )
@@ -254,7 +254,7 @@ def main() -> None:
                 except (AssertionError, subprocess.TimeoutExpired) as error:
                     verdict = f"BROKEN: {str(error)[-1500:]}"
                     broken += 1
-                redone = world.num_captioned() - before - NUM_PHOTOS
+                redone = world.num_captioned() - before - world.num_photos
                 struck = "-" if this.captioned_when_struck is None else max(0, this.captioned_when_struck - before)
                 codes = " ".join(map(str, this.codes))
                 print(

@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_driver_actor_and_node_killed():
-    command = [sys.executable, "-m", "tests.chaos", "--kinds", "driver", "actor", "node"]
+    command = [sys.executable, "-m", "tests.chaos", "--photos", "60", "--kinds", "driver", "actor", "node"]
     result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("every id once") == 3

@@ -100,7 +100,8 @@ def test_cached_and_uncached_training_agree(samples, tmp_path, capfd):
     assert (trained["split"], trained["images"], len(trained["undecodable"])) == ("train", 48, 1)
 
     before = {path: path.stat().st_mtime_ns for path in (Path(odd) / "_features").rglob("*.arrow")}
-    again = run(odd, tmp_path / "again", num_workers=2, pool_grid=6).metrics[0]
+    with in_process():
+        again = run(odd, tmp_path / "again", pool_grid=6).metrics[0]
     assert "encoding" not in capfd.readouterr().err, "another captioner over the same encoder uses the same features"
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert 0 < again["val_loss"] < 10
@@ -206,10 +207,10 @@ def in_small_units(samples, folder, copies: int) -> str:
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_build_leaves_nothing_half_used_and_what_it_finished_is_kept(samples, tmp_path):
     many, root = in_small_units(samples, tmp_path / "many", copies=3), tmp_path / "cache"
-    settings = {**FROZEN, "samples": many, "output": str(tmp_path / "killed"), "feature_cache": str(root)}
-    code = "import sys, json; from capray.training.job import train; from capray.config import TrainConfig; "
-    code += "train(TrainConfig(**json.loads(sys.argv[1])))"
-    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(settings)], start_new_session=True)
+    code = "import sys; from capray import cluster; from tests.test_features import build; "
+    code += "cluster.connect(); build(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, many, str(root)]
+    process = subprocess.Popen(command, start_new_session=True, cwd=Path(__file__).parents[1])
     try:
         deadline = time.monotonic() + 120
         while len(list(root.glob("*/train/unit-*.arrow"))) < 5:
@@ -222,9 +223,8 @@ def test_a_killed_build_leaves_nothing_half_used_and_what_it_finished_is_kept(sa
     before = {path: path.stat().st_mtime_ns for path in root.glob("*/train/unit-*.arrow")}
     assert 5 <= len(before) < 72
 
-    with in_process():
-        assert run(many, tmp_path / "second", feature_cache=str(root)).metrics[0]["val_images"] == 18
-    (trained,) = (json.loads(path.read_text()) for path in manifests(root) if path.parent.name == "train")
+    build(many, root)
+    (trained,) = (json.loads(path.read_text()) for path in manifests(root))
     assert len(trained["files"]) == 72 and trained["images"] == 144
     assert {path.name for path in before} <= set(trained["files"])
     assert {path: path.stat().st_mtime_ns for path in before} == before

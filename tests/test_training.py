@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -65,32 +66,34 @@ def gradients(step, share, counts):
     return {name.removeprefix("module."): p.grad.clone() for name, p in step.named_parameters() if p.grad is not None}
 
 
-def worker(rank: int, shares: list[list[int]], counts: list[float], folder: str) -> None:
-    """One DDP process; run by ``python -c`` in the test below."""
+def worker(rank: int, divisions: list[list[list[int]]], counts: list[float], folder: str) -> None:
+    """One DDP process of two; run by ``python -c`` in the test below."""
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", len(shares))
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=len(shares))
-    step = torch.nn.parallel.DistributedDataParallel(make_step())
-    torch.save(gradients(step, shares[rank], counts), f"{folder}/{rank}.pt")
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    for number, shares in enumerate(divisions):
+        step = torch.nn.parallel.DistributedDataParallel(make_step())
+        torch.save(gradients(step, shares[rank], counts), f"{folder}/{number}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("shares", [SHARES, [[0, 1, 2, 3, 4], []]], ids=["unequal", "one-with-nothing"])
-def test_two_workers_give_the_gradient_of_one_with_the_same_global_batch(tmp_path, shares):
+def test_two_workers_give_the_gradient_of_one_with_the_same_global_batch(tmp_path):
+    """With unequal shares, and with one that has nothing."""
+    divisions = [SHARES, [[0, 1, 2, 3, 4], []]]
     whole = collate(CAPTIONS, 50)
     counts = [float(whole.num_tokens), float(whole.num_captions)]
     expected = gradients(make_step(), list(range(len(CAPTIONS))), counts)
     code = "import sys, json; from tests.test_training import worker; a = json.loads(sys.argv[1]); worker(*a)"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps([rank, shares, counts, str(tmp_path)])],
+            [sys.executable, "-c", code, json.dumps([rank, divisions, counts, str(tmp_path)])],
             cwd=Path(__file__).parents[1],
         )
         for rank in range(2)
     ]
     assert [process.wait(120) for process in processes] == [0, 0]
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for number, rank in product(range(2), range(2)):
+        found = torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=True)
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)

@@ -31,7 +31,7 @@ from capray.training.pictures import pick_pictures
 from capray.training.reading import Chance, SplitText, dataset, read_text
 from capray.training.starting import Weights, adopt_captioner, build_captioner, build_vocabulary
 from capray.training.tracking import Model, Tracker
-from capray.training.worker import train_worker
+from capray.training.worker import is_finished, train_worker
 from capray.vocabulary import Vocabulary, tokenise
 
 NOT_IDENTITY = {
@@ -111,10 +111,13 @@ def train(config: TrainConfig) -> TrainResult:
             num_words = len(vocabulary.words)
             display.say(f"word vectors for {len(vectors.ids_N):,} of {num_words:,} words; the others start at random")
         try:
-            cluster.connect()
-            splits = {config.train_split: text, config.validation_split: validation}
-            cache = build_cache(root, identity, encoder, config, splits, display) if root else None
-            _fit(config, text, validation, vocabulary, vectors, weights, tracker, display, cache)
+            if _is_over(config):
+                display.say("all epochs are done")
+            else:
+                cluster.connect()
+                splits = {config.train_split: text, config.validation_split: validation}
+                cache = build_cache(root, identity, encoder, config, splits, display) if root else None
+                _fit(config, text, validation, vocabulary, vectors, weights, tracker, display, cache)
         except BaseException as error:
             tracker.close("KILLED" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "FAILED")
             raise
@@ -129,6 +132,15 @@ def train(config: TrainConfig) -> TrainResult:
     return TrainResult(
         output.join("best").uri, output.join("last").uri, history["best_epoch"], history["epochs"], registered
     )
+
+
+def _is_over(config: TrainConfig) -> bool:
+    """Whether the output holds all epochs already."""
+    place = locate(config.output).join(HISTORY)
+    if not exists(place):
+        return False
+    history = json.loads(read_bytes(place))
+    return is_finished(len(history["epochs"]), history["best_epoch"], config)
 
 
 def _model(config: TrainConfig) -> Model:

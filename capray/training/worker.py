@@ -60,6 +60,11 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
+def is_finished(epoch: int, best_epoch: int, config: TrainConfig) -> bool:
+    """Whether a training is over after ``epoch`` epochs, of which ``best_epoch`` was the best."""
+    return epoch >= config.epochs or (config.patience is not None and epoch - best_epoch >= config.patience)
+
+
 class TrainingStep(nn.Module):
     """Encode and decode in one forward pass, so that DDP sees one."""
 
@@ -175,10 +180,7 @@ class Worker:
     @property
     def finished(self) -> bool:
         """Whether all epochs are done, or patience has run out."""
-        progress, patience = self.progress, self.config.patience
-        return progress.epoch >= self.config.epochs or (
-            patience is not None and progress.epoch - progress.best_epoch >= patience
-        )
+        return is_finished(self.progress.epoch, self.progress.best_epoch, self.config)
 
     def train(self) -> None:
         while not self.finished:

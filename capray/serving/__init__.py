@@ -1,0 +1,1 @@
+"""Captions over HTTP: Ray Serve around the captioning of the batch job."""

@@ -1,0 +1,97 @@
+"""Starting the server on a Ray cluster or here."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from capray import cluster
+from capray.config import Decoding, ImageLimits, Preprocessing, ServeConfig
+from capray.errors import ConfigError, Interrupted
+from capray.registry import find_model
+
+
+def build(config: ServeConfig) -> Any:
+    """The Ray Serve application: an ingress in front of autoscaling replicas. Ray must be connected.
+
+    Raises:
+        CheckpointError, ConfigError: the model cannot be loaded.
+    """
+    from ray import serve
+
+    from capray.captioning.shipping import ship
+    from capray.model.checkpoint import load_captioner
+    from capray.serving.ingress import Ingress
+    from capray.serving.replica import Replica
+
+    model = find_model(config.model, config.tracking_uri)
+    captioner, model_id = load_captioner(model)
+    preprocessing = captioner.architecture.subset(Preprocessing)
+    gpus = config.gpus_per_replica
+    if gpus is None:
+        gpus = 1.0 if cluster.cluster_resources()[1] else 0.0
+    precision = config.precision if config.precision != "auto" else "bf16" if gpus else "fp32"
+    arguments = (
+        model,
+        model_id,
+        config.subset(Decoding),
+        precision,
+        captioner.decoder.attention is not None,
+        config.batch_size,
+        gpus > 0,
+        config.threads_per_replica,
+    )
+    captioning = serve.deployment(
+        name="captioner",
+        ray_actor_options={"num_cpus": config.threads_per_replica, "num_gpus": gpus},
+        max_ongoing_requests=3 * config.batch_size,
+        autoscaling_config={
+            "min_replicas": config.min_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.batch_size,
+        },
+    )(Replica)
+    replicas = captioning.bind(arguments, ship(model, model_id), config.batch_size, config.batch_wait_ms / 1000)
+    ingress = serve.deployment(
+        name="ingress",
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=2 * config.max_requests + 16,
+    )(Ingress)
+    return ingress.bind(
+        replicas, model_id, preprocessing, config.subset(ImageLimits), config.max_requests, config.timeout_seconds
+    )
+
+
+def start(config: ServeConfig) -> str:
+    """Start the server, wait until it is ready, and return its address.
+
+    Raises:
+        ConfigError: the port is taken, or the cluster's Serve listens elsewhere.
+    """
+    import logging
+
+    from ray import serve
+
+    cluster.connect()
+    for name in ("ray.serve", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if cluster.is_port_taken(config.host, config.port):
+        raise ConfigError(f"port {config.port} of {config.host} is taken: choose another with --port")
+    serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "ERROR"})
+    serve.run(build(config), name="capray", route_prefix="/", logging_config={"log_level": "ERROR"})
+    return f"http://{config.host}:{config.port}"
+
+
+def run(config: ServeConfig) -> None:
+    """Serve until a signal comes, which is how a server ends and no fault."""
+    from ray import serve
+
+    address = start(config)
+    print(f"captions at {address}  (page at /, POST /caption, OpenAPI at /openapi.json); Ctrl-C ends it", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    except (KeyboardInterrupt, Interrupted):
+        print("stopped", flush=True)
+    finally:
+        serve.shutdown()
