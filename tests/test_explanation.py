@@ -25,8 +25,8 @@ def photo(tmp_path) -> str:
     return write_photos(tmp_path / "photos", 1)[0]
 
 
-def explained(photo, tmp_path, **settings):
-    return explain(ExplainConfig(image=photo, out=str(tmp_path / "figure.png"), **DECODING, **settings))
+def explained(image, tmp_path, **settings):
+    return explain(ExplainConfig(image=image, out=str(tmp_path / "figure.png"), **DECODING, **settings))
 
 
 class TestByCaptioning:

@@ -133,7 +133,7 @@ class Ingress:
     async def readyz(self) -> dict[str, str]:
         """Whether a replica answers, and the captioner it has loaded."""
         try:
-            model_id = await asyncio.wait_for(_answer(self.replicas.model_id.remote()), 5)
+            model_id = await asyncio.wait_for(self.replicas.model_id.remote(), 5)
         except Exception as error:
             raise HTTPException(503, f"no replica answers: {error}") from error
         return {"status": "ready", "model_id": model_id}
@@ -168,7 +168,7 @@ class Ingress:
             raise HTTPException(_STATUS.get(error.kind, 422), f"{error.kind}: {error.message}") from error
         row = {"pixels": pixels.tobytes(), "input_height": pixels.shape[0], "input_width": pixels.shape[1]}
         try:
-            found = await _answer(self.replicas.caption.remote(row))
+            found = await self.replicas.caption.remote(row)
         except BackPressureError as error:
             raise HTTPException(503, "too many photos wait: try again", {"Retry-After": "1"}) from error
         if isinstance(found, str):
@@ -214,7 +214,3 @@ class Ingress:
         if image is None or isinstance(image, str):
             raise HTTPException(400, "the form has no file `image`")
         return await image.read()
-
-
-async def _answer(response: Any) -> Any:
-    return await response
