@@ -32,19 +32,6 @@ SELECT (SELECT count(*) FROM captions) AS captions,
        round(count(*) / nullif(extract(epoch FROM max(captioned_at) - min(captioned_at)), 0), 1) AS images_per_second
 FROM captions
 """
-_ROWS_SHOWN = 5
-
-_COUNTS = """
-SELECT (SELECT count(*) FROM captions) AS captions,
-       (SELECT count(*) FROM failures) AS failures,
-       (SELECT count(DISTINCT run_id) FROM (SELECT run_id FROM captions UNION ALL SELECT run_id FROM failure_log)) AS runs,
-       round(avg(num_tokens), 1) AS mean_tokens,
-       round(count(*) / nullif(extract(epoch FROM max(captioned_at) - min(captioned_at)), 0), 1) AS images_per_second
-FROM captions
-"""
-_KINDS = (
-    "SELECT error_type, count(*) AS images, min(message) AS example FROM failures GROUP BY ALL ORDER BY images DESC"
-)
 _ROWS = (
     f"SELECT image_id, caption, round(score::DOUBLE, 3) AS score FROM captions ORDER BY image_id LIMIT {NUM_ROWS_SHOWN}"
 )
