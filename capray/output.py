@@ -104,6 +104,11 @@ def open_duckdb(temporary: str, *places: Location) -> Generator[duckdb.DuckDBPyC
             yield connection
         except (duckdb.IOException, duckdb.InvalidInputException) as error:
             raise StorageError(f"{reading}: {error}") from error
+        except duckdb.Error as error:
+            if type(error) is not duckdb.Error:
+                raise
+            # What a registered filesystem raised comes as an error of no kind, its traceback as the message.
+            raise StorageError(f"{reading}: {str(error).strip().splitlines()[-1]}") from error
 
 
 def create_view(connection: duckdb.DuckDBPyConnection, name: str, files: list[Location], schema: pa.Schema) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from capray.config import QueryConfig
 from capray.errors import CaprayError, ConfigError, StorageError
-from capray.output import Output
+from capray.output import Output, open_duckdb
 from capray.query.answers import run_query
-from capray.storage import write_atomic
+from capray.storage import Location, write_atomic
 from capray.tables import CAPTIONS, FAILURES, encode_parquet
 
 START = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
@@ -234,6 +235,26 @@ class TestMistakes:
         write_job(local, schema_version=99)
         with pytest.raises(ConfigError, match="schema version 99.*upgrade capray"):
             ask(local)
+
+    def test_a_store_that_denies(self, local, tmp_path):
+        class Denying(MemoryFileSystem):
+            protocol = "denying"
+
+            def _open(self, path, mode="rb", **options):
+                if mode == "rb":
+                    raise PermissionError(f"Access Denied: {path}")
+                return super()._open(path, mode, **options)
+
+        Denying().pipe_file("part.parquet", b"PAR1")
+        place = Location("denying://part.parquet", Denying(), "part.parquet")
+        with (
+            pytest.raises(
+                StorageError, match=r"reading denying://part\.parquet: PermissionError: Access Denied"
+            ) as error,
+            open_duckdb(str(tmp_path), place) as connection,
+        ):
+            connection.execute("FROM read_parquet('denying://part.parquet')").fetchall()
+        assert "Traceback" not in str(error.value)
 
     def test_a_damaged_part(self, local):
         write_atomic(local.captions.join("part-run-3-00000.parquet"), b"PAR1 and no more")
