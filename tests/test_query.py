@@ -240,12 +240,15 @@ class TestMistakes:
         class Denying(MemoryFileSystem):
             protocol = "denying"
 
-            def _open(self, path, mode="rb", **options):
-                if mode == "rb":
-                    raise PermissionError(f"Access Denied: {path}")
-                return super()._open(path, mode, **options)
+            def glob(self, path, **options):
+                return [path]
 
-        Denying().pipe_file("part.parquet", b"PAR1")
+            def info(self, path, **options):
+                return {"name": path, "size": 10, "type": "file"}
+
+            def _open(self, path, *arguments, **options):
+                raise PermissionError(f"Access Denied: {path}")
+
         place = Location("denying://part.parquet", Denying(), "part.parquet")
         with (
             pytest.raises(
