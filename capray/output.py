@@ -107,8 +107,9 @@ def open_duckdb(temporary: str, *places: Location) -> Generator[duckdb.DuckDBPyC
         except duckdb.Error as error:
             if type(error) is not duckdb.Error:
                 raise
-            # What a registered filesystem raised comes as an error of no kind, its traceback as the message.
-            raise StorageError(f"{reading}: {str(error).strip().splitlines()[-1]}") from error
+            # What a registered filesystem raised comes as an error of no kind, its traceback as the message and the query behind it.
+            message, _, _ = str(error).partition("\n\nLINE ")
+            raise StorageError(f"{reading}: {message.strip().splitlines()[-1]}") from error
 
 
 def create_view(connection: duckdb.DuckDBPyConnection, name: str, files: list[Location], schema: pa.Schema) -> None:
