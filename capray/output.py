@@ -107,7 +107,7 @@ def open_duckdb(temporary: str, *places: Location) -> Generator[duckdb.DuckDBPyC
         except duckdb.Error as error:
             if type(error) is not duckdb.Error:
                 raise
-            # What a registered filesystem raised comes as an error of no kind, its traceback as the message and the query behind it.
+            # What a registered filesystem raised: an error of no kind, whose message is the traceback, then the query.
             message, _, _ = str(error).partition("\n\nLINE ")
             raise StorageError(f"{reading}: {message.strip().splitlines()[-1]}") from error
 
