@@ -238,8 +238,9 @@ class TestParquet:
             columns = {"image_id": [f"{f}-{i}" for i in range(5)], "image": [b"x"] * 5}
             write_table(tmp_path / "in" / f"part-{f}.parquet", columns, row_group_size=2)
         write_table(tmp_path / "in" / "_private" / "x.parquet", {"a": [1]})
-        touch(tmp_path / "in", "README.md", "info.json")
+        touch(tmp_path / "in", "README.md", "info.json", "_dataset.json")
         source = opened(tmp_path / "in")
+        assert hidden(source) == 1, "a table might be missed, other files are not"
         assert (source.kind, source.image_column, source.source_type) == ("parquet", "image", None)
         rows = listed(source)
         assert sorted(

@@ -64,7 +64,7 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     shown, hidden = [], 0
     for entry in itertools.chain(sample, files):
         if is_hidden(_below(place, entry), (".", "_")):
-            hidden += 1
+            hidden += entry.path.endswith(f".{kind}")
         else:
             shown.append(entry)
     if kind == "manifest":
