@@ -123,6 +123,11 @@ def cluster_resources() -> tuple[float, float]:
     return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
 
 
+def gpus_each(wanted: float | None) -> float:
+    """GPUs of each worker or replica: as ``wanted``; when that is None, 1 if the cluster has any."""
+    return wanted if wanted is not None else float(cluster_resources()[1] > 0)
+
+
 def task_attempt() -> int:
     """How often the task that runs here was started before, because its process died (Ray tells it by no public name)."""
     from ray._private.worker import global_worker

@@ -30,6 +30,11 @@ def tokenise(caption: str) -> list[str]:
     return [token for token in _tokenizer().tokenize(caption.lower()) if token not in PUNCTUATION]
 
 
+def without_end(tokens: Sequence[str]) -> list[str]:
+    """A caption's tokens but for the ``<end>`` they may close with."""
+    return list(tokens[:-1] if tokens[-1:] == [SPECIAL_TOKENS[END]] else tokens)
+
+
 class Vocabulary:
     """Words and ids. Ids 0–3 are ``<pad> <start> <end> <unk>``; the words follow in the order given."""
 

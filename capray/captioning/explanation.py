@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -20,10 +22,10 @@ from capray.config import Decoding, ExplainConfig, ImageLimits, Preprocessing
 from capray.errors import CaprayError, ConfigError
 from capray.images import Decoded, ImageError, decode, fit
 from capray.output import require_output
-from capray.pages import data_uri, render
+from capray.pages import data_uri, encoded, render
 from capray.registry import find_model
 from capray.storage import locate, write_atomic
-from capray.vocabulary import END, SPECIAL_TOKENS
+from capray.vocabulary import without_end
 
 SIDE = 480
 """Longer side of the photo drawn, in pixels."""
@@ -83,7 +85,9 @@ def _by_captioning(config: ExplainConfig, model: str) -> Explanation:
     from capray.model.captioner import autocast
     from capray.model.checkpoint import load_captioner
 
-    decoded = _decode(config.image, config.subset(ImageLimits))
+    limits = config.subset(ImageLimits)
+    with _failures_of(config.image):
+        decoded = decode(read_image(config.image, limits.max_image_bytes), limits)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     captioner, _ = load_captioner(find_model(model, config.tracking_uri), device)
     if captioner.decoder.attention is None:
@@ -122,11 +126,15 @@ def _from_table(config: ExplainConfig, table: str) -> Explanation:
     place = config.photo or uri
     if place is None:
         raise ConfigError(f"{table!r} does not say where the image {config.image!r} lies: give it with --photo FILE")
-    data = _read(place, config.subset(ImageLimits))
+    limits = config.subset(ImageLimits)
+    with _failures_of(place):
+        data = read_image(place, limits.max_image_bytes)
     if hashlib.sha256(data).digest() != bytes(digest):
         raise ConfigError(f"{place!r} is not the image that was captioned: its SHA-256 is another")
+    with _failures_of(place):
+        decoded = decode(data, limits)
     return _explanation(
-        _decode(place, config.subset(ImageLimits), data),
+        decoded,
         caption,
         tokens,
         np.asarray(weights_TP, np.float32),
@@ -144,30 +152,25 @@ def _explanation(
     preprocessing: Preprocessing,
 ) -> Explanation:
     """The explanation without the step of ``<end>``, the photo made smaller."""
-    count = len(tokens) - (tokens[-1:] == [SPECIAL_TOKENS[END]])
+    words = without_end(tokens)
+    count = len(words)
     side = math.isqrt(weights_TP.shape[1])
     photo = decoded.image.copy()
     photo.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR)
     return Explanation(
         photo,
         caption,
-        tokens[:count],
+        words,
         weights_TP[:count].reshape(count, side, side),
         None if probabilities_T is None else probabilities_T[:count],
         region_of(decoded.width, decoded.height, preprocessing),
     )
 
 
-def _read(place: str, limits: ImageLimits) -> bytes:
+@contextmanager
+def _failures_of(place: str) -> Generator[None]:
     try:
-        return read_image(place, limits.max_image_bytes)
-    except ImageError as error:
-        raise CaprayError(f"{place}: {error.kind}: {error.message}") from error
-
-
-def _decode(place: str, limits: ImageLimits, data: bytes | None = None) -> Decoded:
-    try:
-        return decode(_read(place, limits) if data is None else data, limits)
+        yield
     except ImageError as error:
         raise CaprayError(f"{place}: {error.kind}: {error.message}") from error
 
@@ -228,17 +231,11 @@ def page(explanation: Explanation) -> bytes:
     words = [
         {
             "word": word,
-            "heat": data_uri(heat_map(weights_kk), "PNG"),
+            "heat": data_uri(encoded(heat_map(weights_kk), "PNG"), "PNG"),
             "probability": None if explanation.probabilities_T is None else explanation.probabilities_T[i],
         }
         for i, (word, weights_kk) in enumerate(zip(explanation.words, explanation.attention_Tkk, strict=True))
     ]
-    return (
-        render(
-            "explanation.html",
-            caption=explanation.caption,
-            words=words,
-            photo=data_uri(explanation.photo, "JPEG"),
-            region=explanation.region,
-        )
-    ).encode()
+    photo = data_uri(encoded(explanation.photo, "JPEG"), "JPEG")
+    text = render("explanation.html", caption=explanation.caption, words=words, photo=photo, region=explanation.region)
+    return text.encode()

@@ -365,7 +365,7 @@ class _Run:
         self.display.update(0, "", "starting Ray")
         cluster.connect()
         cpus, gpus = cluster.cluster_resources()
-        gpus_per_actor = config.gpus_per_actor if config.gpus_per_actor is not None else float(gpus > 0)
+        gpus_per_actor = cluster.gpus_each(config.gpus_per_actor)
         number = config.num_actors
         if number is None:
             fitting = gpus / gpus_per_actor if gpus_per_actor else (cpus - 1) / config.threads_per_actor

@@ -28,8 +28,13 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(**values)
 
 
-def data_uri(image: Image.Image, image_format: str) -> str:
-    """``image`` as the source of an ``<img>`` (JPEG or PNG)."""
+def encoded(image: Image.Image, image_format: str) -> bytes:
+    """``image`` as a JPEG or PNG."""
     buffer = io.BytesIO()
     image.save(buffer, image_format, **({"quality": 85} if image_format == "JPEG" else {}))
-    return f"data:image/{image_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return buffer.getvalue()
+
+
+def data_uri(data: bytes, image_format: str) -> str:
+    """An encoded JPEG or PNG as the source of an ``<img>``."""
+    return f"data:image/{image_format.lower()};base64,{base64.b64encode(data).decode()}"

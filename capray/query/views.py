@@ -33,7 +33,7 @@ NAMES = ("captions", "failures", "failure_log", *_VIEWS)
 
 def create_views(connection: duckdb.DuckDBPyConnection, join: str | None) -> None:
     """The common questions as views, and with ``join`` (Parquet, CSV or JSON lines: a file, a folder of Parquet or a
-    glob) the views ``table`` of its rows and ``joined`` of the captions with them.
+    glob) the views ``source_table`` of its rows and ``joined`` of the captions with them.
 
     Raises:
         ConfigError: the table has no column image_id.

@@ -13,7 +13,7 @@ from capray.captioning.reading import read_image
 from capray.config import ImageLimits, ReportConfig
 from capray.images import ImageError, decode
 from capray.output import first_row, require_output
-from capray.pages import data_uri, render
+from capray.pages import data_uri, encoded, render
 from capray.query.views import create_views
 from capray.report.charts import bars, lines
 from capray.storage import locate, write_atomic
@@ -190,4 +190,4 @@ def thumbnail(data: bytes, limits: ImageLimits) -> str:
     """A small JPEG of an encoded image, as the source of an ``<img>``. Raises ImageError when it is none."""
     image = decode(data, limits, at_least=THUMBNAIL).image
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
-    return data_uri(image, "JPEG")
+    return data_uri(encoded(image, "JPEG"), "JPEG")

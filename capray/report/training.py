@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import Any
 
 from capray.config import ImageLimits, ReportConfig
 from capray.errors import CaprayError, ConfigError
-from capray.pages import render
+from capray.pages import data_uri, render
 from capray.report.charts import lines
 from capray.storage import exists, locate, read_bytes, write_atomic
 from capray.training.layout import HISTORY, SAMPLES, SETTINGS
@@ -76,6 +75,6 @@ def _pictures(settings: dict[str, Any], ids: set[str]) -> tuple[dict[str, str], 
         found = pick_pictures(settings["samples"], settings["validation_split"], units, ImageLimits(), len(ids))
     except CaprayError as error:
         return {}, f"The pictures cannot be shown: {error}"
-    pictures = {name: f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" for name, data in found.items()}
+    pictures = {name: data_uri(data, "JPEG") for name, data in found.items()}
     missing = len(ids - set(pictures))
     return pictures, f"{missing} of the pictures are no longer in {settings['samples']}." if missing else ""

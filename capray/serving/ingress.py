@@ -17,6 +17,7 @@ from capray.captioning.explanation import region_of
 from capray.config import ImageLimits, Preprocessing
 from capray.images import ImageError, load
 from capray.pages import render
+from capray.vocabulary import without_end
 
 _FORM_BYTES = 64 * 1024
 """What a form may hold beside the photo."""
@@ -183,7 +184,7 @@ class Ingress:
             batch_size=found["batch"],
         )
         if attention and found["attention"] is not None:
-            words = [word for word in found["tokens"] if word != "<end>"]
+            words = without_end(found["tokens"])
             region = region_of(width, height, self.preprocessing)
             answer.attention = Attention(words=words, weights=found["attention"][: len(words)], region=region)
         return answer

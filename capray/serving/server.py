@@ -27,9 +27,7 @@ def build(config: ServeConfig) -> Any:
     model = find_model(config.model, config.tracking_uri)
     captioner, model_id = load_captioner(model)
     preprocessing = captioner.architecture.subset(Preprocessing)
-    gpus = config.gpus_per_replica
-    if gpus is None:
-        gpus = 1.0 if cluster.cluster_resources()[1] else 0.0
+    gpus = cluster.gpus_each(config.gpus_per_replica)
     precision = config.precision if config.precision != "auto" else "bf16" if gpus else "fp32"
     arguments = (
         model,
@@ -63,10 +61,10 @@ def build(config: ServeConfig) -> Any:
 
 
 def start(config: ServeConfig) -> str:
-    """Start the server, wait until it is ready, and return its address.
+    """Start the server, wait until it is ready, and return its address (where Serve runs already, it keeps its own).
 
     Raises:
-        ConfigError: the port is taken, or the cluster's Serve listens elsewhere.
+        ConfigError: the port is taken.
     """
     import logging
 

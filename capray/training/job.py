@@ -179,9 +179,7 @@ def _fit(
                     shard[name] = split
             return shards
 
-    gpus = config.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if cluster.cluster_resources()[1] else 0.0
+    gpus = cluster.gpus_each(config.gpus_per_worker)
     cpus = cluster.share_cpus(config.num_workers, config.cpus_per_worker, gpus, display.say)
     one_caption = config.captions_per_image == "1"
     num_pairs = text.num_images if one_caption else sum(len(captions) for captions in text.captions)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -13,6 +11,7 @@ from PIL import Image
 
 from capray.config import ImageLimits
 from capray.images import ImageError, decode
+from capray.pages import data_uri, encoded
 from capray.storage import locate, storage_errors
 
 NUM_PICTURES = 8
@@ -46,9 +45,7 @@ def pick_pictures(
             except ImageError:
                 continue
             image.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR)
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=85)
-            pictures[row["image_id"]] = buffer.getvalue()
+            pictures[row["image_id"]] = encoded(image, "JPEG")
     return pictures
 
 
@@ -60,8 +57,9 @@ def page(title: str, pictures: Mapping[str, bytes], samples: Sequence[Mapping[st
         if picture is None:
             continue
         references = "".join(f"<li>{escape(reference)}</li>" for reference in sample["references"])
+        source = data_uri(picture, "JPEG")
         figures.append(
-            f'<figure><img src="data:image/jpeg;base64,{base64.b64encode(picture).decode()}" alt="">'
+            f'<figure><img src="{source}" alt="">'
             f"<figcaption><b>{escape(sample['caption'])}</b><ul>{references}</ul>"
             f"<small>{escape(sample['image_id'])}</small></figcaption></figure>"
         )
