@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-fast demo bench chaos
+.PHONY: help setup check format test test-fast demo docs notebooks release bench chaos
 ROUNDS ?= 6
 
 help:  ## Show the targets
@@ -26,6 +26,16 @@ test-fast:  ## Tests without the slow ones
 
 demo:  ## Draw a data set, train, caption, evaluate, query: a few minutes
 	uv run capray demo
+
+docs:  ## Build the documentation into site/; a warning is an error
+	uv run --group docs zensical build --strict --clean
+
+release:  ## Build the wheel and run the demo with it alone, in an empty environment
+	rm -rf dist && uv build
+	cd $$(mktemp -d) && uv run --isolated --no-project --with $(CURDIR)/dist/*.whl capray demo
+
+notebooks:  ## Execute the notebooks anew and keep what they print
+	cd notebooks && rm -rf work && uv run jupyter execute --inplace *.ipynb
 
 bench:  ## Print the benchmarks' figures beside their references
 	uv run python benchmarks/captioning.py

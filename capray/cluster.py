@@ -128,6 +128,13 @@ def gpus_each(wanted: float | None) -> float:
     return wanted if wanted is not None else float(cluster_resources()[1] > 0)
 
 
+def resolved_precision(wanted: str, on_gpu: bool) -> str:
+    """``wanted``, where `auto` is bf16 on GPUs and fp32 on CPUs."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if on_gpu else "fp32"
+
+
 def task_attempt() -> int:
     """How often the task that runs here was started before, because its process died (Ray tells it by no public name)."""
     from ray._private.worker import global_worker

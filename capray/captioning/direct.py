@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from capray import cluster
 from capray.config import CaptionConfig, Decoding, ImageLimits
 from capray.errors import CaprayError, ConfigError
 from capray.storage import locate
@@ -43,7 +44,7 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     captioner, _ = load_captioner(find_model(config.model, config.tracking_uri), device)
     limits, decoding = config.subset(ImageLimits), config.subset(Decoding)
-    precision = "fp32" if config.precision == "auto" else config.precision
+    precision = cluster.resolved_precision(config.precision, device == "cuda")
     failed = 0
     for path in paths:
         try:

@@ -379,9 +379,7 @@ class _Run:
         job = check_job(self.config, self.output, self.summary.model_id, self.sources)
         if job is not None:
             return job["precision"]
-        precision = self.config.precision
-        if precision == "auto":
-            precision = "bf16" if self.actors.gpus else "fp32"
+        precision = cluster.resolved_precision(self.config.precision, self.actors.gpus > 0)
         job = _job_of(self.config, self.summary.model_id, self.sources)
         job |= {"precision": precision, "preprocessing": self.preprocessing.model_dump(mode="json")}
         write_atomic(self.output.job, json.dumps(job, indent=2).encode(), self.output.scratch)

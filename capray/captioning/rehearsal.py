@@ -7,6 +7,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 
+from capray import cluster
 from capray.captioning.actor import Captioning
 from capray.captioning.fetching import Fetcher
 from capray.captioning.job import MAX_BLOCK_ROWS, check_apart, check_job, localised, retried_kinds
@@ -135,7 +136,7 @@ def _rate(
         config.fetch_concurrency,
         sources[0].source_type,
     )
-    precision = "fp32" if config.precision == "auto" else config.precision
+    precision = cluster.resolved_precision(config.precision, on_gpu=False)
     captioning = Captioning(
         config.model, model_id, config.subset(Decoding), precision, False, 8, False, config.threads_per_actor
     )

@@ -28,12 +28,11 @@ def build(config: ServeConfig) -> Any:
     captioner, model_id = load_captioner(model)
     preprocessing = captioner.architecture.subset(Preprocessing)
     gpus = cluster.gpus_each(config.gpus_per_replica)
-    precision = config.precision if config.precision != "auto" else "bf16" if gpus else "fp32"
     arguments = (
         model,
         model_id,
         config.subset(Decoding),
-        precision,
+        cluster.resolved_precision(config.precision, gpus > 0),
         captioner.decoder.attention is not None,
         config.batch_size,
         gpus > 0,

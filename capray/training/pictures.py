@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -11,19 +10,12 @@ from PIL import Image
 
 from capray.config import ImageLimits
 from capray.images import ImageError, decode
-from capray.pages import data_uri, encoded
+from capray.pages import data_uri, encoded, render
 from capray.storage import locate, storage_errors
 
 NUM_PICTURES = 8
 SIDE = 256
 """Longer side of a picture in pixels."""
-
-_STYLE = """
-body { font: 14px system-ui, sans-serif; display: grid; gap: 20px }
-body { grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)) }
-figure { margin: 0 } img { max-width: 100% } b { display: block; margin: 4px 0 }
-ul { margin: 0; padding-left: 18px } li, small { color: #666 }
-"""
 
 
 def pick_pictures(
@@ -51,16 +43,5 @@ def pick_pictures(
 
 def page(title: str, pictures: Mapping[str, bytes], samples: Sequence[Mapping[str, Any]]) -> str:
     """One HTML file with everything in it; ``samples`` have ``image_id``, ``caption`` and ``references``."""
-    figures = []
-    for sample in samples:
-        picture = pictures.get(sample["image_id"])
-        if picture is None:
-            continue
-        references = "".join(f"<li>{escape(reference)}</li>" for reference in sample["references"])
-        source = data_uri(picture, "JPEG")
-        figures.append(
-            f'<figure><img src="{source}" alt="">'
-            f"<figcaption><b>{escape(sample['caption'])}</b><ul>{references}</ul>"
-            f"<small>{escape(sample['image_id'])}</small></figcaption></figure>"
-        )
-    return f'<!doctype html><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>{"".join(figures)}\n'
+    shown = {image_id: data_uri(picture, "JPEG") for image_id, picture in pictures.items()}
+    return render("samples.html", title=title, samples=samples, pictures=shown)
