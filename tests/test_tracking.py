@@ -68,14 +68,14 @@ class Trained:
         self.config = config_of(
             samples,
             folder / "first",
-            num_workers=2,
             epochs=2,
             log_every_steps=2,
             tracking_uri=server.uri,
             experiment="trained",
             register_as="shapes",
         )
-        self.result = train(self.config)
+        with in_process():
+            self.result = train(self.config)
         client = server.client
         (self.run,) = client.search_runs([client.get_experiment_by_name("trained").experiment_id])
         self.run_id = self.run.info.run_id
