@@ -11,6 +11,8 @@ once, with the caption of an undisturbed run.
     frozen     the driver stopped past its lease, another run beside it, then woken
     dying      SIGTERM, and the same command at once
     twice      two runs started at once
+
+Kinds joined by + strike one after the other in one round: actor+node+driver.
 """
 
 from __future__ import annotations
@@ -157,7 +159,9 @@ class Round:
     def run(self, undisturbed: dict[str, str] | None = None) -> dict[str, str]:
         """The captions; raises AssertionError when the promise is broken."""
         world = self.world
-        threshold = self.rng.randint(1, world.num_photos // PART_ROWS - 3)
+        kinds = self.kind.split("+") if self.kind else []
+        parts = range(1, world.num_photos // PART_ROWS - 2)
+        strikes = list(zip(kinds, sorted(self.rng.choices(parts, k=len(kinds))), strict=True))
         if self.kind == "network":
             world.proxy.set_rates(NETWORK)
         try:
@@ -166,12 +170,15 @@ class Round:
                 if self.kind == "twice" and number == 0:
                     self.start()
                     self.captioned_when_struck = 0
-                while self.captioned_when_struck is None and driver.poll() is None:
+                    strikes.clear()
+                while strikes and driver.poll() is None:
+                    kind, threshold = strikes[0]
                     if world.num_parts(self.output) >= threshold:
                         time.sleep(self.rng.random())
                         before = world.num_captioned()
-                        if self.strike(driver):
-                            self.captioned_when_struck = before
+                        if self.strike(kind, driver):
+                            strikes.pop(0)
+                            self.captioned_when_struck = self.captioned_when_struck or before
                     time.sleep(0.1)
                 text = self.wait()
                 if 0 in self.codes:
@@ -199,26 +206,26 @@ class Round:
         self.codes += [driver.returncode for driver in self.drivers[len(self.codes) :]]
         return "\n".join(texts)
 
-    def strike(self, driver: subprocess.Popen) -> bool:
-        """Do what the round is about; whether it could be done."""
+    def strike(self, kind: str, driver: subprocess.Popen) -> bool:
+        """Break something; whether it could be done."""
         world = self.world
-        if self.kind in PATTERNS:
-            return world.kill(self.kind)
-        if self.kind == "driver":
+        if kind in PATTERNS:
+            return world.kill(kind)
+        if kind == "driver":
             driver.kill()
-        elif self.kind == "terminate":
+        elif kind == "terminate":
             driver.terminate()
-        elif self.kind == "dying":
+        elif kind == "dying":
             driver.terminate()
             self.start()
-        elif self.kind == "frozen":
+        elif kind == "frozen":
             driver.send_signal(signal.SIGSTOP)
             self.start().wait(timeout=300)
             driver.send_signal(signal.SIGCONT)
-        elif self.kind == "node":
+        elif kind == "node":
             world.cluster.remove_node(world.node, allow_graceful=False)
             world.node = world.cluster.add_node(num_cpus=3)
-        elif self.kind == "store":
+        elif kind == "store":
             world.store.stop()
             time.sleep(2)
             world.store.start()
@@ -228,20 +235,22 @@ class Round:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=None, help="how many; one of each kind when not given")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, help=f"of {', '.join(KINDS)}, or several joined by +")
     parser.add_argument("--photos", type=int, default=120, help="how many to caption, 48 at least")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if unknown := {part for kind in arguments.kinds for part in kind.split("+")} - set(KINDS):
+        parser.error(f"unknown kinds: {', '.join(sorted(unknown))}")
     rng = random.Random(arguments.seed)
     kinds = arguments.kinds
     broken = 0
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder), arguments.photos)
         try:
-            expected = Round(world, "none", str(world.folder / "undisturbed"), rng, captioned_when_struck=0).run()
+            expected = Round(world, "", str(world.folder / "undisturbed"), rng).run()
             print(f"{world.num_photos} photos, parts of {PART_ROWS}; redone: images captioned more than once in all")
             print(
-                f"{'round':>5}  {'fault':<10}{'output':<8}{'exit codes':<14}{'struck at':>9}{'redone':>8}{'seconds':>9}"
+                f"{'round':>5}  {'fault':<18}{'output':<8}{'exit codes':<14}{'struck at':>9}{'redone':>8}{'seconds':>9}"
             )
             for number in range(arguments.rounds or len(kinds)):
                 kind = kinds[number % len(kinds)]
@@ -258,7 +267,7 @@ def main() -> None:
                 struck = "-" if this.captioned_when_struck is None else max(0, this.captioned_when_struck - before)
                 codes = " ".join(map(str, this.codes))
                 print(
-                    f"{number:>5}  {kind:<10}{'bucket' if is_remote else 'folder':<8}{codes:<14}{struck:>9}{redone:>8}"
+                    f"{number:>5}  {kind:<18}{'bucket' if is_remote else 'folder':<8}{codes:<14}{struck:>9}{redone:>8}"
                     f"{time.monotonic() - started:>9.0f}  {verdict}",
                     flush=True,
                 )
