@@ -1,7 +1,7 @@
 """Every command and program in the README and in docs/ runs as written, or says beside it why it does not.
 
 They run on a small Flickr8k of drawings, in the order they stand in; what the README leaves behind is there for the other
-pages. `<!-- not run: … -->` before a block excuses it, `<!-- fails: N -->` expects exit code N.
+pages, which do not repeat its commands. `<!-- not run: … -->` before a block excuses it, `<!-- fails: N -->` expects exit code N.
 """
 
 from __future__ import annotations
@@ -51,17 +51,20 @@ def blocks(page: str) -> Iterator[Block]:
         yield block
 
 
-def run(block: Block) -> None:
+def run(block: Block, done: frozenset[str] = frozenset()) -> list[str]:
+    """Run all but the commands that are ``done``; the commands that ran."""
     if block.not_run:
-        return
+        return []
     if block.language == "python":
         exec(compile(block.text, block.place, "exec"), {"__name__": "__main__"})
-        return
+        return []
     assert block.language == "sh", f"{block.place}: how is {block.language!r} run? say why it is not"
-    for line in block.text.replace("\\\n", " ").splitlines():
+    lines = [line for line in block.text.replace("\\\n", " ").splitlines() if line not in done]
+    for line in lines:
         command, *arguments = shlex.split(line, comments=True)
         assert command == "capray", f"{block.place}: {command} is not run here: say why"
         assert cli.run(arguments) == block.exit_code, f"{block.place}: {line}"
+    return lines
 
 
 def flickr8k_of_drawings(folder: Path) -> None:
@@ -92,8 +95,8 @@ def untrained_imagenet_weights(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Iterator[Path]:
-    """The folder in which the README's blocks have run."""
+def world(tmp_path_factory) -> Iterator[tuple[Path, frozenset[str]]]:
+    """The folder in which the README's blocks have run, and their commands."""
     folder = tmp_path_factory.mktemp("docs") / "readme"
     flickr8k_of_drawings(folder / "raw" / "flickr8k")
     (folder / "photo.jpg").write_bytes(image_bytes(Image.new("RGB", (90, 60), (30, 90, 160)), "JPEG"))
@@ -103,22 +106,17 @@ def world(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch, in_process():
         patch.setenv("TORCH_HOME", str(folder / "torch"))
         patch.chdir(folder)
-        for block in blocks("README.md"):
-            run(block)
-        yield folder
+        yield folder, frozenset(line for block in blocks("README.md") for line in run(block))
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page(page, world, tmp_path, monkeypatch):
-    folder = tmp_path / "page"
-    shutil.copytree(world, folder, symlinks=True)
-    monkeypatch.chdir(folder)
-    if page == "docs/tutorial.md":  # It begins at the beginning.
-        for made in ("data", "runs", "tables"):
-            shutil.rmtree(folder / made)
+    left, done = world
+    shutil.copytree(left, tmp_path / "page", symlinks=True)
+    monkeypatch.chdir(tmp_path / "page")
     for block in blocks(page):
-        run(block)
+        run(block, done)
 
 
 def test_links_within_lead_somewhere():
