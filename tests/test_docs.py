@@ -1,7 +1,8 @@
 """Every command and program in the README and in docs/ runs as written, or says beside it why it does not.
 
 They run on a small Flickr8k of drawings, in the order they stand in; what the README leaves behind is there for the other
-pages, which do not repeat its commands. `<!-- not run: … -->` before a block excuses it, `<!-- fails: N -->` expects exit code N.
+pages, which do not repeat its commands. `<!-- not run: … -->` before a block excuses it, `<!-- fails: N -->` expects
+exit code N.
 """
 
 from __future__ import annotations
