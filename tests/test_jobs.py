@@ -1,5 +1,6 @@
 """What is given to `ray job submit`: a real head with its own ports, folder and token; train, then caption."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,13 +11,19 @@ import time
 import uuid
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
 import yaml
 from mlflow import MlflowClient
+from PIL import Image
 
-from tests.conftest import TINY, free_port
+from capray.config import TrainConfig
+from capray.tables import SAMPLES, encode_parquet
+from capray.training.job import train
+from tests.conftest import TINY, free_port, image_bytes, in_process
 
 ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -73,23 +80,65 @@ def submit(head, script, *arguments) -> str:
         time.sleep(1)
 
 
+STANDSTILL = {
+    **TINY,
+    "size": 16,
+    "batch_size": 40,
+    "min_word_count": 1,
+    "beam_size": 2,
+    "max_length": 5,
+    "learning_rate": 1e-12,
+    "epochs": 1,
+    "cpus_per_worker": 0.5,
+}
+"""A training that changes nothing, so that figures depend on who counts alone."""
+
+
+def noise(folder: Path) -> str:
+    """20 training and 1,000 validation images with captions of chance."""
+    rng = np.random.default_rng(0)
+    words = ["a", "red", "green", "dog", "runs", "sits", "here", "now"]
+    folder.mkdir()
+    for split, number in (("train", 20), ("dev", 1000)):
+        rows = [
+            {
+                "image_id": f"{split}-{i:04d}",
+                "image": image_bytes(Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))),
+                "captions": [" ".join(rng.choice(words, 1 + int(rng.integers(6)))) for _ in range(1 + i % 3)],
+                "split": split,
+            }
+            for i in range(number)
+        ]
+        (folder / f"{split}.parquet").write_bytes(encode_parquet(pa.Table.from_pylist(rows, SAMPLES), 70))
+    return str(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_submit_train_with_two_workers_then_caption_from_s3(head, samples, s3, tmp_path):
-    settings = tmp_path / "tiny.yaml"
-    small = {**TINY, "batch_size": 40, "min_word_count": 1, "beam_size": 2, "epochs": 1}
-    settings.write_text(yaml.safe_dump(small))
+def test_submit_train_with_three_workers_who_validate_as_one_does_then_caption_from_s3(
+    head, samples, s3, ray_cluster, tmp_path
+):
+    settings, noisy = tmp_path / "tiny.yaml", noise(tmp_path / "samples")
+    settings.write_text(yaml.safe_dump(STANDSTILL))
     training, prefix = tmp_path / "training", f"{s3}/jobs-{uuid.uuid4().hex[:6]}"
-    log = submit(
-        head, "jobs/train.py", samples, training, "--config", settings, "--num-workers", "2", "--cpus-per-worker", "1"
-    )
+    log = submit(head, "jobs/train.py", noisy, training, "--config", settings, "--num-workers", "3")
     assert "best epoch 1" in log
-    assert "encoding the 48 images of split train once" in log, "the frozen encoder's features are cached"
+    assert "encoding the 20 images of split train once" in log, "the frozen encoder's features are cached"
     client = MlflowClient(f"sqlite:///{training}/mlflow.db")
     experiment = client.get_experiment_by_name("capray")
     (run,) = client.search_runs([experiment.experiment_id])
-    assert (run.info.status, run.data.params["num_workers"]) == ("FINISHED", "2")
+    assert (run.info.status, run.data.params["num_workers"]) == ("FINISHED", "3")
     assert {"train_loss", "val_loss", "bleu_4"} <= run.data.metrics.keys()
+    with in_process():
+        (one,) = train(
+            TrainConfig(samples=noisy, output=str(tmp_path / "one"), tracking_uri="none", **STANDSTILL)
+        ).metrics
+    (three,) = json.loads((training / "history.json").read_text())["epochs"]
+    assert one["val_images"] == three["val_images"] == 1000
+    assert one["train_images"] == three["train_images"] == 20
+    for name in ("val_loss", "val_perplexity", "bleu_1", "bleu_2", "bleu_3", "bleu_4"):
+        assert three[name] == pytest.approx(one[name], rel=1e-5), name
+    assert one["bleu_1"] > 0
 
     fs = s3fs.S3FileSystem(use_listings_cache=False)
     table = pq.read_table(f"{samples}/test-00000.parquet")
@@ -117,6 +166,4 @@ def test_the_cluster_file_is_one_that_ray_accepts():
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "jobs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_valid_settings(recipe):
-    from capray.config import TrainConfig
-
     TrainConfig.from_yaml(recipe, samples="s", output="o")

@@ -19,7 +19,6 @@ import pytest
 import s3fs
 import torch
 from mlflow import MlflowClient
-from PIL import Image
 
 from capray.config import Architecture, ReportConfig, TrainConfig
 from capray.errors import CheckpointError, ConfigError, DataError, OutputConflictError
@@ -33,7 +32,7 @@ from capray.training.job import train
 from capray.training.reading import DECODED, Reading, read_text
 from capray.training.worker import TrainingStep, backward, nothing
 from capray.vocabulary import Vocabulary
-from tests.conftest import TINY, image_bytes, in_process
+from tests.conftest import TINY, in_process
 
 SETTINGS = {
     **TINY,
@@ -368,33 +367,3 @@ def test_samples_and_output_on_s3_and_early_stopping(samples, s3):
         result = run(f"{s3}/samples", f"{s3}/training", epochs=9, patience=1, learning_rate=1e-9, **settings)
     assert len(result.metrics) == 2, "no better after the first epoch"
     assert load_captioner(f"{s3}/training/best")[0].decoder.attention is None
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.usefixtures("ray_cluster")
-def test_three_workers_validate_as_one_does(tmp_path):
-    rng = np.random.default_rng(0)
-    folder, words = tmp_path / "samples", ["a", "red", "green", "dog", "runs", "sits", "here", "now"]
-    folder.mkdir()
-    for split, number in (("train", 20), ("dev", 1000)):
-        rows = [
-            {
-                "image_id": f"{split}-{i:04d}",
-                "image": image_bytes(Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))),
-                "captions": [" ".join(rng.choice(words, 1 + int(rng.integers(6)))) for _ in range(1 + i % 3)],
-                "split": split,
-            }
-            for i in range(number)
-        ]
-        (folder / f"{split}.parquet").write_bytes(encode_parquet(pa.Table.from_pylist(rows, SAMPLES), 70))
-    settings = {"size": 16, "learning_rate": 1e-12, "encoder_learning_rate": 1e-12, "max_length": 5, "epochs": 1}
-    settings |= {"cpus_per_worker": 0.5, "tracking_uri": "none"}
-    with in_process():
-        (one,) = run(str(folder), tmp_path / "one", **settings).metrics
-    (three,) = run(str(folder), tmp_path / "three", num_workers=3, **settings).metrics
-    assert one["val_images"] == three["val_images"] == 1000
-    assert one["train_images"] == three["train_images"] == 20
-    for name in ("val_loss", "val_perplexity", "bleu_1", "bleu_2", "bleu_3", "bleu_4"):
-        assert three[name] == pytest.approx(one[name], rel=1e-5), name
-    assert one["bleu_1"] > 0
