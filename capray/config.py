@@ -380,7 +380,7 @@ class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Ar
     """Times a training that lost a worker restarts from its last checkpoint."""
     tracking_uri: str | None = None
     """MLflow tracking server, `none` for no tracking; when not given, MLFLOW_TRACKING_URI, else an SQLite store in the
-    output folder."""
+    output, where that is a local folder (one on S3 needs a server, or `none`)."""
     experiment: str = "capray"
     """MLflow experiment."""
     register_as: str | None = None
@@ -844,7 +844,7 @@ class QueryConfig(Settings):
     """Only captions for which this SQL condition holds: `"score > -0.5 AND width > 640"`."""
     sample: Annotated[int, Field(ge=1)] | None = None
     """So many captions drawn at random."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the drawing."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """At most this many rows; 20 of a search or condition, and all to an export, when not given."""
@@ -891,7 +891,7 @@ class ReportConfig(Settings):
     URIs of images that can be read."""
     pictures: Annotated[int, Field(ge=0, le=200)] = 12
     """Pictures in each gallery: drawn at random, the surest captions, the least sure, the longest."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of what is drawn at random."""
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""A captioning output folder: where its files lie, and DuckDB over them. The layout is in the README.
+"""A captioning output folder: where its files lie, and DuckDB over them. The layout is in docs/tables.md.
 
 Knows which rows are current; knows nothing of Ray, models or how the rows came to be.
 """

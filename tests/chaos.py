@@ -241,6 +241,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := {part for kind in arguments.kinds for part in kind.split("+")} - set(KINDS):
         parser.error(f"unknown kinds: {', '.join(sorted(unknown))}")
+    for kind in arguments.kinds:
+        if "+" in kind and {"network", "twice"} & set(kind.split("+")):
+            parser.error(f"{kind}: network and twice are of a whole round and cannot be joined")
     rng = random.Random(arguments.seed)
     kinds = arguments.kinds
     broken = 0

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from capray.config import Architecture, ShapesConfig
 from capray.datasets.shapes import prepare_shapes
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+SHARED_DATA = Path(os.environ.get("CAPRAY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TINY = {
     "encoder": "tiny",
     "size": 32,

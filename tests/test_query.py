@@ -398,7 +398,7 @@ class TestExport:
 
     def test_the_answer_to_a_query_and_a_condition(self, local, tmp_path):
         out = str(tmp_path / "answer.csv")
-        ask(local, "SELECT image_id FROM captions ORDER BY 1 DESC", export="csv", out=out)
+        ask(local, "SELECT image_id FROM captions ORDER BY 1 DESC -- newest first\n;\n", export="csv", out=out)
         assert Path(out).read_text() == "image_id\ne\nb\na\n"
         assert "wrote 1 rows" in ask(local, where="caption LIKE 'She%'", export="csv", out=out)
         assert len(Path(out).read_text().splitlines()) == 2

@@ -75,6 +75,14 @@ class TestOutput:
         _, said = make(output, tmp_path, images=str(tmp_path / "images.parquet"))
         assert said.endswith("1 of 2 pictures could be shown")
 
+    def test_a_table_without_images(self, output, tmp_path):
+        write_captions(output, {"a": "a dog"})
+        (tmp_path / "images.csv").write_text("image_id,picture\na,b\n")
+        with pytest.raises(
+            ConfigError, match=r"no column `image` of encoded images, but image_id \(VARCHAR\), picture"
+        ):
+            make(output, tmp_path, images=str(tmp_path / "images.csv"))
+
     def test_before_the_first_caption(self, output, tmp_path):
         text, _ = make(output, tmp_path)
         assert "<dt>captions</dt><dd>0" in text

@@ -137,6 +137,12 @@ def test_a_port_that_is_taken(server, model):
         start(ServeConfig(model=model, port=server.base_url.port))
 
 
+def test_a_ray_that_serves_already_is_left_alone(server, model):
+    with pytest.raises(ConfigError, match="Ray Serve runs on this cluster already"):
+        start(ServeConfig(model=model, port=free_port()))
+    assert server.get("/readyz").json()["status"] == "ready"
+
+
 def test_replicas_in_their_order():
     with pytest.raises(ConfigError, match="max_replicas 1 is less than min_replicas 2"):
         ServeConfig.create(model="m", min_replicas=2)

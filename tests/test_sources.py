@@ -427,11 +427,13 @@ class TestManifests:
         with pytest.raises(DataError, match=message):
             listed(opened(tmp_path / name))
 
-    @pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.txt"])
+    @pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.txt", "x.parquet"])
     def test_http_is_refused(self, tmp_path, name):
         url = "https://example.org/a.jpg"
+        buffer = io.BytesIO()
+        pq.write_table(pa.table({"url": ["/a.jpg", url]}), buffer)
         contents = {"x.csv": f"uri\n{url}", "x.jsonl": json.dumps({"uri": url}), "x.txt": url}
-        (tmp_path / name).write_text(contents[name])
+        (tmp_path / name).write_bytes(contents[name].encode() if name in contents else buffer.getvalue())
         with pytest.raises(ConfigError, match="img2dataset"):
             listed(opened(tmp_path / name))
         with pytest.raises(ConfigError, match="img2dataset"):

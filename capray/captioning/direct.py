@@ -39,7 +39,8 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
     from capray.registry import find_model
 
     for path in paths:
-        if locate(path).is_local and not os.path.isfile(path):
+        place = locate(path)
+        if place.is_local and not os.path.isfile(place.path):
             raise ConfigError(f"no photo at {path!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     captioner, _ = load_captioner(find_model(config.model, config.tracking_uri), device)
@@ -55,6 +56,10 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
             continue
         with torch.inference_mode(), autocast(device, precision):
             (hypotheses,) = captioner.caption(captioner.encode_all([pixels]), decoding)
-        print(f"{path}\t{hypotheses[0].caption if hypotheses else ''}", flush=True)
+        if not hypotheses:
+            failed += 1
+            print(f"capray: {path}: captioning_error: the model gave no finite probability", file=sys.stderr)
+            continue
+        print(f"{path}\t{hypotheses[0].caption}", flush=True)
     if failed:
         raise CaprayError(f"{failed} of {len(paths)} photos could not be captioned")

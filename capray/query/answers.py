@@ -71,7 +71,7 @@ def _question(connection: duckdb.DuckDBPyConnection, config: QueryConfig) -> str
     if config.sql is not None:
         if not config.sql.strip(" ;\n\t"):
             raise ConfigError(f"{config.sql!r} holds no query")
-        return config.sql
+        return config.sql.rstrip(" ;\n\t")
     limit = config.limit or (None if config.export else NUM_FOUND_SHOWN)
     limited = f" LIMIT {limit}" if limit else ""
     if config.search is not None:

@@ -41,10 +41,10 @@ def export(connection: duckdb.DuckDBPyConnection, sql: str, config: QueryConfig)
         blobs = [name for name, kind, *_ in described if kind == "BLOB"]
         if blobs:
             replaced = ", ".join(f'lower(hex("{name}")) AS "{name}"' for name in blobs)
-            sql = f"SELECT * REPLACE ({replaced}) FROM ({sql})"
+            sql = f"SELECT * REPLACE ({replaced}) FROM ({sql}\n)"
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "answer")
-        (count,) = first_row(connection, f"COPY ({sql}) TO '{file}' ({_FORMATS[config.export]})")
+        (count,) = first_row(connection, f"COPY ({sql}\n) TO '{file}' ({_FORMATS[config.export]})")
         write_file(locate(config.out), file)
     return count
 
@@ -61,7 +61,7 @@ def _as_results(connection: duckdb.DuckDBPyConnection, sql: str, coco_id: str | 
             raise ConfigError(f"there is no column {coco_id!r}: no columns were carried along (capray caption --keep)")
         number = f"""TRY_CAST(source."{coco_id.replace('"', '""')}" AS BIGINT)"""
     connection.execute(
-        f"CREATE OR REPLACE TEMP TABLE results AS SELECT image_id AS name, {number} AS image_id, caption FROM ({sql})"
+        f"CREATE OR REPLACE TEMP TABLE results AS SELECT image_id AS name, {number} AS image_id, caption FROM ({sql}\n)"
     )
     without = connection.execute("SELECT name FROM results WHERE image_id IS NULL LIMIT 1").fetchone()
     if without is not None:

@@ -31,7 +31,8 @@ def search_sql(connection: duckdb.DuckDBPyConnection, text: str, where: str | No
         raise ConfigError(f"{text!r} holds no word to search for")
     connection.execute(
         f"""CREATE OR REPLACE TEMP TABLE tokenised AS
-        SELECT *, string_split(lower(caption), ' ') AS words_ FROM captions {f"WHERE {where}" if where else ""}"""
+        SELECT image_id, caption, score, string_split(lower(caption), ' ') AS words_
+        FROM captions {f"WHERE {where}" if where else ""}"""
     )
     words = connection.execute("SELECT DISTINCT unnest(words_) FROM tokenised").fetchall()
     inflections: dict[str, list[str]] = {wanted: [] for wanted in stems}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from PIL import Image
 
 from capray.captioning.reading import read_image
 from capray.config import ImageLimits, ReportConfig
+from capray.errors import ConfigError
 from capray.images import ImageError, decode
 from capray.output import first_row, require_output
 from capray.pages import data_uri, encoded, render
@@ -119,9 +121,9 @@ def _rate(connection: duckdb.DuckDBPyConnection) -> str | None:
         return None
     width = max(10.0, seconds / NUM_BINS)
     found = connection.execute(
-        """SELECT floor(extract(epoch FROM captioned_at - (SELECT min(captioned_at) FROM captions)) / ?) AS bin, count(*)
-        FROM captions GROUP BY 1""",
-        [width],
+        """SELECT least(floor(extract(epoch FROM captioned_at - (SELECT min(captioned_at) FROM captions)) / ?), ?) AS bin,
+        count(*) FROM captions GROUP BY 1""",
+        [width, max(1, math.ceil(seconds / width)) - 1],
     ).fetchall()
     images = {int(place): count for place, count in found}
     places = range(max(images) + 1)
@@ -138,10 +140,11 @@ def _histogram(connection: duckdb.DuckDBPyConnection, column: str, label: str) -
     low, high = first_row(connection, f"SELECT min({column})::DOUBLE, max({column})::DOUBLE {finite}")
     if low is None:
         return None
-    width = max(1.0, (high - low) / NUM_BINS) if column == "num_tokens" else max((high - low) / NUM_BINS, 1e-6)
+    width = (high - low) / NUM_BINS
+    width = float(max(1, math.ceil(width))) if column == "num_tokens" else max(width, 1e-6)
     found = connection.execute(
         f"SELECT least(floor(({column}::DOUBLE - ?) / ?), ?) AS bin, count(*) {finite} GROUP BY 1 ORDER BY 1",
-        [low, width, NUM_BINS],
+        [low, width, NUM_BINS if column == "num_tokens" else NUM_BINS - 1],
     ).fetchall()
     return label, bars([low + place * width for place, _ in found], [count for _, count in found], width, label)
 
@@ -166,6 +169,12 @@ def _pictures(
     wanted = {row["image_id"]: row["uri"] for gallery in galleries for row in gallery.rows}
     limits = ImageLimits()
     if config.images is not None:
+        columns = {row[0]: row[1] for row in connection.execute("DESCRIBE source_table").fetchall()}
+        if columns.get("image") != "BLOB":
+            raise ConfigError(
+                f"{config.images!r} has no column `image` of encoded images, but "
+                f"{', '.join(f'{name} ({kind})' for name, kind in columns.items())}"
+            )
         connection.execute("CREATE TEMP TABLE shown AS SELECT unnest(?::VARCHAR[]) AS image_id", [list(wanted)])
         found = dict(
             connection.execute("SELECT image_id, image FROM source_table SEMI JOIN shown USING (image_id)").fetchall()

@@ -71,10 +71,11 @@ def _pictures(settings: dict[str, Any], ids: set[str]) -> tuple[dict[str, str], 
     if not ids:
         return {}, ""
     try:
+        limits = ImageLimits.create({name: settings[name] for name in ImageLimits.model_fields if name in settings})
         units = read_text(settings["samples"], settings["validation_split"]).units
-        found = pick_pictures(settings["samples"], settings["validation_split"], units, ImageLimits(), len(ids))
+        found = pick_pictures(settings["samples"], settings["validation_split"], units, limits)
     except CaprayError as error:
         return {}, f"The pictures cannot be shown: {error}"
-    pictures = {name: data_uri(data, "JPEG") for name, data in found.items()}
+    pictures = {name: data_uri(data, "JPEG") for name, data in found.items() if name in ids}
     missing = len(ids - set(pictures))
     return pictures, f"{missing} of the pictures are no longer in {settings['samples']}." if missing else ""

@@ -1,6 +1,8 @@
 """The HTTP side: photos in, captions out as JSON, and a page for people. Decodes; the replicas caption."""
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -8,6 +10,7 @@ from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.metrics import Counter
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -74,6 +77,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     413: {"model": Problem, "description": "more bytes or pixels than allowed"},
     415: {"model": Problem, "description": "not an image, or none of the formats read"},
     422: {"model": Problem, "description": "a damaged image"},
+    500: {"model": Problem, "description": "the captioner failed"},
     503: {"model": Problem, "description": "too many requests at once: try again"},
     504: {"model": Problem, "description": "took too long"},
 }
@@ -118,6 +122,7 @@ class Ingress:
         self.preprocessing, self.limits = preprocessing, limits
         self.max_requests, self.timeout_seconds = max_requests, timeout_seconds
         self.in_work = 0
+        self.answered_at = float("-inf")
         self.answers = Counter("capray_captions", description="Answers to /caption", tag_keys=("status",))
         self.html = render("serve.html", model_id=model_id, max_bytes=limits.max_image_bytes)
 
@@ -132,9 +137,13 @@ class Ingress:
 
     @app.get("/readyz", responses={503: {"model": Problem, "description": "no replica answers"}})
     async def readyz(self) -> dict[str, str]:
-        """Whether a replica answers, and the captioner it has loaded."""
+        """Whether a replica answers, or is busy and did lately, and the captioner it has loaded."""
         try:
             model_id = await asyncio.wait_for(self.replicas.model_id.remote(), 5)
+        except TimeoutError:
+            if time.monotonic() - self.answered_at > self.timeout_seconds:
+                raise HTTPException(503, "no replica has answered for a while") from None
+            model_id = self.model_id
         except Exception as error:
             raise HTTPException(503, f"no replica answers: {error}") from error
         return {"status": "ready", "model_id": model_id}
@@ -156,9 +165,17 @@ class Ingress:
         except HTTPException as error:
             self.answers.inc(tags={"status": str(error.status_code)})
             raise
+        except RayActorError:
+            self.answers.inc(tags={"status": "503"})
+            raise HTTPException(503, "a replica has died: try again", {"Retry-After": "5"}) from None
+        except Exception as error:
+            self.answers.inc(tags={"status": "500"})
+            logging.getLogger("ray.serve").exception("captioning failed")
+            raise HTTPException(500, f"the captioner failed ({type(error).__name__})") from error
         finally:
             self.in_work -= 1
         self.answers.inc(tags={"status": "200"})
+        self.answered_at = time.monotonic()
         return answer
 
     async def _caption(self, request: Request, attention: bool) -> Answer:
@@ -167,9 +184,10 @@ class Ingress:
             pixels, width, height = await asyncio.to_thread(load, data, self.preprocessing, self.limits)
         except ImageError as error:
             raise HTTPException(_STATUS.get(error.kind, 422), f"{error.kind}: {error.message}") from error
+        del data
         row = {"pixels": pixels.tobytes(), "input_height": pixels.shape[0], "input_width": pixels.shape[1]}
         try:
-            found = await self.replicas.caption.remote(row)
+            found = await self._captioned(row)
         except BackPressureError as error:
             raise HTTPException(503, "too many photos wait: try again", {"Retry-After": "1"}) from error
         if isinstance(found, str):
@@ -188,6 +206,15 @@ class Ingress:
             region = region_of(width, height, self.preprocessing)
             answer.attention = Attention(words=words, weights=found["attention"][: len(words)], region=region)
         return answer
+
+    async def _captioned(self, row: dict[str, Any]) -> Any:
+        """What a replica says of ``row``; a request given up gives up its place there too."""
+        response = self.replicas.caption.remote(row)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
 
     async def _read(self, request: Request) -> bytes:
         """The photo in ``request``, of which no more is read than may be."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 from ray.serve.metrics import Histogram
@@ -38,7 +39,7 @@ class Replica:
         ``batch`` is how many rows were captioned together. A caller that is cancelled gives up its place.
         """
         loop = asyncio.get_running_loop()
-        if self.work is None:
+        if self.work is None or self.work.done():
             self.work = loop.create_task(self._work())
         answer: asyncio.Future[Answer] = loop.create_future()
         self.waiting.put_nowait((row, answer))
@@ -51,25 +52,22 @@ class Replica:
             batch = await self._next_batch()
             if not batch:
                 continue
+            found: list[Answer]
             try:
                 found = await asyncio.to_thread(self._caption, [row for row, _ in batch])
             except Exception as error:
-                found = [error] * len(batch)
+                found = [f"captioning failed: {error!r}"] * len(batch)
             for (_, answer), outcome in zip(batch, found, strict=True):
-                if answer.done():
-                    continue
-                if isinstance(outcome, Exception):
-                    answer.set_exception(outcome)
-                else:
+                if not answer.done():
                     answer.set_result(outcome)
 
     async def _next_batch(self) -> list[tuple[Row, asyncio.Future[Answer]]]:
         """What waits and is still wanted, once anything does; the first of it waits a moment for others."""
         batch = [await self.waiting.get()]
-        if self.waiting.qsize() + 1 < self.batch_size:
-            await asyncio.sleep(self.batch_wait_seconds)
-        while len(batch) < self.batch_size and not self.waiting.empty():
-            batch.append(self.waiting.get_nowait())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.batch_wait_seconds):
+                while len(batch) < self.batch_size:
+                    batch.append(await self.waiting.get())
         return [(row, answer) for row, answer in batch if not answer.done()]
 
     def _caption(self, rows: list[Row]) -> list[Answer]:

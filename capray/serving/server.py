@@ -60,10 +60,11 @@ def build(config: ServeConfig) -> Any:
 
 
 def start(config: ServeConfig) -> str:
-    """Start the server, wait until it is ready, and return its address (where Serve runs already, it keeps its own).
+    """Start the server, wait until it is ready, and return its address. A start that fails leaves nothing behind.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: the port is taken, or Ray Serve runs on this cluster already.
+        CheckpointError: as ``build`` does.
     """
     import logging
 
@@ -74,8 +75,18 @@ def start(config: ServeConfig) -> str:
         logging.getLogger(name).setLevel(logging.ERROR)
     if cluster.is_port_taken(config.host, config.port):
         raise ConfigError(f"port {config.port} of {config.host} is taken: choose another with --port")
-    serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "ERROR"})
-    serve.run(build(config), name="capray", route_prefix="/", logging_config={"log_level": "ERROR"})
+    if serve.status().proxies:
+        raise ConfigError(
+            "Ray Serve runs on this cluster already, and its address and applications are another's: serve from a Ray of "
+            "your own, or end it first (serve shutdown)"
+        )
+    application = build(config)
+    try:
+        serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "ERROR"})
+        serve.run(application, name="capray", route_prefix="/", logging_config={"log_level": "ERROR"})
+    except BaseException:
+        serve.shutdown()
+        raise
     return f"http://{config.host}:{config.port}"
 
 

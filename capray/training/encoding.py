@@ -125,8 +125,8 @@ def _build(
 
     items = [item for part in missing for item in part.items()]
     cpus, gpus = cluster.cluster_resources()
-    on_gpu = bool(gpus) and config.gpus_per_worker != 0
-    num_actors = min(len(items), max(1, int(gpus if on_gpu else cpus - 1)))
+    on_gpu = cluster.gpus_each(config.gpus_per_worker) > 0
+    num_actors = min(len(items), max(1, int((gpus or config.num_workers) if on_gpu else cpus - 1)))
     num_cpus = max(1, int(cpus - 1) // num_actors) if on_gpu else 1
     done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _Encoding,

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote_plus
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
@@ -22,7 +23,6 @@ from capray.errors import ConfigError, DataError
 from capray.storage import Entry, Location, locate, read_bytes, storage_errors
 
 _ABSOLUTE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.\-]*://")
-_WEB = re.compile(r"https?://", re.IGNORECASE)
 _URI_NAMES = ("uri", "url", "path")
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".ndjson.gz", ".txt.gz")
 
@@ -114,6 +114,7 @@ class Parquet(Source):
         columns: dict[str, Any] = {"image_id": ids}
         if self._uri:
             columns["uri"] = table[self._uri].cast(pa.string())
+            _refuse_web(columns["uri"], uri)
         else:
             columns["container"] = pa.repeat(pa.scalar(uri), table.num_rows)
             columns["row_group"] = pa.repeat(pa.scalar(group, pa.int32()), table.num_rows)
@@ -128,6 +129,16 @@ def _struct(table: pa.Table, keep: tuple[str, ...], source_type: pa.DataType | N
     assert source_type is not None
     parts = [table[name].combine_chunks().cast(source_type.field(name).type) for name in keep]
     return pa.StructArray.from_arrays(parts, fields=[source_type.field(name) for name in keep])
+
+
+def _refuse_web(uris: pa.ChunkedArray, where: str) -> None:
+    is_web = pc.match_substring_regex(uris, "^https?://", ignore_case=True)  # ty: ignore[missing-attribute]
+    web = uris.filter(is_web)
+    if len(web):
+        raise ConfigError(
+            f"{where!r} lists {web[0].as_py()!r}: http(s) URIs are not read; fetch them into tar shards or a bucket first "
+            "(img2dataset)"
+        )
 
 
 def _is_binary(column_type: pa.DataType) -> bool:
@@ -245,14 +256,9 @@ class Manifest(Source):
 
     def _resolved(self, rows: pa.Table, uri: str) -> pa.Table:
         folder = posixpath.dirname(uri)
-        uris = rows["uri"].to_pylist()
-        for name in uris:
-            if name is not None and _WEB.match(name):
-                raise ConfigError(
-                    f"{uri!r} lists {name!r}: http(s) URIs are not read; fetch them into tar shards or a bucket first "
-                    "(img2dataset)"
-                )
-        whole = [name if name is None or _ABSOLUTE.match(name) else f"{folder}/{name}" for name in uris]
+        _refuse_web(rows["uri"], uri)
+        names = rows["uri"].to_pylist()
+        whole = [name if name is None or _ABSOLUTE.match(name) else f"{folder}/{name}" for name in names]
         return rows.set_column(rows.column_names.index("uri"), "uri", pa.array(whole, pa.string()))
 
 
