@@ -45,6 +45,7 @@ bench:  ## Print the benchmarks' figures beside their references
 	uv run python benchmarks/recipes.py
 	uv run python benchmarks/training.py
 	uv run python benchmarks/training.py --tutorial-sizes --batch-size 40 --repeats 2
+	uv run python benchmarks/analysis.py
 	uv run python benchmarks/serving.py
 	uv run python benchmarks/memory.py
 
