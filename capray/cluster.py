@@ -38,10 +38,13 @@ def connect() -> None:
         CaprayError: the cluster of RAY_ADDRESS does not answer.
     """
     import logging
+    import warnings
 
     import ray
     import ray.data
 
+    # A few images keep one actor busy: no fault of the user's.
+    warnings.filterwarnings("ignore", "The minimum number of concurrent actors", UserWarning)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # for own_error
