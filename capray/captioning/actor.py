@@ -20,7 +20,7 @@ from capray.captioning.isolation import Crashed, Isolated
 from capray.captioning.rows import repacked, results_schema, unpack
 from capray.captioning.shipping import Shipment
 from capray.config import Decoding
-from capray.model.captioner import Hypothesis, autocast
+from capray.model.captioner import NO_CAPTION, Hypothesis, autocast
 from capray.model.checkpoint import load_captioner
 
 CAREFUL_BLOCKS = 8
@@ -160,7 +160,7 @@ class CaptioningActor:
         if outcome is None:
             return result
         if isinstance(outcome, str) or not outcome[0]:
-            message = outcome if isinstance(outcome, str) else "the model gave no finite probability"
+            message = outcome if isinstance(outcome, str) else NO_CAPTION
             kind = "crashed" if message.startswith("crashed: ") else "captioning_error"
             return result | {"error_type": kind, "message": message.removeprefix("crashed: ")[:_MESSAGE_LENGTH]}
         (best, *others), attention = outcome

@@ -34,7 +34,7 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
 
     from capray.captioning.reading import read_image
     from capray.images import ImageError, load
-    from capray.model.captioner import autocast
+    from capray.model.captioner import NO_CAPTION, autocast
     from capray.model.checkpoint import load_captioner
     from capray.registry import find_model
 
@@ -58,7 +58,7 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
             (hypotheses,) = captioner.caption(captioner.encode_all([pixels]), decoding)
         if not hypotheses:
             failed += 1
-            print(f"capray: {path}: captioning_error: the model gave no finite probability", file=sys.stderr)
+            print(f"capray: {path}: captioning_error: {NO_CAPTION}", file=sys.stderr)
             continue
         print(f"{path}\t{hypotheses[0].caption}", flush=True)
     if failed:

@@ -82,7 +82,7 @@ def region_of(width: int, height: int, preprocessing: Preprocessing) -> Box:
 def _by_captioning(config: ExplainConfig, model: str) -> Explanation:
     import torch
 
-    from capray.model.captioner import autocast
+    from capray.model.captioner import NO_CAPTION, autocast
     from capray.model.checkpoint import load_captioner
 
     limits = config.subset(ImageLimits)
@@ -96,7 +96,7 @@ def _by_captioning(config: ExplainConfig, model: str) -> Explanation:
         memory = captioner.encode_all([fit(decoded.image, captioner.architecture)])
         (hypotheses,) = captioner.caption(memory, config.subset(Decoding))
         if not hypotheses:
-            raise CaprayError(f"{config.image}: the model gave no finite probability")
+            raise CaprayError(f"{config.image}: {NO_CAPTION}")
         ids = hypotheses[0].token_ids
         (weights_TP,), (log_probs_T,) = captioner.attend(memory, [ids]), captioner.log_probs(memory, [ids])
     return _explanation(

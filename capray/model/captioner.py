@@ -22,6 +22,9 @@ from capray.model.decoder import Decoder, Memory, State
 from capray.model.encoder import Encoder
 from capray.vocabulary import PAD, START, Vocabulary
 
+NO_CAPTION = "the model gave no finite probability"
+"""Why an image has no hypothesis (see ``Captioner.caption``)."""
+
 
 @dataclass(frozen=True)
 class Hypothesis:

@@ -13,7 +13,7 @@ import torch
 from capray.config import Decoding, ImageLimits
 from capray.errors import CaprayError, DataError
 from capray.images import ImageError, load
-from capray.model.captioner import Captioner
+from capray.model.captioner import NO_CAPTION, Captioner
 from capray.model.checkpoint import load_captioner
 from capray.storage import locate, read_bytes
 
@@ -75,7 +75,7 @@ class CaptioningFunction:
                 best = hypotheses[0]
                 row |= {"caption": best.caption, "log_prob": best.log_prob, "score": best.score}
             else:
-                row["error"] = "the model gave no finite probability"
+                row["error"] = NO_CAPTION
 
 
 def _read(row: dict[str, Any]) -> bytes:

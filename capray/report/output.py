@@ -123,7 +123,7 @@ def _rate(connection: duckdb.DuckDBPyConnection) -> str | None:
     found = connection.execute(
         """SELECT least(floor(extract(epoch FROM captioned_at - (SELECT min(captioned_at) FROM captions)) / ?), ?) AS bin,
         count(*) FROM captions GROUP BY 1""",
-        [width, max(1, math.ceil(seconds / width)) - 1],
+        [width, math.ceil(seconds / width) - 1],
     ).fetchall()
     images = {int(place): count for place, count in found}
     places = range(max(images) + 1)

@@ -10,6 +10,7 @@ from ray.serve.metrics import Histogram
 
 from capray.captioning.actor import Captioning
 from capray.captioning.shipping import Shipment
+from capray.model.captioner import NO_CAPTION
 
 Row = dict[str, Any]
 Answer = dict[str, Any] | str
@@ -79,7 +80,7 @@ class Replica:
                 continue
             hypotheses, attention = outcome
             if not hypotheses:
-                answers.append("the model gave no finite probability")
+                answers.append(NO_CAPTION)
                 continue
             tokens = self.captioning.captioner.vocabulary.tokens(hypotheses[0].token_ids)
             answers.append({"hypotheses": hypotheses, "tokens": tokens, "attention": attention, "batch": len(rows)})

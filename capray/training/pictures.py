@@ -18,17 +18,15 @@ SIDE = 256
 """Longer side of a picture in pixels."""
 
 
-def pick_pictures(
-    samples: str, split: str, units: Sequence[tuple[str, int]], limits: ImageLimits, number: int = NUM_PICTURES
-) -> dict[str, bytes]:
-    """The first ``number`` images of ``split`` that can be decoded and have captions: small JPEGs by image id."""
+def pick_pictures(samples: str, split: str, units: Sequence[tuple[str, int]], limits: ImageLimits) -> dict[str, bytes]:
+    """The first NUM_PICTURES images of ``split`` that can be decoded and have captions: small JPEGs by image id."""
     pictures: dict[str, bytes] = {}
     fs = locate(samples).fs
     for path, group in units:
         with storage_errors(f"reading {path}"):
             table = pq.ParquetFile(path, filesystem=fs).read_row_group(group)
         for row in table.to_pylist():
-            if len(pictures) == number:
+            if len(pictures) == NUM_PICTURES:
                 return pictures
             if row["split"] != split or not row["captions"]:
                 continue
