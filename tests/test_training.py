@@ -298,6 +298,7 @@ def test_the_same_seed_gives_the_same_losses_with_a_worker_killed_and_taken_up_a
         run(odd, output, epochs=4, **settings, tracking_uri=store, learning_rate=0.5)
     whole = run(odd, tmp_path / "whole", epochs=3, **settings)
     check_report(tmp_path / "whole", odd)
+    assert check_tracking(f"sqlite:///{tmp_path}/whole/mlflow.db", whole) == 3
 
     def without_times(metrics):
         return [{k: v for k, v in epoch.items() if "second" not in k} for epoch in metrics]
@@ -305,6 +306,8 @@ def test_the_same_seed_gives_the_same_losses_with_a_worker_killed_and_taken_up_a
     assert without_times(taken_up.metrics) == without_times(whole.metrics)
     assert [epoch["learning_rate"] for epoch in whole.metrics] == pytest.approx([1e-3, 0.8e-3, 0.64e-3])
     assert load_captioner(taken_up.last)[1] == load_captioner(whole.last)[1]
+    more = run(odd, output, **{**settings, "num_workers": 1}, epochs=4, tracking_uri="none")
+    assert more.metrics[:3] == taken_up.metrics and len(more.metrics) == 4, "with another number of workers"
     for number, epoch in enumerate(whole.metrics, 1):
         assert (epoch["epoch"], epoch["train_images"], epoch["val_images"]) == (number, 46, 6)
         assert 0 < epoch["train_loss"] < 10
@@ -341,7 +344,8 @@ def check_report(output, samples):
     assert (output.parent / "report.html").read_text().count("data:image/jpeg") == 6
 
 
-def check_tracking(store, result):
+def check_tracking(store, result) -> int:
+    """The points of the curve of BLEU-4: an epoch that is done again after a kill is told again, to the same value."""
     client = MlflowClient(store)
     (experiment,) = [e for e in client.search_experiments() if e.name == "capray"]
     (found,) = client.search_runs([experiment.experiment_id])
@@ -349,11 +353,13 @@ def check_tracking(store, result):
     assert found.data.params["hidden_dim"] == str(TINY["hidden_dim"])
     assert "tracking_uri" not in found.data.params
     history = client.get_metric_history(found.info.run_id, "bleu_4")
-    assert [(m.step, m.value) for m in history] == [(e["epoch"], e["bleu_4"]) for e in result.metrics]
+    points = [(m.step, m.value) for m in history]
+    assert list(dict.fromkeys(points)) == [(e["epoch"], e["bleu_4"]) for e in result.metrics]
     logged = find_model(f"runs:/{found.info.run_id}/captioner", store)
     assert load_captioner(logged)[1] == load_captioner(result.best)[1]
     samples = {file.path for file in client.list_artifacts(found.info.run_id, "samples")}
-    assert samples >= {"samples/epoch-001.json", "samples/epoch-001.html"}
+    assert samples >= {"samples/epoch-001.json", "samples/epoch-001.html", "samples/epoch-002.json"}
+    return len(points)
 
 
 @pytest.mark.timeout(300)
