@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from capray.captioning.listing import Listing
 from capray.captioning.plan import Plan
-from capray.captioning.sources import open_sources
 from capray.config import CaptionConfig, SourceSettings
+from capray.inputs import open_sources
+from capray.inputs.listing import Listing
 from capray.output import Output
 from capray.storage import write_atomic
 from capray.tables import CAPTIONS, encode_parquet

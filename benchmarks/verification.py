@@ -18,12 +18,12 @@ import time
 
 import duckdb
 
-from capray.compaction import compact
 from capray.config import CompactConfig, VerifyConfig
 from capray.output import Output
+from capray.output.compact import compact
+from capray.output.verify import verify
 from capray.storage import write_atomic
 from capray.tables import CAPTIONS, encode_parquet
-from capray.verification import verify
 
 PART_ROWS = 50_000
 _URI = "'s3://bucket/photos/' || lpad((i // 1000)::VARCHAR, 6, '0') || '/' || lpad(i::VARCHAR, 10, '0') || '.jpg'"

@@ -136,7 +136,7 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
     json
         Print the summary as JSON.
     """
-    from capray.captioning.direct import are_photos, caption_photos
+    from capray.captioning.photos import are_photos, caption_photos
 
     paths = [path for path in (config.input, config.output, *photos) if path is not None]
     if are_photos(paths):
@@ -149,7 +149,7 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
             f"{config.input!r} is no photo: an output is needed for its tables (capray caption INPUT OUTPUT)"
         )
     if config.dry_run:
-        from capray.captioning.rehearsal import rehearse
+        from capray.captioning.dry_run import rehearse
 
         print(rehearse(config).text())
         return
@@ -214,7 +214,7 @@ def report(config: Annotated[ReportConfig, Flat]) -> None:
 @app.command
 def compact(config: Annotated[CompactConfig, Flat]) -> None:
     """Copy a captioning output into a new one, sorted by image id, in large parts, and prove the copy."""
-    from capray.compaction import compact as run
+    from capray.output.compact import compact as run
 
     print(run(config).text())
 
@@ -228,7 +228,7 @@ def verify(config: Annotated[VerifyConfig, Flat], *also: str, json: bool = False
     json
         Print JSON.
     """
-    from capray.verification import verify as run
+    from capray.output.verify import verify as run
 
     verification = run(config.model_copy(update={"also": (*config.also, *also)}))
     print(verification.json() if json else verification.text())

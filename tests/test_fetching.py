@@ -13,9 +13,10 @@ import s3fs
 
 from capray.captioning.fetching import Fetcher, fetch_unit
 from capray.captioning.plan import UNITS_PER_FILE, Work
-from capray.captioning.rows import BLOCK, FETCHED, MEMBERS, PLAN, unpack
-from capray.captioning.sources.base import Selection
+from capray.captioning.rows import BLOCK, FETCHED, unpack
 from capray.config import ImageLimits, Preprocessing
+from capray.inputs.base import Selection
+from capray.inputs.places import MEMBERS, PLAN
 from capray.storage import locate, write_atomic
 from capray.tables import encode_parquet
 from tests.conftest import image_bytes, write_photos

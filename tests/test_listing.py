@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from capray.captioning.listing import Listing
-from capray.captioning.rows import MEMBERS, plan_schema
-from capray.captioning.sources import open_sources
-from capray.captioning.sources.base import Page, Source, plan_rows
 from capray.config import CaptionConfig, SourceSettings
 from capray.errors import CaprayError, DataError, StorageError
+from capray.inputs import open_sources
+from capray.inputs.base import Page, Source, plan_rows
+from capray.inputs.listing import Listing
+from capray.inputs.places import MEMBERS, plan_schema
 from capray.output import Output
 from capray.storage import Location, locate
 
@@ -74,7 +74,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def always_stored(monkeypatch):
-    monkeypatch.setattr("capray.captioning.listing.CHUNK_ROWS", 1)
+    monkeypatch.setattr("capray.inputs.listing.CHUNK_ROWS", 1)
 
 
 class Scripted(Source):
@@ -194,9 +194,9 @@ class TestResume:
     @pytest.mark.parametrize("writes", range(9))
     def test_killed_at_any_write(self, output, folder, monkeypatch, writes):
         """A folder, page by page, with the writing of chunk or state refused from the n-th on."""
-        from capray.captioning import listing as module
+        from capray.inputs import listing as module
 
-        monkeypatch.setattr("capray.captioning.sources.objects.ROWS_PER_PAGE", 7)
+        monkeypatch.setattr("capray.inputs.files.ROWS_PER_PAGE", 7)
         write, count = module.write_atomic, iter(range(10**6))
 
         def write_or_die(*arguments):
@@ -257,7 +257,7 @@ class TestResume:
         assert (row["container"], row["member"], row["offset"], row["size"]) == (tar, "a.jpg", 512, 3)
 
     def test_on_s3_it_goes_on_behind_the_last_key(self, s3, tmp_path, monkeypatch):
-        monkeypatch.setattr("capray.captioning.listing.CHUNK_ROWS", 1)
+        monkeypatch.setattr("capray.inputs.listing.CHUNK_ROWS", 1)
         fs = s3fs.S3FileSystem()
         root = f"{s3}/{tmp_path.name}"
         uris = [f"{root}/in/{name}" for name in [*(f"{i}.jpg" for i in range(8)), *(f"p{i}/x.jpg" for i in range(4))]]

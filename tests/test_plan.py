@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capray.captioning.listing import Listing
 from capray.captioning.plan import ATTEMPTS_PER_RUN, UNITS_PER_FILE, Plan, Work, remove_duplicates
-from capray.captioning.rows import MEMBERS, PLAN
-from capray.captioning.sources import open_sources
 from capray.config import CaptionConfig, SourceSettings
+from capray.inputs import open_sources
+from capray.inputs.listing import Listing
+from capray.inputs.places import MEMBERS, PLAN
 from capray.output import Output
 from capray.storage import iter_files, write_atomic
 from capray.tables import CAPTIONS, FAILURES, FINAL_FAILURES, TRANSIENT_FAILURES, encode_parquet

@@ -17,11 +17,11 @@ import s3fs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capray.captioning.sources import open_sources
-from capray.captioning.sources.base import Selection, Source
-from capray.captioning.sources.objects import MAX_LEVELS
 from capray.config import SourceSettings
 from capray.errors import ConfigError, DataError, StorageError
+from capray.inputs import open_sources
+from capray.inputs.base import Selection, Source
+from capray.inputs.files import MAX_LEVELS
 
 ODD = [
     "a b.jpg",
@@ -136,7 +136,7 @@ class TestFolder:
 
     @pytest.mark.parametrize("page", [1, 2, 3, 1000])
     def test_pages_go_on_behind_the_last_even_when_it_is_gone(self, tmp_path, monkeypatch, page):
-        monkeypatch.setattr("capray.captioning.sources.objects.ROWS_PER_PAGE", page)
+        monkeypatch.setattr("capray.inputs.files.ROWS_PER_PAGE", page)
         names = ["a.jpg", "z.jpg", "b/a.jpg", "b/z.jpg", "b/c/a.jpg", "b-c/x.jpg", "b.c/x.jpg", "c/a.jpg"]
         paths = touch(tmp_path / "in", *names, *(f"{name}/{odd}" for name in ("d", "d!") for odd in ODD))
         source = opened(tmp_path / "in")
@@ -294,7 +294,7 @@ class TestParquet:
             opened(write_table(tmp_path / "y.parquet", {"uri": ["a"]}), ["zz"])
 
     def test_a_table_behind_many_private_files_is_still_one(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("capray.captioning.sources._SAMPLE", 2)
+        monkeypatch.setattr("capray.inputs._SAMPLE", 2)
         (tmp_path / "in" / "_features").mkdir(parents=True)
         for i in range(5):
             (tmp_path / "in" / "_features" / f"{i}.arrow").write_bytes(b"x")
@@ -384,7 +384,7 @@ class TestManifests:
     @pytest.mark.parametrize("rows", [1, 3, 10])
     @pytest.mark.parametrize("ending", ["jsonl", "txt"])
     def test_pages_go_on_behind_the_last(self, tmp_path, monkeypatch, rows, ending):
-        monkeypatch.setattr("capray.captioning.sources.tables.ROWS_PER_PAGE", rows)
+        monkeypatch.setattr("capray.inputs.tables.ROWS_PER_PAGE", rows)
         names = [f"/{i}.jpg" for i in range(10)]
         lines = [json.dumps({"uri": name}) if ending == "jsonl" else name for name in names]
         (tmp_path / f"x.{ending}").write_text("\n".join(lines))

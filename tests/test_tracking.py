@@ -17,9 +17,9 @@ import pytest
 import torch
 import yaml
 
-from capray.captioning.direct import caption_photos
 from capray.captioning.job import caption
-from capray.captioning.shipping import Shipment
+from capray.captioning.model_transfer import Shipment
+from capray.captioning.photos import caption_photos
 from capray.config import CaptionConfig, Decoding, TrainConfig
 from capray.errors import CheckpointError, ConfigError, StorageError
 from capray.images import load

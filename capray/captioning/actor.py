@@ -17,8 +17,8 @@ import ray
 import torch
 
 from capray.captioning.isolation import Crashed, Isolated
+from capray.captioning.model_transfer import Shipment
 from capray.captioning.rows import repacked, results_schema, unpack
-from capray.captioning.shipping import Shipment
 from capray.config import Decoding
 from capray.model.captioner import NO_CAPTION, Hypothesis, autocast
 from capray.model.checkpoint import load_captioner

@@ -17,10 +17,10 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 
-from capray.captioning.reading import read_image
 from capray.config import Decoding, ExplainConfig, ImageLimits, Preprocessing
 from capray.errors import CaprayError, ConfigError
 from capray.images import Decoded, ImageError, decode, fit
+from capray.inputs.byte_reader import read_image
 from capray.output import require_output
 from capray.pages import data_uri, encoded, render
 from capray.registry import find_model

@@ -25,13 +25,14 @@ import pyarrow.parquet as pq
 from capray import cluster
 from capray.captioning.isolation import Crashed, Isolated
 from capray.captioning.plan import Work
-from capray.captioning.reading import read_image, read_range
-from capray.captioning.rows import BLOCK, MEMBERS, block_of, fetched_schema
-from capray.captioning.sources.base import Selection
-from capray.captioning.sources.tars import images_of, opened
+from capray.captioning.rows import BLOCK, block_of, fetched_schema
 from capray.config import ImageLimits, Preprocessing
 from capray.errors import CaprayError
 from capray.images import ImageError, load
+from capray.inputs.base import Selection
+from capray.inputs.byte_reader import read_image, read_range
+from capray.inputs.places import MEMBERS
+from capray.inputs.tars import images_of, opened
 from capray.storage import locate, storage_errors
 
 DECODE_SECONDS = 60.0

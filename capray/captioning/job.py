@@ -25,14 +25,14 @@ from capray import cluster
 from capray.captioning.actor import MAX_IN_FLIGHT, CaptioningActor
 from capray.captioning.fetching import Fetcher, fetch_unit
 from capray.captioning.lease import Lease, ray_job_is_terminal
-from capray.captioning.listing import Listing
+from capray.captioning.model_transfer import Shipment, ship
 from capray.captioning.plan import ATTEMPTS_PER_RUN, Plan, Work, remove_duplicates
 from capray.captioning.rows import unpack
-from capray.captioning.shipping import Shipment, ship
-from capray.captioning.sources import Source, open_sources
 from capray.captioning.writer import PartWriter
 from capray.config import CaptionConfig, Decoding, ImageLimits, Preprocessing, SourceSettings
 from capray.errors import CaprayError, ConfigError, Interrupted, OutputConflictError
+from capray.inputs import Source, open_sources
+from capray.inputs.listing import Listing
 from capray.model.checkpoint import load_captioner
 from capray.output import Output, first_row
 from capray.progress import ProgressDisplay, duration

@@ -14,7 +14,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capray.captioning.listing import Listing
+from capray.inputs.listing import Listing
 from capray.output import Output, create_view, first_row
 from capray.storage import Location, storage_errors, write_atomic
 from capray.tables import FINAL_FAILURES, encode_parquet

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from capray.captioning.reading import read_image
 from capray.config import ImageLimits, ReportConfig
 from capray.errors import ConfigError
 from capray.images import ImageError, decode
+from capray.inputs.byte_reader import read_image
 from capray.output import first_row, require_output
 from capray.pages import data_uri, encoded, render
 from capray.query.views import create_views

@@ -9,7 +9,7 @@ from typing import Any
 from ray.serve.metrics import Histogram
 
 from capray.captioning.actor import Captioning
-from capray.captioning.shipping import Shipment
+from capray.captioning.model_transfer import Shipment
 from capray.model.captioner import NO_CAPTION
 
 Row = dict[str, Any]

@@ -19,7 +19,7 @@ def build(config: ServeConfig) -> Any:
     """
     from ray import serve
 
-    from capray.captioning.shipping import ship
+    from capray.captioning.model_transfer import ship
     from capray.model.checkpoint import load_captioner
     from capray.serving.ingress import Ingress
     from capray.serving.replica import Replica

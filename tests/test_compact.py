@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capray import compaction
-from capray.compaction import MARKER, compact
 from capray.config import CompactConfig
 from capray.errors import CaprayError, ConfigError, DataError, OutputConflictError, StorageError
 from capray.output import Output, require_output
+from capray.output import compact as compaction
+from capray.output.compact import MARKER, compact
 from capray.storage import exists, iter_files, write_atomic
 from capray.tables import captions_schema, encode_parquet
 from tests.test_plan import write_captions, write_failures

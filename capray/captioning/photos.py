@@ -32,8 +32,8 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
 
     import torch
 
-    from capray.captioning.reading import read_image
     from capray.images import ImageError, load
+    from capray.inputs.byte_reader import read_image
     from capray.model.captioner import NO_CAPTION, autocast
     from capray.model.checkpoint import load_captioner
     from capray.registry import find_model

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capray.captioning.reading import read_image
-from capray.captioning.sources import Source, open_sources
-from capray.captioning.sources.tars import images_of, members_of, opened
 from capray.config import ImageLimits, SourceSettings
 from capray.errors import CaprayError, ConfigError
 from capray.images import ImageError
+from capray.inputs import Source, open_sources
+from capray.inputs.byte_reader import read_image
+from capray.inputs.tars import images_of, members_of, opened
 from capray.output import Output, duckdb_path, first_row, open_duckdb, require_output
 from capray.progress import ProgressDisplay, duration
 from capray.storage import Location, exists, list_names, locate, read_bytes

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from capray.captioning.rows import PLAN
 from capray.config import SourceSettings
 from capray.errors import ConfigError
+from capray.inputs.places import PLAN
 from capray.storage import Location
 
 ROWS_PER_PAGE = 100_000

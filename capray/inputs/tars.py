@@ -13,12 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capray.captioning.reading import open_stream
-from capray.captioning.sources.base import Page, Source, plan_rows
-from capray.captioning.sources.tables import _choose, _parquet_errors, _require, _struct, _uri_like
 from capray.config import SourceSettings
 from capray.errors import DataError, StorageError
 from capray.images import ImageError
+from capray.inputs.base import Page, Source, plan_rows
+from capray.inputs.byte_reader import open_stream
+from capray.inputs.tables import _choose, _parquet_errors, _require, _struct, _uri_like
 from capray.storage import Entry, Location, storage_errors
 
 _SUFFIXES = frozenset(("jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "heic"))

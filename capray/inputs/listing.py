@@ -16,10 +16,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from capray.captioning.rows import MEMBERS, plan_schema
-from capray.captioning.sources import Source
 from capray.config import CaptionConfig, SourceSettings
 from capray.errors import CaprayError, DataError
+from capray.inputs import Source
+from capray.inputs.places import MEMBERS, plan_schema
 from capray.output import Output
 from capray.storage import Location, exists, list_names, read_bytes, storage_errors, write_atomic
 from capray.tables import encode_parquet

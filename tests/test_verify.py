@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capray import verification
-from capray.compaction import compact
 from capray.config import CompactConfig, VerifyConfig
 from capray.errors import ConfigError
 from capray.output import Output
+from capray.output import verify as verification
+from capray.output.compact import compact
+from capray.output.verify import Verification, verify
 from capray.storage import write_atomic
 from capray.tables import CAPTIONS, FAILURES, encode_parquet
-from capray.verification import Verification, verify
 from tests.test_plan import START, write_captions, write_failures
 
 JOB = {"schema_version": 1, "model_id": "m", "precision": "fp32", "decoding": {"beam_size": 3}, "shard": None}

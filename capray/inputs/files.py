@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from capray.captioning.sources.base import ROWS_PER_PAGE, Page, Source, is_hidden, plan_rows
+from capray.inputs.base import ROWS_PER_PAGE, Page, Source, is_hidden, plan_rows
 from capray.storage import Location, is_file, storage_errors
 
 MAX_LEVELS = 3

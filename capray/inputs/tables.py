@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from capray.captioning.sources.base import ROWS_PER_PAGE, Page, Selection, Source, plan_rows
 from capray.config import SourceSettings
 from capray.errors import ConfigError, DataError
+from capray.inputs.base import ROWS_PER_PAGE, Page, Selection, Source, plan_rows
 from capray.storage import Entry, Location, locate, read_bytes, storage_errors
 
 _ABSOLUTE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.\-]*://")

@@ -11,11 +11,11 @@ from capray import cluster
 from capray.captioning.actor import Captioning
 from capray.captioning.fetching import Fetcher
 from capray.captioning.job import MAX_BLOCK_ROWS, check_apart, check_job, localised, retried_kinds
-from capray.captioning.listing import Listing
 from capray.captioning.plan import Plan, Work
 from capray.captioning.rows import unpack
-from capray.captioning.sources import Source, open_sources
 from capray.config import CaptionConfig, Decoding, ImageLimits, Preprocessing, SourceSettings
+from capray.inputs import Source, open_sources
+from capray.inputs.listing import Listing
 from capray.model.checkpoint import load_captioner
 from capray.output import Output, create_view
 from capray.progress import ProgressDisplay, duration

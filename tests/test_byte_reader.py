@@ -24,10 +24,10 @@ import s3fs
 from tenacity import wait_exponential_jitter
 
 from capray import storage
-from capray.captioning import reading
-from capray.captioning.reading import open_stream, read_image
 from capray.errors import StorageError
 from capray.images import ImageError
+from capray.inputs import byte_reader as reading
+from capray.inputs.byte_reader import open_stream, read_image
 from capray.storage import locate, read_bytes, write_atomic
 from tests.proxy import FaultyProxy
 

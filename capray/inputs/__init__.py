@@ -6,12 +6,12 @@ import fnmatch
 import itertools
 import re
 
-from capray.captioning.sources.base import Source, is_hidden
-from capray.captioning.sources.objects import Images
-from capray.captioning.sources.tables import MANIFESTS, Inventory, Manifest, Parquet
-from capray.captioning.sources.tars import Tars
 from capray.config import SourceSettings
 from capray.errors import ConfigError
+from capray.inputs.base import Source, is_hidden
+from capray.inputs.files import Images
+from capray.inputs.tables import MANIFESTS, Inventory, Manifest, Parquet
+from capray.inputs.tars import Tars
 from capray.storage import Entry, Location, is_file, is_folder, is_glob, iter_files, locate, storage_errors, uri_of
 
 _SAMPLE = 1000

@@ -1,0 +1,7 @@
+"""A captioning output: its folder and the rows in it (``folder``), the proof that it holds what was promised (``verify``),
+and copies of it in large parts (``compact``). Knows nothing of Ray, of models, or of how the rows came to be.
+"""
+
+from capray.output.folder import Output, create_view, duckdb_path, first_row, open_duckdb, require_output
+
+__all__ = ["Output", "create_view", "duckdb_path", "first_row", "open_duckdb", "require_output"]
