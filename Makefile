@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test test-fast demo docs notebooks release bench chaos
-ROUNDS ?= 6
+ROUNDS ?= 3
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
@@ -49,5 +49,5 @@ bench:  ## Print the benchmarks' figures beside their references
 	uv run python benchmarks/serving.py
 	uv run python benchmarks/memory.py
 
-chaos:  ## Kill things at random for ROUNDS rounds, each judged by the oracle
+chaos:  ## ROUNDS rounds of every kind of fault, each judged by the oracle
 	uv run python -m tests.chaos --rounds $(ROUNDS)

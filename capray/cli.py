@@ -149,9 +149,9 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
             f"{config.input!r} is no photo: an output is needed for its tables (capray caption INPUT OUTPUT)"
         )
     if config.dry_run:
-        from capray.captioning.dry_run import rehearse
+        from capray.captioning.dry_run import dry_run
 
-        print(rehearse(config).text())
+        print(dry_run(config).text())
         return
     from capray.captioning.job import caption as run
 

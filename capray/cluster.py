@@ -6,16 +6,21 @@ The driver asks Ray what the cluster has and never looks at devices itself.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from capray.errors import CaprayError, ConfigError
 
 # Under `uv run` Ray would rebuild the environment for its workers; the one this process runs in is there already.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
+_NAMESPACE = "capray"
+"""Of what is kept in the cluster's key-value store."""
 
 _started_here = False
 """Whether this process started the Ray it uses."""
@@ -102,6 +107,9 @@ def own_error(error: BaseException) -> CaprayError | None:
     while wrapped is not None:
         found = wrapped if isinstance(wrapped, CaprayError) else found
         wrapped = getattr(wrapped, "cause", None) or wrapped.__cause__
+    if found is not None and found.args:
+        # Ray Data appends advice on retries of its own.
+        found.args = (str(found.args[0]).partition("\nFailed to apply ")[0], *found.args[1:])
     return found
 
 
@@ -139,10 +147,84 @@ def resolved_precision(wanted: str, on_gpu: bool) -> str:
 
 
 def task_attempt() -> int:
-    """How often the task that runs here was started before, because its process died (Ray tells it by no public name)."""
-    from ray._private.worker import global_worker
+    """How often the task that runs here was started before, because its process died (Ray tells it by no public name);
+    0 outside Ray."""
+    worker = _worker()
+    return worker.get_current_task_attempt_number() if worker else 0
 
-    return global_worker.core_worker.get_current_task_attempt_number()  # ty: ignore[missing-attribute]
+
+def node_id() -> str:
+    """The id of the node this process runs on; "" outside Ray."""
+    worker = _worker()
+    return worker.get_current_node_id().hex() if worker else ""
+
+
+def alive_nodes() -> set[str]:
+    """The ids of the cluster's nodes that are alive."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def count_restart() -> int:
+    """How often in a row the actor that runs here has been restarted, this time included, because its process died; 0 when
+    it was not restarted, or outside an actor. ``end_restarts`` begins a new row."""
+    if not _actor_key():
+        return 0
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+    if not ray.get_runtime_context().was_current_actor_reconstructed:
+        return 0
+    number = int(_internal_kv_get(_actor_key(), namespace=_NAMESPACE) or 0) + 1
+    _internal_kv_put(_actor_key(), str(number), namespace=_NAMESPACE)
+    return number
+
+
+def end_restarts() -> None:
+    """The actor that runs here works again; see ``count_restart``."""
+    if key := _actor_key():
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        _internal_kv_del(key, namespace=_NAMESPACE)
+
+
+def _actor_key() -> str:
+    worker = _worker()
+    actor_id = worker.get_actor_id() if worker else None
+    return f"restarts/{actor_id.hex()}" if actor_id and not actor_id.is_nil() else ""
+
+
+def post_notice(run_id: str, text: str) -> None:
+    """Tell the driver of the run, from any task or actor, something for whoever watches. Never raises; outside Ray, or
+    without a run, nobody hears."""
+    if not run_id or not _worker():
+        return
+    with suppress(Exception):
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        key = f"notice/{run_id}/{time.time_ns():020d}-{secrets.token_hex(4)}"
+        _internal_kv_put(key, text, namespace=_NAMESPACE)
+
+
+def take_notices(run_id: str) -> list[str]:
+    """What ``post_notice`` was told for the run since the last call, in its order; what cannot be had now comes later."""
+    texts: list[str] = []
+    if not _worker():
+        return texts
+    with suppress(Exception):
+        from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list
+
+        for key in sorted(_internal_kv_list(f"notice/{run_id}/", namespace=_NAMESPACE)):
+            texts.append(_internal_kv_get(key, namespace=_NAMESPACE).decode())
+            _internal_kv_del(key, namespace=_NAMESPACE)
+    return texts
+
+
+def _worker():
+    """Ray's worker of this process; None where it is connected to no cluster."""
+    module = sys.modules.get("ray._private.worker")
+    return module.global_worker.core_worker if module and module.global_worker.connected else None
 
 
 def share_cpus(

@@ -23,7 +23,7 @@ T = TypeVar("T", bound="Settings")
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Channels = tuple[float, float, float]
 FailureKind = Literal[
-    "missing", "too_large", "not_an_image", "truncated", "unsupported_format", "decode_error", "crashed"
+    "missing", "archived", "too_large", "not_an_image", "truncated", "unsupported_format", "decode_error", "crashed"
 ]
 """The final kinds of failure: those another attempt is not expected to mend."""
 MetricName = Literal["bleu", "rouge_l", "cider_d", "meteor", "meteor_nltk", "diversity"]
@@ -495,7 +495,7 @@ class CaptionConfig(ImageLimits, SourceSettings, Decoding):
     retry_failed: tuple[FailureKind, ...] | None = None
     """Attempt the images again whose current failure is final: of these kinds, or of all when none is named."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Attempt at most this many images in this run (a tar shard without a sidecar is read whole, one in a pass)."""
+    """Attempt this many images in this run, wherever they lie (a tar shard without a sidecar is read whole)."""
     relist: bool = False
     """List the inputs anew instead of going on with the listing an interrupted run has stored."""
     dry_run: bool = False
@@ -506,10 +506,16 @@ class CaptionConfig(ImageLimits, SourceSettings, Decoding):
     max_bad_images: Annotated[float, Field(gt=0, le=1)] | None = None
     """Stop when more than this share of the last 2,000 results (judged from 200) are images that cannot be read; never
     when not given."""
+    second_look_seconds: Annotated[float, Field(ge=0)] = 30
+    """Seconds after which an image that was missing or truncated, or crashed its process, is looked at again, on another
+    node where there is one, before that is taken for final."""
+    patience_seconds: Annotated[float, Field(ge=0)] = 600
+    """Seconds to wait for a mount or device that went away, or a store that asks to slow down, before the job stops."""
     fail_on_failures: bool = False
     """Exit with code 3 when images have failed."""
     steal_lease: bool = False
-    """Take the output from the run that holds its lease without waiting until that run is known to be gone."""
+    """Take the output from the run that holds its lease without waiting until that run is known to be gone (on a local disk
+    nothing is taken from a process that lives: stop it)."""
     unsafe_no_lease: bool = False
     """Write without a lease, to a store without conditional writes: two runs at once would spoil the output."""
 

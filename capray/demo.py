@@ -92,7 +92,7 @@ def demo(config: DemoConfig) -> None:
 
 def _scores(samples: str, tables: str) -> dict[str, float]:
     """BLEU-4 on the test split: the captioner's, the best constant caption's, and of captions dealt to wrong images."""
-    with Output(tables).connect() as connection:
+    with Output(tables).connect(("captions",)) as connection:
         connection.execute(f"CREATE VIEW samples AS FROM read_parquet('{samples}/test-*.parquet')")
         rows = connection.execute(
             "SELECT caption, captions FROM captions JOIN samples USING (image_id) ORDER BY image_id"

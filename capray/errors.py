@@ -6,9 +6,15 @@ world is one of these; a programmer's mistake is an ``assert``; anything else pr
 
 
 class CaprayError(Exception):
-    """A fault that stops the job: exit code 1."""
+    """A fault that stops the job and will not get better by itself: exit code 1."""
 
     exit_code = 1
+
+
+class TryAgain(CaprayError):
+    """What passes by itself or with somebody's help from outside; the same command goes on: exit code 75 (EX_TEMPFAIL)."""
+
+    exit_code = 75
 
 
 class ConfigError(CaprayError):
@@ -18,7 +24,11 @@ class ConfigError(CaprayError):
 
 
 class OutputConflictError(ConfigError):
-    """The output belongs to another job, or another run is writing it."""
+    """The output belongs to another job."""
+
+
+class LeaseHeldError(TryAgain):
+    """Another run is writing the output, or has taken it over."""
 
 
 class CheckpointError(CaprayError):
@@ -31,6 +41,10 @@ class DataError(CaprayError):
 
 class StorageError(CaprayError):
     """Storage that cannot be reached, read or written."""
+
+
+class WriteUnanswered(StorageError, TryAgain):
+    """A write that may have happened or not: no answer in time, a broken connection, an error inside the store."""
 
 
 class Interrupted(CaprayError):

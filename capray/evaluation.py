@@ -227,7 +227,7 @@ class _Texts(NamedTuple):
 def _read(config: EvaluateConfig) -> _Texts:
     samples = locate(config.references)
     files = [Location(entry.uri, samples.fs, entry.path) for entry in find_parquet(config.references)]
-    with require_output(config.output).connect(samples) as connection:
+    with require_output(config.output).connect(("captions",), samples) as connection:
         create_view(connection, "samples", files, SAMPLES)
         key = "image_id" if config.match == "image_id" else "regexp_extract(image_id, '[^/]*$')"
         try:

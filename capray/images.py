@@ -90,13 +90,22 @@ _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-class ImageError(Exception):
-    """An image that cannot be used: ``kind`` is one of the final failures of ``tables``."""
+UNCERTAIN = ("missing", "truncated", "crashed")
+"""Kinds of failure that a short read, a mount that is away or a sick device look like."""
 
-    def __init__(self, kind: str, message: str):
-        super().__init__(kind, message)
+
+class ImageError(Exception):
+    """An image that cannot be used, or not be had now: ``kind`` is one of the failures of ``tables``.
+
+    ``certain`` is False where a fault of a disk, node or device could have had the same effect, which is so of UNCERTAIN
+    unless told otherwise: only a second observation, later, makes such a failure final.
+    """
+
+    def __init__(self, kind: str, message: str, certain: bool | None = None):
+        super().__init__(kind, message, certain)
         self.kind = kind
         self.message = message
+        self.certain = kind not in UNCERTAIN if certain is None else certain
 
 
 @dataclass(frozen=True)

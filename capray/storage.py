@@ -6,6 +6,8 @@ them (environment, profile, instance role; ``AWS_ENDPOINT_URL`` for other S3 ser
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import shutil
 import uuid
@@ -15,9 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+from fsspec.asyn import sync
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
-from capray.errors import CaprayError, ConfigError, DataError, StorageError
+from capray.deadlines import now, within
+from capray.errors import CaprayError, ConfigError, DataError, StorageError, WriteUnanswered
 
 S3_OPTIONS = {
     "use_listings_cache": False,
@@ -61,11 +66,13 @@ class Location:
 
 @dataclass(frozen=True)
 class Entry:
-    """One listed object: its URI, its path in the filesystem and its size in bytes."""
+    """One listed object: its URI, its path in the filesystem, its size in bytes and what tells it from other versions of
+    it (``file_version``, ``object_version``)."""
 
     uri: str
     path: str
     size: int
+    version: str = ""
 
 
 def locate(uri: str) -> Location:
@@ -105,12 +112,55 @@ def storage_errors(doing: str) -> Generator[None]:
     except PermissionError as error:
         raise StorageError(f"{doing}: permission denied ({error})") from error
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"{doing}: no space left ({error.strerror}): make room and try again") from error
         raise StorageError(f"{doing}: {error}") from error
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "s3fs", "aiohttp"):
             raise
         hint = "; set AWS credentials (environment, profile or role)" if "Credential" in type(error).__name__ else ""
         raise StorageError(f"{doing}: {error}{hint}") from error
+
+
+@contextmanager
+def write_errors(doing: str) -> Generator[None]:
+    """As ``storage_errors``, with WriteUnanswered where nothing tells whether the write happened."""
+    with storage_errors(doing):
+        try:
+            yield
+        except Exception as error:
+            if not _is_unanswered(error):
+                raise
+            raise WriteUnanswered(f"{doing}: {error}; it may have happened or not") from error
+
+
+def _is_unanswered(error: Exception) -> bool:
+    """Whether ``error`` is no refusal by the store: what botocore's retries ended with, or the deadline."""
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    if "HTTPClientError" in (base.__name__ for base in type(error).__mro__):
+        return True
+    status = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status >= 500 and status != 501
+
+
+def file_version(about: os.stat_result) -> str:
+    """What tells a file from the same file written anew. Not its inode: those of FUSE and NFS differ by node."""
+    return f"{about.st_size}-{about.st_mtime_ns}"
+
+
+def object_version(etag: str | None, size: int) -> str:
+    """What tells an object from one that replaces it."""
+    return f"{(etag or '').strip(chr(34))}-{size}"
+
+
+def entry_of(root: Location, path: str, info: dict[str, Any]) -> Entry:
+    """The object at ``path`` of the filesystem of ``root``, as that filesystem's ``info`` has it."""
+    size = info["size"] or 0
+    if root.is_local:
+        return Entry(path, path, size, file_version(os.stat(path)))
+    etag = next((str(info[name]) for name in ("ETag", "etag", "mtime", "LastModified") if info.get(name)), None)
+    return Entry(uri_of(root, path), path, size, object_version(etag, size))
 
 
 def uri_of(root: Location, path: str) -> str:
@@ -129,13 +179,14 @@ def iter_files(root: Location) -> Iterator[Entry]:
                 folders.sort()
                 for name in sorted(files):
                     path = os.path.join(folder, name)
-                    yield Entry(path, path, os.lstat(path).st_size)
+                    about = _stat(path)
+                    yield Entry(path, path, about.st_size, file_version(about))
             return
         if hasattr(root.fs, "call_s3"):
             yield from _iter_s3(root)
             return
         for path, info in root.fs.find(root.path.rstrip("/") + "/", detail=True).items():
-            yield Entry(uri_of(root, path), path, info["size"])
+            yield entry_of(root, path, info)
 
 
 def _iter_s3(root: Location) -> Iterator[Entry]:
@@ -148,7 +199,7 @@ def _iter_s3(root: Location) -> Iterator[Entry]:
             is_marker = entry["Key"].endswith("/") and not entry["Size"]
             if not is_marker:
                 path = f"{bucket}/{entry['Key']}"
-                yield Entry(uri_of(root, path), path, entry["Size"])
+                yield Entry(uri_of(root, path), path, entry["Size"], object_version(entry["ETag"], entry["Size"]))
         if not answer.get("IsTruncated"):
             return
         arguments["ContinuationToken"] = answer["NextContinuationToken"]
@@ -156,6 +207,14 @@ def _iter_s3(root: Location) -> Iterator[Entry]:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _stat(path: str) -> os.stat_result:
+    """Of a link to nowhere, the link's."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return os.lstat(path)
 
 
 def list_names(folder: Location, suffix: str = "") -> list[str]:
@@ -202,37 +261,68 @@ def read_bytes(location: Location) -> bytes:
         return location.fs.cat_file(location.path, **options)
 
 
-def write_atomic(location: Location, data: bytes, scratch: Location | None = None) -> None:
+def write_atomic(
+    location: Location, data: bytes, scratch: Location | None = None, deadline_seconds: float | None = None
+) -> None:
     """Publish ``data`` under ``location`` in one step: a reader sees the old bytes or the new, never a part.
 
     Locally a file is written in ``scratch`` (the target's own folder when not given; it must be on the same
     file system), synced and renamed, and the folder synced; on an object store it is a single PUT.
+
+    With ``deadline_seconds`` it ends by then, all retries included. Nothing is sent or renamed later, but for one thing that
+    no client can call back: a PUT that S3 has already, or a rename that hangs in the system.
+
+    Raises:
+        WriteUnanswered: it is not known whether it happened.
+        StorageError: the store refused it.
     """
-    with storage_errors(f"writing {location.uri}"):
-        if not location.is_local:
-            options = {"chunksize": _MAX_PUT_BYTES // 2} if is_s3(location) else {}
-            location.fs.pipe_file(location.path, data, **options)
-            return
-        folder = os.path.dirname(location.path)
-        scratch_folder = scratch.path if scratch else folder
-        os.makedirs(folder, exist_ok=True)
-        os.makedirs(scratch_folder, exist_ok=True)
-        temporary = os.path.join(scratch_folder, f".{os.path.basename(location.path)}.{uuid.uuid4().hex}")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, location.path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    with write_errors(f"writing {location.uri}"):
+        if is_s3(location):
+            _put(location, data, deadline_seconds)
+        elif location.is_local:
+            folder = scratch.path if scratch else os.path.dirname(location.path)
+            deadline = None if deadline_seconds is None else now() + deadline_seconds
+            within(deadline_seconds, lambda: _replace_file(location.path, data, folder, deadline))
+        else:
+            within(deadline_seconds, lambda: location.fs.pipe_file(location.path, data))
+
+
+def _put(location: Location, data: bytes, seconds: float | None) -> None:
+    fs = location.fs
+
+    async def put() -> None:
+        # A process that wakes up after the deadline is cancelled here before it sends again.
+        async with asyncio.timeout(seconds):
+            await fs._pipe_file(location.path, data, chunksize=_MAX_PUT_BYTES // 2)
+
+    try:
+        sync(fs.loop, put)
+    except FSTimeoutError as error:
+        raise TimeoutError(str(error.__cause__ or "") or f"no answer within {seconds} s") from error
+
+
+def _replace_file(path: str, data: bytes, scratch: str, deadline: float | None) -> None:
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    os.makedirs(scratch, exist_ok=True)
+    temporary = os.path.join(scratch, f".{os.path.basename(path)}.{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if deadline is not None and now() >= deadline:
+            raise TimeoutError("the file system took too long")
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_file(location: Location, file: str) -> None:

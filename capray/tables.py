@@ -83,8 +83,8 @@ TRANSIENT_FAILURES = ("denied", "unreadable_storage", "captioning_error")
 """Kinds of failure that another attempt may mend: retried once per run."""
 
 
-def encode_parquet(table: pa.Table, row_group_size: int = 50_000) -> bytes:
-    """The bytes of a zstd-compressed Parquet file holding ``table``."""
+def encode_parquet(table: pa.Table, row_group_size: int = 50_000, dictionary: list[str] | bool = True) -> bytes:
+    """The bytes of a zstd-compressed Parquet file holding ``table``, columns ``dictionary`` (or all) encoded by one."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_size)
+    pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_size, use_dictionary=dictionary)
     return buffer.getvalue()

@@ -11,6 +11,7 @@ import hashlib
 import io
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import Enum
 
@@ -49,6 +50,11 @@ class Store:
         self.requests: list[tuple[str, str]] = []
         """Verb and path of every request that was sent."""
         self.faults: dict[int, Fault] = {}
+        """By the number of a request, what happens to it."""
+        self.write_faults: dict[int, Fault] = {}
+        """The same, by the number of a PUT or DELETE."""
+        self.num_writes = 0
+        self.before_write: Callable[[int], None] = lambda number: None
         self.is_process_dead = False
         self.answers = threading.Event()
         """Cleared, the server takes requests and says nothing."""
@@ -65,6 +71,12 @@ class Store:
         with self._lock:
             fault = self.faults.get(self.num_requests)
             self.requests.append((verb, path))
+            number = self.num_writes
+            if verb in ("PUT", "DELETE"):
+                fault = self.write_faults.get(number, fault)
+                self.num_writes += 1
+        if verb in ("PUT", "DELETE"):
+            self.before_write(number)
         if self.is_process_dead:
             raise Crash
         if fault is Fault.FAILS:
@@ -187,6 +199,7 @@ class ModelFileSystem(AbstractFileSystem):
                     "name": child,
                     "size": 0 if tail else len(data),
                     "type": "directory" if tail else "file",
+                    "ETag": None if tail else self.store.etag(child),
                 }
         return list(infos.values())
 

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from capray.captioning import isolation
-from capray.captioning.isolation import Crashed, Isolated
+from capray.captioning.isolation import CannotStart, Crashed, Isolated
+from capray.errors import CheckpointError
 
 MEMORY = 2**30
 
@@ -77,6 +78,10 @@ class Odd(Exception):
 
 def no_function():
     raise ValueError("cannot build")
+
+
+def no_model():
+    raise CheckpointError("no such model")
 
 
 def dies_at_once():
@@ -173,21 +178,25 @@ class TestStarting:
     )
     def test_a_child_that_cannot_start(self, build, reason):
         child = Isolated(build, (), seconds=5)
-        with pytest.raises(RuntimeError, match=f"cannot be started: .*{reason}"):
+        with pytest.raises(CannotStart, match=f"cannot be started: .*{reason}"):
             child.call(1)
         assert child._child is None
+
+    def test_an_error_of_ours_is_told_as_it_is(self):
+        with pytest.raises(CheckpointError, match="^no such model$"):
+            Isolated(no_model, (), seconds=5).call(1)
 
     def test_no_interpreter(self, monkeypatch):
         monkeypatch.setattr(isolation.sys, "executable", "/nowhere/python")
         before = os.listdir("/proc/self/fd")
-        with pytest.raises(RuntimeError, match="cannot be started"):
+        with pytest.raises(CannotStart):
             Isolated(Doer, (), seconds=5).call(1)
         gc.collect()
         assert len(os.listdir("/proc/self/fd")) <= len(before)
 
     def test_one_that_never_answers(self, monkeypatch):
         monkeypatch.setattr(isolation, "_START_SECONDS", 0.3)
-        with pytest.raises(RuntimeError, match="cannot be started: took over"):
+        with pytest.raises(CannotStart, match="took over"):
             Isolated(time.sleep, (30,), seconds=5).call(1)
 
 
@@ -203,10 +212,12 @@ class TestNoneIsLeft:
         with Isolated(no_function, (), seconds=20) as child:
             assert child._child is None
 
-    def test_when_the_parent_is_killed(self):
+    @pytest.mark.parametrize("meanwhile", ["time.sleep(30)", "child.call(('sleep', 60))"])
+    def test_when_the_parent_is_killed(self, meanwhile):
+        """Not even one that is busy, and would be so for ever in a wedged device."""
         code = (
             "from capray.captioning.isolation import Isolated; from tests.test_isolation import Doer; import time\n"
-            "child = Isolated(Doer, (), 20); print(child.call(('pid',)), flush=True); time.sleep(30)"
+            f"child = Isolated(Doer, (), 80); print(child.call(('pid',)), flush=True); {meanwhile}"
         )
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
             pid = int(parent.stdout.readline())

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -20,8 +21,11 @@ from hypothesis import strategies as st
 from capray.config import SourceSettings
 from capray.errors import ConfigError, DataError, StorageError
 from capray.inputs import open_sources
-from capray.inputs.base import Selection, Source
+from capray.inputs.base import ContainerChanged, Selection, Source, rows_of
+from capray.inputs.byte_reader import Stream
 from capray.inputs.files import MAX_LEVELS
+from capray.inputs.versions import version_of
+from capray.storage import locate
 
 ODD = [
     "a b.jpg",
@@ -60,6 +64,10 @@ def listed(source: Source) -> list[dict]:
             assert page.after is not None, "nothing says where to go on"
             waiting.append((unit, page.after))
     return rows
+
+
+def some(rows: list[dict], *names: str) -> list[tuple]:
+    return [tuple(row[name] for name in names) for row in rows]
 
 
 def ids(uri, **options) -> list[str]:
@@ -251,7 +259,7 @@ class TestParquet:
         path = write_table(tmp_path / "x.parquet", {"url": ["/a", None], "image_id": ["1", "2"], "path": ["/p", "/q"]})
         source = opened(path)
         assert source.image_column is None
-        assert listed(source) == [{"image_id": "1", "uri": "/a"}, {"image_id": "2", "uri": None}]
+        assert some(listed(source), "kind", "image_id", "uri") == [("object", "1", "/a"), ("object", "2", None)]
         assert ids(path, id_column="path") == ["/p", "/q"]
         assert [row["uri"] for row in listed(opened(path, uri_column="path"))] == ["/p", "/q"]
 
@@ -268,10 +276,9 @@ class TestParquet:
         assert source.source_type == pa.struct(
             [("tags", pa.list_(pa.field("element", pa.string()))), ("n", pa.int64())]
         )
-        rows = [{name: row[name] for name in ("image_id", "row_group", "row", "source")} for row in listed(source)]
-        assert rows == [
-            {"image_id": "4", "row_group": 0, "row": 1, "source": {"tags": None, "n": 4}},
-            {"image_id": "6", "row_group": 1, "row": 0, "source": {"tags": ["u", "v"], "n": 6}},
+        assert some(listed(source), "kind", "image_id", "row_group", "row", "source") == [
+            ("row", "4", 0, 1, {"tags": None, "n": 4}),
+            ("row", "6", 1, 0, {"tags": ["u", "v"], "n": 6}),
         ]
 
     @pytest.mark.parametrize(
@@ -361,8 +368,8 @@ class TestManifests:
         source = opened(path, ["note"])
         uris = ["/abs/a.jpg", "s3://b/k#%20.jpg", f"{tmp_path}/rel/\u00e4.jpg"]
         assert source.kind == "manifest"
-        assert listed(source) == [
-            {"image_id": a, "uri": uri, "source": {"note": c}} for (a, _, c), uri in zip(self.ROWS, uris, strict=True)
+        assert some(listed(source), "kind", "image_id", "uri", "source", "container") == [
+            ("object", a, uri, {"note": c}, str(path)) for (a, _, c), uri in zip(self.ROWS, uris, strict=True)
         ]
         assert ids(path, id_column="note") == [c for *_, c in self.ROWS]
         assert ids(path, id_column="uri") == [b for _, b, _ in self.ROWS]
@@ -372,10 +379,10 @@ class TestManifests:
         content = "a b.jpg\r\n\n/abs/a,b.jpg\ns3://b/\u00e4.jpg".encode()
         path = tmp_path / f"list.txt{packed}"
         path.write_bytes(gzip.compress(content) if packed else content)
-        assert listed(opened(path)) == [
-            {"image_id": "a b.jpg", "uri": f"{tmp_path}/a b.jpg"},
-            {"image_id": "/abs/a,b.jpg", "uri": "/abs/a,b.jpg"},
-            {"image_id": "s3://b/\u00e4.jpg", "uri": "s3://b/\u00e4.jpg"},
+        assert some(listed(opened(path)), "image_id", "uri") == [
+            ("a b.jpg", f"{tmp_path}/a b.jpg"),
+            ("/abs/a,b.jpg", "/abs/a,b.jpg"),
+            ("s3://b/\u00e4.jpg", "s3://b/\u00e4.jpg"),
         ]
         for option in ({"id_column": "a"}, {"uri_column": "a"}, {"split": "a"}, {"image_column": "a"}):
             with pytest.raises(ConfigError, match="means nothing"):
@@ -543,7 +550,9 @@ class TestTars:
         touch(tmp_path / "in", "0_stats.json")
         source = opened(tmp_path / "in")
         assert source.kind == "tar"
-        assert listed(source) == [{"image_id": tar, "container": tar} for tar in tars]
+        assert some(listed(source), "kind", "image_id", "container", "size") == [
+            ("tar", tar, tar, 10240) for tar in tars
+        ]
         assert ids(tmp_path / "in" / "*.tar") == tars
         assert ids(tars[1]) == tars[1:2]
         for keep, options in ((["caption"], {}), ([], {"id_column": "n"})):
@@ -570,6 +579,22 @@ class TestTars:
         assert ids(tmp_path / "in", id_column="n") == ["0", "2", "10", "12"]
         assert ids(tmp_path / "in", include=["*000*"]) == names[::2]
         assert ids(tmp_path / "in", exclude=["1.tar"]) == names[:2]
+
+    def test_ids_of_a_sidecar_end_as_the_first_image_does(self, tmp_path, monkeypatch):
+        """Only headers are read for it, though what lies before the image is large."""
+        monkeypatch.setattr(Stream, "_next", _counting(Stream._next, asked := []))
+        path = tmp_path / "in" / "0.tar"
+        path.parent.mkdir()
+        with tarfile.open(path, "w") as tar:
+            for name, size in (("d/000.json", 3), ("d/000.npy", 10**7), ("d/000.orig.webp", 10**7), ("d/001.jpg", 1)):
+                info = tarfile.TarInfo(name)
+                info.size = size
+                tar.addfile(info, io.BytesIO(bytes(size)))
+        self.sidecar(str(path), key=["d/000", "d/001"])
+        rows = listed(opened(tmp_path / "in"))
+        names = ["d/000.orig.webp", "d/001.orig.webp"]
+        assert some(rows, "kind", "member", "image_id") == [("name", name, f"{path}#{name}") for name in names]
+        assert sum(asked) < 100_000
 
     def test_one_tar_and_a_glob_find_sidecars(self, tmp_path):
         tar = write_tar(tmp_path / "in" / "train_0.tar", ["0.jpg"])
@@ -667,7 +692,7 @@ class TestSelection:
     @settings(max_examples=25, deadline=None)
     @given(st.sets(st.text(min_size=1, max_size=8), max_size=40), st.integers(1, 9))
     def test_shards_are_a_partition(self, names, parts):
-        rows = pa.table({"image_id": pa.array(sorted(names), pa.string())})
+        rows = rows_of("object", {"image_id": sorted(names)})
         shards = [
             Selection.of(SourceSettings(shard=f"{part}/{parts}"), "/in").filter(rows)["image_id"].to_pylist()
             for part in range(1, parts + 1)
@@ -685,3 +710,114 @@ class TestSelection:
                 write_table(Path(tar.removesuffix(".tar") + ".parquet"), {"key": ["0", "1"]})
             members = [{name.split("#")[0] for name in ids(other, shard=f"{i}/3")} for i in (1, 2, 3)]
             assert [sorted(part) for part in members] == without, "a tar is never shared out"
+
+
+class TestVersions:
+    """What changes between opening, listing and reading is noticed: rows carry the version their container was read in."""
+
+    ROWS = 40
+
+    def containers(self, folder: Path) -> dict[str, list[str]]:
+        """An input of each kind that lists images in files: their URIs and files."""
+        names = [f"/{i}.jpg" for i in range(self.ROWS)]
+        images = {"image_id": names, "image": [b"x"] * self.ROWS}
+        table = write_table(folder / "images" / "x.parquet", images, row_group_size=10)
+        uris = write_table(folder / "uris" / "x.parquet", {"uri": names}, row_group_size=10)
+        tar = write_tar(folder / "tars" / "x.tar", ["0.jpg"])
+        known = write_tar(folder / "known" / "x.tar", ["0.jpg"])
+        sidecar = write_table(folder / "known" / "x.parquet", {"key": ["0"]})
+        (folder / "x.txt").write_text("\n".join(names))
+        (folder / "x.csv").write_text("\n".join(["uri", *names]))
+        files = {table: [table], uris: [uris], tar: [tar], known: [known, sidecar]}
+        return files | {str(folder / name): [str(folder / name)] for name in ("x.txt", "x.csv")}
+
+    def test_rows_carry_the_version_that_opening_saw(self, tmp_path, s3):
+        fs = s3fs.S3FileSystem()
+        for uri, files in self.containers(tmp_path).items():
+            remote = [f"{s3}/{tmp_path.name}/{os.path.relpath(file, tmp_path)}" for file in files]
+            for file, other in zip(files, remote, strict=True):
+                fs.put_file(file, other)
+            for place, kept in ((uri, files), (remote[0], remote)):
+                source = opened(place)
+                (unit,) = source.units()
+                assert unit == kept[0]
+                pages = list(source.pages(unit))
+                assert {page.version for page in pages} == {source.versions()[unit]}
+                assert source.versions()[unit] == "+".join(version_of(locate(file)) for file in kept)
+                versions = {row["version"] for page in pages for row in page.rows.to_pylist()}
+                assert versions == {version_of(locate(kept[0]))}
+
+    def test_listing_again_sees_the_container_as_it_is_then(self, tmp_path):
+        for uri, files in self.containers(tmp_path).items():
+            source = opened(uri)
+            assert listed(source)
+            for file in files:
+                os.utime(file, ns=(0, 0))
+                (page, *_) = source.pages(uri)
+                assert page.version == "+".join(version_of(locate(each)) for each in files)
+                os.unlink(file)
+                with pytest.raises(DataError, match=os.path.basename(file)):
+                    list(source.pages(uri))
+                break
+
+    def test_pages_behind_another_version_are_refused(self, tmp_path):
+        for uri, files in self.containers(tmp_path).items():
+            source = opened(uri)
+            if source.kind == "tar":
+                continue
+            first = next(iter(source.pages(uri)))
+            after = json.loads(json.dumps(first.after))
+            assert list(source.pages(uri, after)) or "parquet" not in uri
+            os.utime(files[0], ns=(0, 0))
+            with pytest.raises(ContainerChanged, match=uri):
+                list(source.pages(uri, after))
+
+    @pytest.mark.parametrize("name", ["x.txt", "x.csv", "x.jsonl", "x.txt.gz", "x.parquet"])
+    @pytest.mark.parametrize("store", ["local", "s3"])
+    def test_a_container_that_changes_while_it_is_listed(self, tmp_path, monkeypatch, request, name, store):
+        """It is read in small pieces here; the same number of rows in another order follows in the middle."""
+        monkeypatch.setattr("capray.inputs.tables.ROWS_PER_PAGE", 100)
+        monkeypatch.setattr("capray.inputs.byte_reader.Stream._next", _in_pieces(1000))
+        monkeypatch.setattr("capray.inputs.tables.CHUNK_BYTES", 1000)
+        names = [f"/{hashlib.sha256(b'%d' % i).hexdigest()}.jpg" for i in range(60_000 if name == "x.csv" else 2000)]
+
+        def write(names: list[str]) -> str:
+            if name == "x.parquet":
+                write_table(tmp_path / name, {"uri": names}, row_group_size=500)
+            else:
+                lines = {"txt": names, "csv": ["uri", *names], "jsonl": [json.dumps({"uri": uri}) for uri in names]}
+                content = "\n".join(lines[name.split(".")[1]]).encode()
+                (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+            if store == "local":
+                return str(tmp_path / name)
+            uri = f"{request.getfixturevalue('s3')}/{tmp_path.name}/{name}"
+            s3fs.S3FileSystem().put_file(str(tmp_path / name), uri)
+            return uri
+
+        source = opened(write(names))
+        (unit,) = source.units()
+        pages = iter(source.pages(unit))
+        next(pages)
+        write(names[::-1])
+        with pytest.raises(ContainerChanged) as caught:
+            list(pages)
+        assert caught.value.unit == unit
+        again = [row["image_id"] for page in source.pages(unit) for row in page.rows.to_pylist()]
+        assert again == names[::-1]
+
+
+def _counting(whole, asked: list[int]):
+    """``Stream._next``, which keeps how much each reading gave."""
+
+    def read(stream: Stream, num_bytes: int) -> bytes:
+        data = whole(stream, num_bytes)
+        asked.append(len(data))
+        return data
+
+    return read
+
+
+def _in_pieces(most: int):
+    """``Stream._next`` with smaller pieces than pyarrow asks for."""
+    whole = Stream._next
+    return lambda stream, num_bytes: whole(stream, min(num_bytes, most))

@@ -1,13 +1,15 @@
 """Storage, locally and on S3: exact names, atomic writes, and errors that say what was being done."""
 
+import errno
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import s3fs
 
-from capray.errors import CaprayError, DataError, StorageError
+from capray.errors import CaprayError, DataError, StorageError, WriteUnanswered
 from capray.storage import (
     exists,
     find_parquet,
@@ -19,6 +21,7 @@ from capray.storage import (
     read_bytes,
     write_atomic,
 )
+from tests.proxy import FaultyProxy
 
 NAMES = [
     "a b.jpg",
@@ -86,13 +89,16 @@ class TestWriteAtomic:
         place, scratch = locate(str(tmp_path / "a.bin")), locate(str(tmp_path / "tmp"))
         write_atomic(place, b"old", scratch)
 
-        def full(handle):
-            raise OSError(28, "No space left on device")
+        for code in (errno.ENOSPC, errno.EDQUOT):
 
-        monkeypatch.setattr(os, "fsync", full)
-        for where in (scratch, None):
-            with pytest.raises(StorageError, match=r"writing .*a\.bin: .*No space left on device"):
-                write_atomic(place, b"new", where)
+            def full(handle, code=code):
+                raise OSError(code, os.strerror(code))
+
+            monkeypatch.setattr(os, "fsync", full)
+            for where in (scratch, None):
+                with pytest.raises(StorageError, match=r"writing .*a\.bin: no space left \(.*\): make room") as caught:
+                    write_atomic(place, b"new", where, deadline_seconds=10)
+                assert not isinstance(caught.value, WriteUnanswered)
         assert Path(place.path).read_bytes() == b"old"
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.bin", "tmp"]
 
@@ -136,6 +142,69 @@ class TestWriteAtomic:
                 reader.join()
         assert not wrong
         assert seen
+
+
+@pytest.fixture
+def proxy(s3, monkeypatch):
+    """The proxy, in the place of the server."""
+    with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], stall_seconds=4) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield proxy
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+class TestDeadline:
+    """A write ends in time, however storage fails, and nothing of it happens later."""
+
+    @pytest.mark.parametrize("fault", ["503", "500", "reset", "silent", "stall", "lose_answer"])
+    def test_a_store_that_does_not_confirm(self, s3, tmp_path, proxy, fault):
+        place = locate(f"{s3}/{tmp_path.name}/a.bin")
+        assert not exists(place), "the connection stands"
+        proxy.set_rates({f"write.{fault}": 1})
+        started = time.monotonic()
+        with pytest.raises(WriteUnanswered, match=r"writing .*a\.bin: .*; it may have happened or not") as caught:
+            write_atomic(place, b"bytes", deadline_seconds=1.5)
+        assert time.monotonic() - started < 3
+        assert caught.value.exit_code == 75
+        sent = proxy.requests["PUT"]
+        assert sent > 0
+        time.sleep(2)
+        assert proxy.requests["PUT"] == sent, "it was tried again after its deadline"
+        assert exists(place) == (fault in ("stall", "lose_answer"))
+        proxy.set_rates({})
+        write_atomic(place, b"bytes", deadline_seconds=10)
+        assert read_bytes(place) == b"bytes"
+
+    def test_a_store_that_is_away(self, monkeypatch):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        s3fs.S3FileSystem.clear_instance_cache()
+        started = time.monotonic()
+        with pytest.raises(WriteUnanswered):
+            write_atomic(locate("s3://bucket/a.bin"), b"bytes", deadline_seconds=1)
+        assert time.monotonic() - started < 3
+        s3fs.S3FileSystem.clear_instance_cache()
+
+    def test_a_refusal_is_known(self, s3, proxy):
+        proxy.set_rates({"write.denied": 1})
+        with pytest.raises(StorageError, match="permission denied") as caught:
+            write_atomic(locate(f"{s3}/denied.bin"), b"bytes", deadline_seconds=10)
+        assert not isinstance(caught.value, WriteUnanswered)
+
+    def test_a_file_system_that_hangs(self, tmp_path, monkeypatch):
+        back, ended = threading.Event(), threading.Event()
+
+        def hang(handle):
+            back.wait(30)
+            threading.Timer(0.3, ended.set).start()
+
+        monkeypatch.setattr(os, "fsync", hang)
+        place = locate(str(tmp_path / "a.bin"))
+        with pytest.raises(WriteUnanswered, match=r"writing .*a\.bin: no answer within 0\.3 s"):
+            write_atomic(place, b"late", deadline_seconds=0.3)
+        back.set()
+        assert ended.wait(10)
+        assert list(tmp_path.iterdir()) == [], "it was renamed after its deadline, or left litter"
 
 
 class TestListing:

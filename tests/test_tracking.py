@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from capray.captioning.job import caption
-from capray.captioning.model_transfer import Shipment
+from capray.captioning.model_transfer import ModelTransfer
 from capray.captioning.photos import caption_photos
 from capray.config import CaptionConfig, Decoding, TrainConfig
 from capray.errors import CheckpointError, ConfigError, StorageError
@@ -408,7 +408,7 @@ def test_a_model_travels_to_a_node_that_does_not_have_it(model, tmp_path, monkey
     files = tuple(ray.put((Path(model) / name).read_bytes()) for name in FILES)
     model_id = load_captioner(model)[1]
     here = ray.get_runtime_context().get_node_id()
-    assert Shipment(model, model_id, here, files).receive() == model
-    copy = Shipment("/no/such/folder", model_id, "another node", files).receive()
+    assert ModelTransfer(model, model_id, here, files).local_folder() == model
+    copy = ModelTransfer("/no/such/folder", model_id, "another node", files).local_folder()
     assert Path(copy).is_relative_to(tmp_path)
     assert load_captioner(copy)[1] == model_id

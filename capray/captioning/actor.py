@@ -1,169 +1,364 @@
 """The captioning actor: blocks of fetched images in, blocks of captions out. Keeps no rows between calls.
 
-An actor whose process died begins anew carefully: it captions its first blocks, among which is what killed it, image by
-image in a child process.
+A failure of an image becomes a row. When the device fails, the process ends, and the actor Ray starts in its place waits
+until the device works again: nothing is recorded against images. A restarted actor is careful: it captions its first blocks,
+among which is what may have killed the process, image by image in a child process.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import socket
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
-from capray.captioning.isolation import Crashed, Isolated
-from capray.captioning.model_transfer import Shipment
-from capray.captioning.rows import repacked, results_schema, unpack
+from capray import cluster
+from capray.captioning.device import DeviceError, canary_score, is_device_error, is_near, is_out_of_memory, is_same
+from capray.captioning.isolation import CannotStart, Crashed, Isolated, deadline
+from capray.captioning.model_transfer import ModelTransfer
+from capray.captioning.rows import results_schema, table_of, with_table
 from capray.config import Decoding
+from capray.errors import CaprayError, CheckpointError, StorageError, TryAgain
 from capray.model.captioner import NO_CAPTION, Hypothesis, autocast
 from capray.model.checkpoint import load_captioner
 
 CAREFUL_BLOCKS = 8
-"""Blocks an actor takes care with after it was restarted: more than it is given at once (MAX_IN_FLIGHT)."""
-MAX_IN_FLIGHT = 2
+"""Blocks an actor takes care with after it was restarted: more than it is given at once (stream.MAX_IN_FLIGHT)."""
+CANARY_BLOCKS = 32
+"""Blocks between two looks at the canary."""
 CAPTION_SECONDS = 300.0
-"""An image that takes longer by itself is given up."""
+"""An image that takes longer by itself is given up. Several together may take as much again for each IMAGES_PER_DEADLINE."""
+IMAGES_PER_DEADLINE = 32
+LOAD_SECONDS = 600.0
+MAX_RESTARTS = 6
+"""An actor restarted so often in a row, without a block captioned in between, stops the job."""
+PAUSE_SECONDS = (1.0, 30.0)
+"""The first and the longest pause between two attempts at what may pass."""
 _MESSAGE_LENGTH = 500
 
 Row = dict[str, Any]
-Outcome = tuple[list[Hypothesis], list[list[float]] | None] | str
-"""The hypotheses of an image with the attention of the best, or what went wrong."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CaptioningSettings:
+    """What captioning needs to know; it travels to actors and their child processes.
+
+    Attributes:
+        model: the captioner's folder or URI.
+        model_id: what it was when the job began; another one is an error, not a mixture.
+        attention: whether to tell the attention.
+        batch_size: images captioned together.
+        num_threads: threads it may use on the CPU.
+        source_type: of the carried columns.
+        run_id: the run, to which notices are posted; "" where nobody reads them.
+        patience_seconds: how long to wait for a device, or a child process, that does not work.
+        canary: ``canary_score`` of the driver's own captioner. None: not compared; NaN: the model gives the canary no
+            caption on any device, and it is not looked at.
+        transfer: brings the model where it lies on the driver's disk.
+    """
+
+    model: str
+    model_id: str
+    decoding: Decoding
+    precision: str
+    attention: bool
+    batch_size: int
+    on_gpu: bool
+    num_threads: int
+    source_type: pa.DataType | None = None
+    run_id: str = ""
+    patience_seconds: float = 600
+    canary: float | None = None
+    transfer: ModelTransfer | None = None
+
+    def on_this_node(self) -> CaptioningSettings:
+        """The same, with a model that this node can read."""
+        if self.transfer is None:
+            return self
+        return replace(self, model=self.transfer.local_folder(), transfer=None)
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """The hypotheses of an image, best first, and the attention of the best where it was asked for."""
+
+    hypotheses: list[Hypothesis]
+    attention: list[list[float]] | None
+
+
+@dataclass(frozen=True)
+class NotCaptioned:
+    """Why an image has no caption: its failure, as ``images.ImageError`` has it."""
+
+    kind: str
+    message: str
+    certain: bool = True
+
+
+Outcome = Captioned | NotCaptioned
 
 
 class Captioning:
     """A loaded captioner with its settings: fetched rows to outcomes.
 
-    Args:
-        model: the captioner's folder or URI.
-        expected_model_id: what it was when the job began; another one is an error, not a mixture.
-        decoding, precision, attention: how to caption, and whether to tell the attention.
-        batch_size: images captioned together.
-        on_gpu: whether there is a GPU for it.
-        num_threads: threads it may use on the CPU.
+    Raises:
+        CheckpointError: the model cannot be loaded, or is another one now.
+        DeviceError: the device failed.
     """
 
-    def __init__(
-        self,
-        model: str,
-        expected_model_id: str,
-        decoding: Decoding,
-        precision: str,
-        attention: bool,
-        batch_size: int,
-        on_gpu: bool,
-        num_threads: int,
-    ):
-        torch.set_num_threads(num_threads)
+    def __init__(self, settings: CaptioningSettings):
+        torch.set_num_threads(settings.num_threads)
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-        self.device = torch.device("cuda" if on_gpu else "cpu")
-        self.captioner, self.model_id = load_captioner(model, self.device)
-        if self.model_id != expected_model_id:
-            raise RuntimeError(
-                f"the model at {model!r} changed while the job ran: {self.model_id}, not {expected_model_id}"
+        self.settings = settings
+        self.device = torch.device("cuda" if settings.on_gpu else "cpu")
+        try:
+            self.captioner, self.model_id = load_captioner(settings.model, self.device)
+        except RuntimeError as error:
+            if is_device_error(error) or is_out_of_memory(error):
+                raise DeviceError(f"{type(error).__name__}: {error}") from error
+            raise
+        if self.model_id != settings.model_id:
+            raise CheckpointError(
+                f"the model at {settings.model!r} changed while the job ran: it is {self.model_id[:12]}… now, not "
+                f"{settings.model_id[:12]}…: put the one back that the job began with"
             )
-        self.decoding, self.precision, self.attention, self.batch_size = decoding, precision, attention, batch_size
+        self._canary: float | None = None
 
     def __call__(self, rows: list[Row]) -> list[Outcome]:
         """The outcome of each row, all of which have pixels."""
-        return [
-            outcome
-            for start in range(0, len(rows), self.batch_size)
-            for outcome in self._caption(rows[start : start + self.batch_size])
-        ]
+        size = self.settings.batch_size
+        return [outcome for start in range(0, len(rows), size) for outcome in self._caption(rows[start : start + size])]
+
+    def check_device(self) -> None:
+        """Caption the canary, whose score is to be near that of the driver's captioner, and afterwards stay the same.
+
+        Raises:
+            DeviceError: it is not, or there is none.
+        """
+        expected = self.settings.canary
+        if expected is not None and math.isnan(expected):
+            return
+        try:
+            score = canary_score(self.captioner, self.settings.precision)
+        except Exception as error:
+            raise DeviceError(f"the canary cannot be captioned: {type(error).__name__}: {error}") from error
+        if not math.isfinite(score):
+            raise DeviceError("the canary's caption has no finite probability")
+        if self._canary is not None:
+            if not is_same(score, self._canary):
+                raise DeviceError(f"the canary's score was {self._canary:.4f} and is {score:.4f} now")
+        elif expected is not None and not is_near(score, expected):
+            raise DeviceError(f"the canary's score is {score:.4f}, not {expected:.4f} as on the driver")
+        else:
+            self._canary = score
 
     def _caption(self, rows: list[Row]) -> list[Outcome]:
-        """A batch for which the GPU has no memory is halved until it has; one that fails otherwise is tried image by
-        image. A fault of the device ends the process: nothing works on it any more."""
+        """A batch for which the device has no memory is halved until it has; one that fails otherwise is tried image by
+        image."""
         try:
             return self._together(rows)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if is_device_error(error):
+                raise DeviceError(f"{type(error).__name__}: {error}") from error
             if len(rows) == 1:
-                return [f"{type(error).__name__}: {error}"]
-            torch.cuda.empty_cache()
-            half = len(rows) // 2
-            return [*self._caption(rows[:half]), *self._caption(rows[half:])]
-        except RuntimeError as error:
-            if "CUDA error" in str(error):
-                print(f"the GPU failed, its process ends: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
-            if len(rows) == 1:
-                return [f"{type(error).__name__}: {error}"]
-            return [outcome for row in rows for outcome in self._caption([row])]
+                return [NotCaptioned("captioning_error", f"{type(error).__name__}: {error}")]
+            size = -(-len(rows) // 2) if is_out_of_memory(error) else 1
+        # Not while the exception is at hand: it keeps the batch's tensors.
+        torch.cuda.empty_cache()
+        return [outcome for start in range(0, len(rows), size) for outcome in self._caption(rows[start : start + size])]
 
     @torch.inference_mode()
     def _together(self, rows: list[Row]) -> list[Outcome]:
         images = [
             np.frombuffer(row["pixels"], np.uint8).reshape(row["input_height"], row["input_width"], 3) for row in rows
         ]
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.settings.precision):
             memory = self.captioner.encode_all(images)
-            found = self.captioner.caption(memory, self.decoding)
-            if not self.attention:
-                return [(hypotheses, None) for hypotheses in found]
-            best = [hypotheses[0].token_ids if hypotheses else () for hypotheses in found]
-            weights = self.captioner.attend(memory, best)
-        return [(hypotheses, alpha.tolist()) for hypotheses, alpha in zip(found, weights, strict=True)]
+            found = self.captioner.caption(memory, self.settings.decoding)
+            weights: list[Any] = [None] * len(found)
+            if self.settings.attention:
+                best = [hypotheses[0].token_ids if hypotheses else () for hypotheses in found]
+                weights = [alpha.tolist() for alpha in self.captioner.attend(memory, best)]
+        return [
+            Captioned(hypotheses, alpha)
+            if hypotheses and math.isfinite(hypotheses[0].log_prob)
+            else NotCaptioned("captioning_error", NO_CAPTION)
+            for hypotheses, alpha in zip(found, weights, strict=True)
+        ]
+
+
+class _ChildCaptioning:
+    """Captioning in a child process: the outcomes of rows; without any, the device is checked."""
+
+    def __init__(self, settings: CaptioningSettings):
+        self.captioning = Captioning(settings)
+
+    def __call__(self, rows: list[Row]) -> list[Outcome]:
+        if not rows:
+            self.captioning.check_device()
+        return self.captioning(rows)
 
 
 class CaptioningActor:
-    """Captions blocks of fetched rows; a row that cannot be captioned becomes a failure, the others do not suffer."""
+    """Captions blocks of fetched rows; a row that cannot be captioned becomes a failure, the others do not suffer.
 
-    def __init__(self, arguments: tuple, source_type: pa.DataType | None, shipment: Shipment | None = None):
-        """``arguments`` are those of Captioning; ``shipment`` brings the model where it lies on the driver's disk."""
-        if shipment is not None:
-            arguments = (shipment.receive(), *arguments[1:])
-        self.arguments = arguments
-        self.captioning = Captioning(*arguments)
-        self.schema = results_schema(source_type, self.captioning.attention)
-        self.careful_blocks = CAREFUL_BLOCKS if ray.get_runtime_context().was_current_actor_reconstructed else 0
-        self._child: Isolated | None = None
+    It raises nothing when it is built, which may be in the place of another one: what stops the job is raised by each call.
+    """
+
+    def __init__(self, settings: CaptioningSettings):
+        self.node = f"{socket.gethostname()} {cluster.node_id()[:8]}".rstrip()
+        self.settings = settings
+        self.schema = results_schema(settings.source_type, settings.attention)
+        self._error: CaprayError | None = None
+        self._blocks_since_canary = 0
+        self._restarts = cluster.count_restart()
+        self.careful_blocks = CAREFUL_BLOCKS if self._restarts else 0
+        try:
+            self.settings = settings.on_this_node()
+            self._child = Isolated(_ChildCaptioning, (self.settings,), CAPTION_SECONDS)
+            if self._restarts:
+                self._recover()
+            self._patiently("the model cannot be read", self._load, StorageError)
+        except DeviceError as error:
+            self._end(str(error))
+        except CaprayError as error:
+            self._error = error
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """A BLOCK of FETCHED rows to one of RESULTS rows, in their order (``run_id`` is the driver's to fill)."""
-        fetched = unpack(block)
-        assert fetched is not None
-        rows = fetched.to_pylist()
-        good = [i for i, row in enumerate(rows) if row["pixels"] is not None]
-        among = [rows[i] for i in good]
-        if self.careful_blocks and good:
-            found = self._carefully(among)
-            self.careful_blocks -= 1
-            if not self.careful_blocks and self._child is not None:
-                self._child.close()
-                self._child = None
-        else:
-            found = self.captioning(among)
-        outcomes = dict(zip(good, found, strict=True))
+        """A BLOCK row of FETCHED images to one of results, in their order (``run_id`` is the driver's to fill).
+
+        Raises:
+            TryAgain: the device, or what it takes to use it carefully, has not worked for ``patience_seconds``.
+            CaprayError: the model cannot be used.
+        """
+        if self._error is not None:
+            raise self._error
+        rows = table_of(block).to_pylist()
+        readable = [i for i, row in enumerate(rows) if row["pixels"] is not None]
+        outcomes: dict[int, Outcome] = {}
+        if readable:
+            try:
+                outcomes = dict(zip(readable, self._outcomes([rows[i] for i in readable]), strict=True))
+            except DeviceError as error:
+                self._end(str(error))
+            if self._restarts:
+                cluster.end_restarts()
+                self._restarts = 0
         now = time.time_ns() // 1000
         results = [self._result(row, outcomes.get(i), now) for i, row in enumerate(rows)]
-        return repacked(block, pa.Table.from_pylist(results, self.schema))
+        return with_table(block, pa.Table.from_pylist(results, self.schema))
 
-    def _carefully(self, rows: list[Row]) -> list[Outcome]:
-        if self._child is None:
-            self._child = Isolated(Captioning, self.arguments, CAPTION_SECONDS)
-        outcomes: list[Outcome] = []
-        for row in rows:
+    def _load(self) -> None:
+        with deadline(LOAD_SECONDS, self._end):
+            self.captioning = Captioning(self.settings)
+            self.captioning.check_device()
+
+    def _recover(self) -> None:
+        """Wait until the device works in a child process."""
+        self._notify(
+            f"captioning actor restarted on {self.node}: it captions its next {CAREFUL_BLOCKS} blocks image by image in a "
+            "child process"
+        )
+        if self._restarts > MAX_RESTARTS:
+            raise self._giving_up(f"it died {self._restarts} times in a row without captioning a block")
+        self._patiently("the device does not work", self._probe, CannotStart, StorageError, Crashed, DeviceError)
+
+    def _probe(self) -> None:
+        try:
+            self._child.call([])
+        except DeviceError:
+            self._child.close()  # Nothing works any more in a process in which a device failed.
+            raise
+
+    def _outcomes(self, rows: list[Row]) -> list[Outcome]:
+        outcomes: list[Outcome | None] = [None] * len(rows)
+        risky = [i for i, row in enumerate(rows) if self.careful_blocks or row["careful"]]
+        others = [i for i, row in enumerate(rows) if not (self.careful_blocks or row["careful"])]
+        with deadline(CAPTION_SECONDS * (1 + len(others) / IMAGES_PER_DEADLINE), self._end):
+            for i, outcome in zip(others, self.captioning([rows[i] for i in others]), strict=True):
+                outcomes[i] = outcome
+        for i in risky:
+            outcomes[i] = self._carefully(rows[i])
+        self.careful_blocks = max(0, self.careful_blocks - 1)
+        if not self.careful_blocks:
+            self._child.close()
+        self._blocks_since_canary += 1
+        if self._blocks_since_canary >= CANARY_BLOCKS or any(isinstance(found, NotCaptioned) for found in outcomes):
+            self._check_device()
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def _check_device(self) -> None:
+        with deadline(CAPTION_SECONDS, self._end):
+            self.captioning.check_device()
+        self._blocks_since_canary = 0
+
+    def _carefully(self, row: Row) -> Outcome:
+        """An image in the child process. That it was the image that crashed it is certain the second time."""
+        try:
+            call = partial(self._child.call, [row])
+            (outcome,) = self._patiently("no image can be captioned carefully", call, CannotStart, StorageError)
+        except Crashed as error:
+            self._check_device()
+            return NotCaptioned("crashed", f"captioning {error}", certain=bool(row["careful"]))
+        return outcome
+
+    def _patiently(self, trouble: str, attempt: Callable[[], T], *passing: type[Exception]) -> T:
+        """What ``attempt`` gives, tried again while it raises what may be ``passing``.
+
+        Raises:
+            TryAgain: it did so for ``patience_seconds``.
+        """
+        patience = self.settings.patience_seconds
+        until = time.monotonic() + patience
+        pause, longest = PAUSE_SECONDS
+        while True:
             try:
-                outcomes += self._child.call([row])
-            except Crashed as error:
-                outcomes.append(f"crashed: captioning {error}")
-        return outcomes
+                return attempt()
+            except passing as error:
+                left = until - time.monotonic()
+                reason = str(error)[:_MESSAGE_LENGTH]
+                if left <= 0:
+                    raise self._giving_up(f"{trouble}, for {patience:g} seconds now: {reason}") from error
+                self._notify(f"captioning on {self.node}: {trouble} yet ({reason})")
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, longest)
+
+    def _giving_up(self, why: str) -> TryAgain:
+        return TryAgain(
+            f"captioning on {self.node}: {why}; nothing was recorded against images: mend the node or leave it out, and run "
+            "the same command again"
+        )
+
+    def _notify(self, text: str) -> None:
+        cluster.post_notice(self.settings.run_id, text)
+
+    def _end(self, reason: str) -> NoReturn:
+        """End this process: the device failed, and Ray starts the actor again."""
+        text = f"captioning on {self.node}: the device failed, its actor starts again ({reason[:_MESSAGE_LENGTH]})"
+        print(text, file=sys.stderr, flush=True)
+        self._notify(text)
+        os._exit(1)
 
     def _result(self, row: Row, outcome: Outcome | None, now: int) -> Row:
-        result = {name: row[name] for name in ("image_id", "uri", "error_type", "message")}
+        passed_on = ("image_id", "uri", "error_type", "message", "certain", "place", "node")
+        result = {name: row[name] for name in passed_on}
         if outcome is None:
             return result
-        if isinstance(outcome, str) or not outcome[0]:
-            message = outcome if isinstance(outcome, str) else NO_CAPTION
-            kind = "crashed" if message.startswith("crashed: ") else "captioning_error"
-            return result | {"error_type": kind, "message": message.removeprefix("crashed: ")[:_MESSAGE_LENGTH]}
-        (best, *others), attention = outcome
+        if isinstance(outcome, NotCaptioned):
+            message = outcome.message[:_MESSAGE_LENGTH]
+            return result | {"error_type": outcome.kind, "message": message, "certain": outcome.certain}
+        best, *others = outcome.hypotheses
         result |= {
             "caption": best.caption,
             "log_prob": best.log_prob,
@@ -178,7 +373,7 @@ class CaptioningActor:
             "captioned_at": now,
             "source": row.get("source"),
         }
-        if attention is not None:
+        if outcome.attention is not None:
             tokens = self.captioning.captioner.vocabulary.tokens(best.token_ids)
-            result |= {"tokens": tokens, "attention": attention}
+            result |= {"tokens": tokens, "attention": outcome.attention}
         return result

@@ -8,20 +8,25 @@ import time
 from dataclasses import dataclass
 
 from capray import cluster
-from capray.captioning.actor import Captioning
+from capray.captioning.actor import Captioning, CaptioningSettings
 from capray.captioning.fetching import Fetcher
-from capray.captioning.job import MAX_BLOCK_ROWS, check_apart, check_job, localised, retried_kinds
-from capray.captioning.plan import Plan, Work
-from capray.captioning.rows import unpack
+from capray.captioning.job import check_apart, check_job, with_absolute_paths
+from capray.captioning.plan import Plan, Work, block_rows_of, read_units
+from capray.captioning.rows import table_of
+from capray.captioning.run import retried_kinds
+from capray.captioning.settled import Settled
 from capray.config import CaptionConfig, Decoding, ImageLimits, Preprocessing, SourceSettings
 from capray.inputs import Source, open_sources
 from capray.inputs.listing import Listing
+from capray.inputs.places import PLACES
+from capray.inputs.reading import Reader
 from capray.model.checkpoint import load_captioner
 from capray.output import Output, create_view
 from capray.progress import ProgressDisplay, duration
-from capray.storage import locate
+from capray.storage import locate, write_atomic
 
 SAMPLE_IMAGES = 32
+_RUN_ID = "dry-run"
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class InputPlan:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class DryRun:
     """What a run would do. ``images_per_second`` is of one actor on this machine's CPU; 0 when nothing could be timed."""
 
     inputs: list[InputPlan]
@@ -67,9 +72,9 @@ class Rehearsal:
         return "\n".join([*lines, "nothing was written"])
 
 
-def rehearse(config: CaptionConfig) -> Rehearsal:
+def dry_run(config: CaptionConfig) -> DryRun:
     """List the inputs and plan a run; raises what ``job.caption`` raises before it starts."""
-    config = localised(config)
+    config = with_absolute_paths(config)
     assert config.output is not None
     captioner, model_id = load_captioner(config.model)
     preprocessing = captioner.architecture.subset(Preprocessing)
@@ -79,38 +84,38 @@ def rehearse(config: CaptionConfig) -> Rehearsal:
     sources = open_sources(config.inputs, config.subset(SourceSettings), config.keep)
     check_job(config, output, model_id, sources)
     with tempfile.TemporaryDirectory() as folder, ProgressDisplay("listing") as display:
-        output.plan, output.scratch = locate(f"{folder}/plan"), locate(f"{folder}/scratch")
-        listing = Listing(output, sources, config)
-        plan = Plan(output, "dry-run", listing, retried_kinds(config))
-        with listing:
+        output.plan = locate(f"{folder}/plan")
+        listing = Listing(output, _RUN_ID, sources, config, write_atomic)
+        with Settled(output, _RUN_ID, retried_kinds(config)) as settled, listing:
+            plan = Plan(output, _RUN_ID, listing, settled, write_atomic)
             while not listing.is_complete:
                 listing.wait(len(listing.chunks()), 0.5)
                 display.update(0, f"{listing.num_rows:,} images listed", "listing")
-            work = plan.remaining(min(config.batch_size, MAX_BLOCK_ROWS), config.limit)
+            block_rows = block_rows_of(preprocessing.size, config.batch_size)
+            work = plan.remaining(block_rows, config.limit)
             inputs = _by_input(output, listing, work, sources)
-            rate = _rate(config, model_id, work, sources, preprocessing)
+            rate = _rate(config, model_id, work, sources, preprocessing, block_rows)
             duplicates = plan.count_wanted().duplicates
     by_rows = -(-work.num_images // config.part_rows)
     by_time = int(work.num_images / rate / config.part_seconds) if rate else 0
-    return Rehearsal(inputs, duplicates, max(by_rows, by_time), rate)
+    return DryRun(inputs, duplicates, max(by_rows, by_time), rate)
 
 
 def _by_input(output: Output, listing: Listing, work: Work, sources: list[Source]) -> list[InputPlan]:
-    with output.connect(output.plan) as connection:
-        create_view(connection, "listed", [*listing.chunks(), *listing.member_chunks()], listing.schema)
-        create_view(connection, "units", work.files, listing.schema)
-        is_tar = "(container IS NOT NULL AND row_group IS NULL AND member IS NULL)"
+    with output.connect((), output.plan) as connection:
+        create_view(connection, "listed", listing.chunks(), PLACES)
+        create_view(connection, "units", work.files, PLACES)
         listed = dict(
             connection.execute(
-                f"SELECT input, count(DISTINCT image_id) FROM listed WHERE NOT {is_tar} GROUP BY 1"
+                "SELECT input, count(DISTINCT image_id) FROM listed WHERE kind <> 'tar' GROUP BY 1"
             ).fetchall()
         )
         to_do = {
             number: figures
-            for number, *figures in connection.execute(f"""
-                SELECT input, count(*) FILTER (NOT {is_tar}), count(*) FILTER ({is_tar}),
-                       count(*) FILTER (container IS NULL)
-                         + count(DISTINCT (container, row_group)) FILTER (container IS NOT NULL),
+            for number, *figures in connection.execute("""
+                SELECT input, count(*) FILTER (kind <> 'tar'), count(*) FILTER (kind = 'tar'),
+                       count(*) FILTER (kind = 'object')
+                         + count(DISTINCT (container, row_group)) FILTER (kind <> 'object'),
                        coalesce(sum(size), 0)
                 FROM units GROUP BY 1
             """).fetchall()
@@ -122,27 +127,26 @@ def _by_input(output: Output, listing: Listing, work: Work, sources: list[Source
 
 
 def _rate(
-    config: CaptionConfig, model_id: str, work: Work, sources: list[Source], preprocessing: Preprocessing
+    config: CaptionConfig,
+    model_id: str,
+    work: Work,
+    sources: list[Source],
+    preprocessing: Preprocessing,
+    block_rows: int,
 ) -> float:
     """Images per second of one actor here, over the first few images that can be read."""
     if not work.num_units:
         return 0.0
-    fetcher = Fetcher(
-        work,
-        tuple(source.image_column for source in sources),
-        tuple(source.selection for source in sources),
-        preprocessing,
-        config.subset(ImageLimits),
-        config.fetch_concurrency,
-        sources[0].source_type,
-    )
+    reader = Reader.of(sources, config.subset(ImageLimits), config.fetch_concurrency, config.patience_seconds)
+    fetcher = Fetcher(reader, preprocessing, block_rows, _RUN_ID, source_type=sources[0].source_type)
     precision = cluster.resolved_precision(config.precision, on_gpu=False)
+    decoding = config.subset(Decoding)
     captioning = Captioning(
-        config.model, model_id, config.subset(Decoding), precision, False, 8, False, config.threads_per_actor
+        CaptioningSettings(config.model, model_id, decoding, precision, False, 8, False, config.threads_per_actor)
     )
+    unit = next(iter(read_units(work.files[0])))
     started = time.monotonic()
-    block = unpack(next(fetcher.fetch(0)))
-    assert block is not None
+    block = table_of(next(fetcher.fetch(unit.places, unit.skipped)))
     rows = [row for row in block.slice(0, SAMPLE_IMAGES).to_pylist() if row["pixels"] is not None]
     fetch_seconds = (time.monotonic() - started) * len(rows) / max(1, block.num_rows)
     started = time.monotonic()

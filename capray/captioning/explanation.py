@@ -116,7 +116,7 @@ def _from_table(config: ExplainConfig, table: str) -> Explanation:
         raise ConfigError(
             f"{table!r} holds no attention: caption with --attention, or give --model in place of --table"
         )
-    with output.connect() as connection:
+    with output.connect(("captions",)) as connection:
         found = connection.execute(
             "SELECT caption, tokens, attention, uri, sha256 FROM captions WHERE image_id = ?", [config.image]
         ).fetchone()

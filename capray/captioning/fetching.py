@@ -1,49 +1,47 @@
 """The one CPU operator: a unit of the plan becomes blocks of decoded images at the encoder's input size.
 
-A bad image becomes a row with its kind of failure. What a unit gives, and how it is cut, follows from the unit alone. From
-the second attempt on (the first having died with its process) each image is decoded in a child process.
+A bad image becomes a row with its kind of failure. How many blocks a unit gives follows from the unit alone, whatever is
+found. From the second attempt on (the first having died with its process) each image is decoded in a child process.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Container, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, groupby, islice
-from typing import Any
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from capray import cluster
-from capray.captioning.isolation import Crashed, Isolated
-from capray.captioning.plan import Work
-from capray.captioning.rows import BLOCK, block_of, fetched_schema
+from capray.captioning.isolation import CannotStart, Crashed, Isolated
+from capray.captioning.rows import BLOCK, block_of, fetched_schema, unit_of
+from capray.captioning.units import num_blocks
 from capray.config import ImageLimits, Preprocessing
-from capray.errors import CaprayError
-from capray.images import ImageError, load
-from capray.inputs.base import Selection
-from capray.inputs.byte_reader import read_image, read_range
-from capray.inputs.places import MEMBERS
-from capray.inputs.tars import images_of, opened
-from capray.storage import locate, storage_errors
+from capray.errors import TryAgain
+from capray.images import UNCERTAIN, ImageError, load
+from capray.inputs.base import Event, Failed, Found
+from capray.inputs.places import Row
+from capray.inputs.reading import Outcome, Reader
+from capray.storage import locate
 
 DECODE_SECONDS = 60.0
 """An image that takes longer to decode is given up."""
+MAX_ATTEMPTS = 6
+"""A task whose process died so often is given up, and the job with it: it is careful from the second attempt on, so that no
+image kills it."""
 _MESSAGE_LENGTH = 500
 _SPARE_BYTES = 2**30
 _BYTES_PER_PIXEL = 24
 """What decoding may need: a few copies in four channels."""
 
-Row = dict[str, Any]
-Data = bytes | ImageError
 Decode = Callable[[bytes], tuple[np.ndarray, int, int]]
 
 
@@ -58,65 +56,97 @@ class Loader:
         return load(data, self.preprocessing, self.limits)
 
 
-@dataclass
-class _Rest:
-    """What became known of a tar when it was read to its end."""
+@dataclass(frozen=True)
+class Look:
+    """Another look at an image: the kind of failure it had, None when it was read and decoded.
 
-    number: int | None = None
-    container: str | None = None
-    members: pa.Table | None = None
-    fault: str | None = None
+    ``certain`` says whether a failure seen before is final now: no other fault could have had this effect twice.
+    """
+
+    image_id: str
+    kind: str | None
+    message: str = ""
+    certain: bool = False
+    sha256: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Fetches units of the plan, by their index.
+    """Reads and decodes the images of units. It travels with every task, so it holds nothing that grows with the plan.
 
     Args:
-        image_columns: of each input, the column of its images if it is Parquet that holds them.
-        selections: of each input, which of a tar's members are wanted.
+        run_id: the run, to which notices are posted.
+        careful_ids: images that have killed a captioning process before (a few).
         source_type: of the carried columns.
+        decode_seconds: an image that takes longer to decode is given up.
     """
 
-    work: Work
-    image_columns: tuple[str | None, ...]
-    selections: tuple[Selection, ...]
+    reader: Reader
     preprocessing: Preprocessing
-    limits: ImageLimits
-    concurrency: int
+    block_rows: int
+    run_id: str
+    careful_ids: frozenset[str] = frozenset()
     source_type: pa.DataType | None = None
+    decode_seconds: float = DECODE_SECONDS
     schema: pa.Schema = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schema", fetched_schema(self.source_type))
 
-    def fetch(self, index: int, careful: bool = False) -> Iterator[pa.Table]:
-        """The BLOCK rows of unit ``index``, at least one."""
-        path, group = self.work.unit(index)
-        rows = pq.ParquetFile(path, filesystem=self.work.files[0].fs).read_row_group(group).to_pylist()
-        rest = _Rest()
+    def fetch(self, places: pa.Table, skipped: Container[bytes] = (), careful: bool = False) -> Iterator[pa.Table]:
+        """The ``num_blocks`` BLOCK rows of a unit. Of a tar that holds more images than fit into them the rest is not
+        decoded: its members are told, and can be read by their places.
+
+        Args:
+            skipped: the MD5 digests of the ids of images to leave out of a tar.
+            careful: whether to decode in a child process.
+        """
+        number = num_blocks(places, self.block_rows)
+        events: list[Event] = []
+        outcomes = self._outcomes(places.to_pylist(), skipped, events)
         with self._decoder(careful) as decode:
-            results = (self._result(row, data, decode) for row, data in self._images(rows, rest))
-            block = list(islice(results, self.work.block_rows))
-            while block:
-                following = list(islice(results, self.work.block_rows)) if len(block) == self.work.block_rows else []
-                table = pa.Table.from_pylist(block, schema=self.schema)
-                if not following:
-                    yield block_of(table, rest.number, rest.container, rest.members, rest.fault)
-                    return
-                yield block_of(table)
-                block = following
-        yield block_of(self.schema.empty_table(), rest.number, rest.container, rest.members, rest.fault)
+            for index in range(number):
+                rows = [self._fetched(outcome, decode) for outcome in islice(outcomes, self.block_rows)]
+                _add_witness(rows)
+                is_last = index == number - 1
+                if is_last:
+                    for _ in outcomes:
+                        pass
+                table = pa.Table.from_pylist([row for row, _ in rows], schema=self.schema)
+                yield block_of(table, events if is_last else ())
+
+    def look(self, places: list[Row]) -> list[Look]:
+        """Read and decode images once more, carefully."""
+        looks: dict[str, Look] = {}
+        events: list[Event] = []
+        with self._decoder(careful=True) as decode:
+            for outcome in self._outcomes(places, (), events):
+                row, place = self._fetched(outcome, decode)
+                kind = row.get("error_type")
+                certain = kind is not None and (row["certain"] or _is_proof(kind, place))
+                looks[place["image_id"]] = Look(
+                    place["image_id"], kind, row.get("message") or "", certain, row.get("sha256")
+                )
+        changed = "its container has changed"
+        return [looks.get(id_, Look(id_, "unreadable_storage", changed)) for id_ in (p["image_id"] for p in places)]
+
+    def _outcomes(self, rows: list[Row], skipped: Container[bytes], events: list[Event]) -> Iterator[Outcome]:
+        for outcome in self.reader.read(rows, skipped, lambda text: cluster.post_notice(self.run_id, text)):
+            if isinstance(outcome, (Found, Failed)):
+                yield outcome
+            else:
+                events.append(outcome)
 
     @contextmanager
     def _decoder(self, careful: bool) -> Generator[Decode]:
-        loader = Loader(self.preprocessing, self.limits)
+        limits = self.reader.limits
+        loader = Loader(self.preprocessing, limits)
         if not careful:
-            with _Watch() as watch:
+            with _Watch(self.decode_seconds) as watch:
                 yield lambda data: watch.over(loader, data)
             return
-        memory = _SPARE_BYTES + _BYTES_PER_PIXEL * self.limits.max_image_pixels + 4 * self.limits.max_image_bytes
-        with Isolated(_loader, (self.preprocessing, self.limits), DECODE_SECONDS, memory) as child:
+        memory = _SPARE_BYTES + _BYTES_PER_PIXEL * limits.max_image_pixels + 4 * limits.max_image_bytes
+        with Isolated(Loader, (self.preprocessing, limits), self.decode_seconds, memory) as child:
 
             def decode(data: bytes) -> tuple[np.ndarray, int, int]:
                 try:
@@ -126,163 +156,72 @@ class Fetcher:
 
             yield decode
 
-    def _images(self, rows: list[Row], rest: _Rest) -> Iterator[tuple[Row, Data]]:
-        for container, group in groupby(rows, key=lambda row: row["container"]):
-            if container is None:
-                yield from self._objects(group)
-                continue
-            among = list(group)
-            if among[0]["row_group"] is not None:
-                for number, of_group in groupby(among, key=lambda row: row["row_group"]):
-                    yield from self._parquet_rows(container, number, list(of_group))
-            elif among[0]["member"] is None:
-                yield from self._whole_tar(among, rest)
-            else:
-                yield from self._members(container, among)
-
-    def _objects(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Data]]:
-        """Reads ahead of the decoding, by no more than ``concurrency`` images."""
-        ahead: deque[tuple[Row, Future[Data]]] = deque()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            for row in rows:
-                ahead.append((row, pool.submit(self._read, row)))
-                if len(ahead) >= self.concurrency:
-                    first, data = ahead.popleft()
-                    yield first, data.result()
-            for row, data in ahead:
-                yield row, data.result()
-
-    def _read(self, row: Row) -> Data:
-        if row["uri"] is None:
-            return ImageError("missing", "the row has no URI")
-        if row["size"] is not None and row["size"] > self.limits.max_image_bytes:
-            return self._too_large(row["size"])
+    def _fetched(self, outcome: Outcome, decode: Decode) -> tuple[Row, Row]:
+        """A FETCHED row, and the place of its image."""
+        place = outcome.row
+        result = {
+            "image_id": place["image_id"],
+            "uri": place["uri"],
+            "source": place.get("source"),
+            "careful": place["image_id"] in self.careful_ids,
+            "node": cluster.node_id(),
+        }
         try:
-            return read_image(row["uri"], self.limits.max_image_bytes)
+            if isinstance(outcome, Failed):
+                raise outcome.error
+            pixels, width, height = decode(outcome.data)
         except ImageError as error:
-            return error
-
-    def _too_large(self, size: int) -> ImageError:
-        return ImageError("too_large", f"{size} bytes, over the limit of {self.limits.max_image_bytes}")
-
-    def _parquet_rows(self, container: str, group: int, rows: list[Row]) -> Iterator[tuple[Row, Data]]:
-        column = self.image_columns[rows[0]["input"]]
-        assert column is not None
-        place = locate(container)
-        waiting = deque(rows)
-        first = 0
-        try:
-            with storage_errors(f"reading {container}"):
-                file = pq.ParquetFile(place.path, filesystem=place.fs)
-                for batch in file.iter_batches(256, row_groups=[group], columns=[column]):
-                    while waiting and waiting[0]["row"] < first + batch.num_rows:
-                        value = batch[0][waiting[0]["row"] - first].as_py()
-                        missing = ImageError("missing", "the row has no image bytes")
-                        yield waiting.popleft(), missing if value is None else value
-                    first += batch.num_rows
-                    if not waiting:
-                        return
-        except (CaprayError, pa.ArrowException) as error:
-            problem = ImageError("unreadable_storage", f"{container}: {error}")
-        else:
-            problem = ImageError("missing", f"row group {group} of {container} has only {first} rows")
-        for row in waiting:
-            yield row, problem
-
-    def _whole_tar(self, rows: list[Row], rest: _Rest) -> Iterator[tuple[Row, Data]]:
-        """A tar whose members are not known: each is yielded unless it is settled, and all are told in ``rest``."""
-        tar_row, done = rows[0], {row["image_id"] for row in rows[1:]}
-        uri = tar_row["container"]
-        selection = self.selections[tar_row["input"]]
-        members: list[Row] = []
-        rest.number, rest.container = tar_row["input"], uri
-        try:
-            with opened(uri) as tar:
-                for member, data, whole in images_of(tar, self.limits.max_image_bytes):
-                    image_id = f"{uri}#{member.name}"
-                    if not selection.has(image_id):
-                        continue
-                    row = {
-                        "image_id": image_id,
-                        "member": member.name,
-                        "offset": member.offset_data,
-                        "size": member.size,
-                    }
-                    members.append(row)
-                    if image_id not in done:
-                        done.add(image_id)
-                        yield row | {"uri": image_id, "source": None}, self._of_member(member.size, data, whole)
-        except CaprayError as error:
-            rest.fault = str(error)
-        else:
-            rest.members = pa.Table.from_pylist(members, schema=MEMBERS)
-
-    def _of_member(self, size: int, data: bytes, whole: bool) -> Data:
-        if size > self.limits.max_image_bytes:
-            return self._too_large(size)
-        if not whole:
-            return ImageError("truncated", f"the tar ends within this member: {len(data)} of {size} bytes")
-        return data
-
-    def _members(self, container: str, rows: list[Row]) -> Iterator[tuple[Row, Data]]:
-        """Members that are known by name, in one reading of the tar, or by their place in it."""
-        if all(row["offset"] is not None for row in rows):
-            yield from self._members_by_place(container, rows)
-            return
-        wanted: dict[str, list[Row]] = {}
-        for row in rows:
-            wanted.setdefault(row["member"], []).append(row)
-        problem = ImageError("missing", f"{container} has no such member")
-        try:
-            with opened(container) as tar:
-                for member, data, whole in images_of(tar, self.limits.max_image_bytes):
-                    for row in wanted.pop(member.name, ()):
-                        yield row, self._of_member(member.size, data, whole)
-                    if not wanted:
-                        return
-        except CaprayError as error:
-            problem = ImageError("unreadable_storage", str(error))
-        for row in chain.from_iterable(wanted.values()):
-            yield row, problem
-
-    def _members_by_place(self, container: str, rows: list[Row]) -> Iterator[tuple[Row, Data]]:
-        for row in rows:
-            if row["size"] > self.limits.max_image_bytes:
-                yield row, self._too_large(row["size"])
-                continue
-            try:
-                data = read_range(container, row["offset"], row["offset"] + row["size"])
-            except ImageError as error:
-                yield row, ImageError("unreadable_storage", error.message)
-            else:
-                yield row, self._of_member(row["size"], data, len(data) == row["size"])
-
-    def _result(self, row: Row, data: Data, decode: Decode) -> Row:
-        result = {"image_id": row["image_id"], "uri": row["uri"], "source": row.get("source")}
-        try:
-            if isinstance(data, ImageError):
-                raise data
-            pixels, width, height = decode(data)
-        except ImageError as error:
-            return result | {"error_type": error.kind, "message": error.message[:_MESSAGE_LENGTH]}
-        return result | {
+            return result | _failure(place, error), place
+        except CannotStart as error:
+            raise TryAgain(f"{error} on {socket.gethostname()}: run the same command again") from error
+        except MemoryError:
+            return result | _failure(place, ImageError("crashed", "decoding needs more memory than there is")), place
+        except Exception as error:
+            return result | _failure(place, ImageError("decode_error", f"{type(error).__name__}: {error}")), place
+        found = {
             "pixels": pixels.tobytes(),
             "input_height": pixels.shape[0],
             "input_width": pixels.shape[1],
             "width": width,
             "height": height,
-            "sha256": hashlib.sha256(data).digest(),
+            "sha256": hashlib.sha256(outcome.data).digest(),
         }
+        return result | found, place
 
 
-def _loader(preprocessing: Preprocessing, limits: ImageLimits) -> Loader:
-    return Loader(preprocessing, limits)
+def _failure(place: Row, error: ImageError) -> Row:
+    return {
+        "error_type": error.kind,
+        "message": error.message[:_MESSAGE_LENGTH],
+        "certain": error.certain,
+        "place": None if error.certain else _as_json(place),
+    }
+
+
+def _add_witness(rows: list[tuple[Row, Row]]) -> None:
+    """Give the first readable image its place, by which it can be looked at again."""
+    for row, place in rows:
+        if "pixels" in row:
+            row["place"] = _as_json(place)
+            return
+
+
+def _as_json(place: Row) -> str:
+    return json.dumps({name: value for name, value in place.items() if name != "source"})
+
+
+def _is_proof(kind: str, place: Row) -> bool:
+    """Whether a failure seen once more is final. A missing file is only where another file of the input could be opened."""
+    if kind not in UNCERTAIN:
+        return False
+    return kind != "missing" or "witness" in place or not locate(place["uri"]).is_local
 
 
 class _Watch:
-    """Ends this process when one image takes longer than DECODE_SECONDS: the next attempt will be careful with it."""
+    """Ends this process when one image takes too long: the next attempt will be careful with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._since: float | None = None
         self._done = threading.Event()
 
@@ -301,14 +240,27 @@ class _Watch:
         self._done.set()
 
     def _watch(self) -> None:
-        while not self._done.wait(1):
+        while not self._done.wait(min(1.0, self._seconds)):
             since = self._since
-            if since is not None and time.monotonic() - since > DECODE_SECONDS:
+            if since is not None and time.monotonic() - since > self._seconds:
                 os._exit(1)
 
 
 def fetch_unit(batch: pa.Table, fetcher: Fetcher) -> Iterator[pa.Table]:
-    """Ray Data's function: a row of ``id``, the index of a unit, to its BLOCK rows."""
-    (index,) = batch["id"].to_pylist()
-    for block in fetcher.fetch(index, careful=cluster.task_attempt() > 0):
+    """Ray Data's function: a UNIT row to its BLOCK rows.
+
+    Raises:
+        TryAgain: the processes of this task die again and again.
+    """
+    attempt = cluster.task_attempt()
+    if attempt:
+        cluster.post_notice(
+            fetcher.run_id, f"a fetching process died; attempt {attempt + 1}, each image in a child process"
+        )
+    if attempt >= MAX_ATTEMPTS:
+        raise TryAgain(
+            f"a fetching task died {attempt} times with its process, most likely for want of memory on its node: give the "
+            "nodes more memory, or lower --max-image-pixels or --fetch-concurrency, and run the same command again"
+        )
+    for block in fetcher.fetch(*unit_of(batch), careful=attempt > 0):
         yield block.cast(BLOCK)

@@ -1,4 +1,5 @@
-"""A function in a process of its own, with limits of memory and time: what kills it kills nothing else.
+"""A function in a process of its own, with limits of memory and time: what kills it kills nothing else. And a deadline for
+what runs in this process.
 
 The child is started anew by command, never forked: its parent has threads, and perhaps a GPU.
 """
@@ -11,9 +12,14 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
+
+from capray.errors import CaprayError
 
 _START_SECONDS = 600.0
 _NO_START = "a child process for careful work cannot be started"
@@ -21,6 +27,23 @@ _NO_START = "a child process for careful work cannot be started"
 
 class Crashed(Exception):
     """The child died, or was ended for what it used, while it worked on a value."""
+
+
+class CannotStart(RuntimeError):
+    """The child cannot be started, whatever it is given: no fault of a value's."""
+
+
+@contextmanager
+def deadline(seconds: float, end: Callable[[str], None]) -> Generator[None]:
+    """Calls ``end`` in another thread when the block takes longer: it is for ending the process, for nothing else ends what
+    hangs in a device or a library."""
+    timer = threading.Timer(seconds, end, [f"it took over {seconds:g} seconds"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Isolated:
@@ -32,7 +55,8 @@ class Isolated:
         memory_bytes: address space of the child; unlimited when None.
 
     Raises:
-        RuntimeError: the child cannot be started, whatever it is given.
+        CannotStart: from ``call``.
+        CaprayError: from ``call``, as ``build`` raised it.
     """
 
     def __init__(
@@ -86,12 +110,13 @@ class Isolated:
     def _start(self) -> None:
         ours, theirs = Pipe()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-c", "from capray.captioning.isolation import serve; serve()", str(theirs.fileno())]
+        code = "from capray.captioning.isolation import serve; serve()"
+        command = [sys.executable, "-c", code, str(theirs.fileno()), str(os.getpid())]
         try:
             self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         except OSError as error:
             ours.close()
-            raise RuntimeError(f"{_NO_START}: {error}") from error
+            raise CannotStart(f"{_NO_START}: {error}") from error
         finally:
             theirs.close()
         self._pipe = ours
@@ -102,7 +127,7 @@ class Isolated:
             ready = self._death()
         if ready is not True:
             self.close()
-            raise RuntimeError(f"{_NO_START}: {ready}")
+            raise ready if isinstance(ready, CaprayError) else CannotStart(f"{_NO_START}: {ready}")
 
     def _death(self) -> str:
         assert self._child is not None
@@ -115,12 +140,13 @@ class Isolated:
 
 def serve() -> None:
     """The child's life: build the function, then answer until the parent is gone."""
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     pipe = Connection(int(sys.argv[1]))
     build, arguments, memory_bytes = pickle.loads(pipe.recv_bytes())  # noqa: S301 (the parent's own)
     try:
         function = build(*arguments)
     except BaseException as error:
-        pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+        pipe.send(error if isinstance(error, CaprayError) else f"{type(error).__name__}: {error}")
         return
     if memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
@@ -138,3 +164,10 @@ def serve() -> None:
             pipe.send(answer)
         except (TypeError, AttributeError, pickle.PicklingError):
             pipe.send((False, RuntimeError(repr(answer[1]))))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended, busy as it may be."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

@@ -10,14 +10,12 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from capray.model.layout import FILES
 from capray.storage import exists, locate, read_bytes, write_atomic
 
 
 @dataclass(frozen=True)
-class Shipment:
+class ModelTransfer:
     """The files of the captioner in ``folder`` of the node ``node_id``.
 
     The driver that made it has to keep it as long as actors may start.
@@ -29,8 +27,10 @@ class Shipment:
     files: tuple[Any, ...]
     """References to the contents of FILES, in their order."""
 
-    def receive(self) -> str:
+    def local_folder(self) -> str:
         """A folder of this node with the captioner: the very one on the driver's node, elsewhere a copy, made once."""
+        import ray
+
         if ray.get_runtime_context().get_node_id() == self.node_id:
             return self.folder
         copies = os.path.join(tempfile.gettempdir(), f"capray-models-{os.getuid()}")
@@ -42,10 +42,12 @@ class Shipment:
         return copy.path
 
 
-def ship(model: str, model_id: str) -> Shipment | None:
-    """A shipment of the captioner in ``model``, None where it is no folder of this machine."""
+def transfer_model(model: str, model_id: str) -> ModelTransfer | None:
+    """The transfer of the captioner in ``model``; None where it is no folder of this machine."""
+    import ray
+
     place = locate(model)
     if not place.is_local:
         return None
     files = tuple(ray.put(read_bytes(place.join(name))) for name in FILES)
-    return Shipment(place.path, model_id, ray.get_runtime_context().get_node_id(), files)
+    return ModelTransfer(place.path, model_id, ray.get_runtime_context().get_node_id(), files)

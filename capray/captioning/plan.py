@@ -1,291 +1,324 @@
-"""What of the listing is still to be done, computed out of core from the parts themselves.
+"""What of the listing is still to be done, computed by hashes of ids, out of core, and written as units.
 
-Work is cut into units, one row group of a plan file each: a few images by URI, a row group of a Parquet container, or a tar.
+Knows nothing of how images are read, nor of what a failure means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from typing import TYPE_CHECKING
 
-import duckdb
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from capray.inputs.listing import Listing
-from capray.output import Output, create_view, first_row
-from capray.storage import Location, storage_errors, write_atomic
-from capray.tables import FINAL_FAILURES, encode_parquet
+from capray.captioning.settled import ATTEMPTS_PER_RUN, ID, TAR, Settled
+from capray.captioning.units import Unit, UnitFiles, Work, Write, block_rows_of, num_blocks, read_units
+from capray.inputs.listing import NEVER, Listing
+from capray.output import Output, duckdb_errors, first_row, parquet_files
+from capray.storage import Location, read_bytes
 
-UNITS_PER_FILE = 100
-ATTEMPTS_PER_RUN = 2
-"""A transient failure is tried once more in the same run."""
+if TYPE_CHECKING:
+    import duckdb
 
-_SAME_UNIT = ("container", "row_group")
-
-
-@dataclass(frozen=True)
-class Work:
-    """A pass's images, as files of units.
-
-    Attributes:
-        num_images: of which the number is known.
-        num_tars: tars among it whose members are not known yet.
-        block_rows: images of a block; a unit gives one or more.
-    """
-
-    files: list[Location]
-    num_units: int
-    num_images: int
-    num_tars: int
-    block_rows: int
-
-    def unit(self, index: int) -> tuple[str, int]:
-        """The path and row group of unit ``index``."""
-        return self.files[index // UNITS_PER_FILE].path, index % UNITS_PER_FILE
+__all__ = ["ATTEMPTS_PER_RUN", "Plan", "Unit", "Wanted", "Work", "block_rows_of", "num_blocks", "read_units"]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many images the source listed, and how many of the rows repeat an id."""
+    """How many images are wanted, how many further rows of the inputs repeat one, and how many captions are of tables or
+    shards that have changed since."""
 
     images: int
     duplicates: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A chunk that was taken in, and the positions of its rows."""
+
+    file: Location
+    begin: int
+    end: int
 
 
 class Plan:
-    """The plan of one run on ``output``.
+    """The plan of one run on ``output``: what is listed, less what is settled.
 
-    Args:
-        retry_failed: final kinds to attempt again.
+    In the connection of ``settled`` it keeps what was taken in of the listing: ``listed`` (position, id, container, is_tar),
+    containers by number; ``containers`` (number, since, is_read, changed_at), those whose rows before a position do not
+    count, tars whose members are known, and when they changed; and ``counted``, the rows of ``listed`` that count.
     """
 
-    def __init__(self, output: Output, run_id: str, listing: Listing, retry_failed: tuple[str, ...] = ()):
-        self.output, self.run_id, self.listing = output, run_id, listing
-        self.folder = output.plan.join(run_id)
-        self.retry_failed = retry_failed
+    def __init__(self, output: Output, run_id: str, listing: Listing, settled: Settled, write: Write):
+        self.output, self.run_id, self.listing, self.settled, self.write = output, run_id, listing, settled, write
+        self._chunks: dict[str, _Chunk] = {}
+        self._containers: dict[tuple[int, str], int] = {}
+        self._manifests: set[tuple[int, str]] = set()
         self._num_files = 0
 
     def fresh(self, chunks: list[Location], block_rows: int, limit: int | None = None) -> Work:
-        """What is to be done of newly listed ``chunks``: less what is settled, and what this run has attempted."""
-        attempted = f"SELECT image_id FROM failure_log WHERE run_id = '{self.run_id}'"
-        return self._work(chunks, f"AND image_id NOT IN ({attempted})", block_rows, limit, set())
+        """What is to be done of the ``chunks`` that were not taken in before, less what this run has attempted."""
+        attempted = f"ANTI JOIN (SELECT id FROM failed WHERE run_id = '{self.run_id}') USING (id)"
+        with self._updated(chunks) as new:
+            return self._work(new, attempted, block_rows, limit)
 
     def remaining(self, block_rows: int, limit: int | None = None, given_up: frozenset[str] = frozenset()) -> Work:
-        """What of the whole listing is neither captioned nor settled as failed, but for the tars ``given_up``."""
-        return self._work([*self.listing.chunks(), *self.listing.member_chunks()], "", block_rows, limit, given_up)
-
-    def _work(
-        self,
-        chunks: list[Location],
-        condition: str,
-        block_rows: int,
-        limit: int | None,
-        given_up: set[str] | frozenset[str],
-    ) -> Work:
-        with self._connect() as connection:
-            create_view(connection, "candidates", chunks, self.listing.schema)
-            # Each id once, at its first place; order restored by position.
-            connection.execute(f"""
-                CREATE TABLE todo AS
-                SELECT * FROM candidates c
-                WHERE NOT {_IS_TAR} AND NOT EXISTS (SELECT 1 FROM settled s WHERE s.image_id = c.image_id) {condition}
-                QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY position) = 1
-                {f"ORDER BY position LIMIT {limit}" if limit is not None else ""}
-            """)
-            (num_images,) = first_row(connection, "SELECT count(*) FROM todo")
-            has_room = limit is None or num_images < limit
-            tars = self._unread_tars(connection, given_up) if has_room else []
-            if limit is not None:
-                tars = tars[:1]
-            units: Iterator[pa.Table] = iter(())
-            if num_images:
-                reader = connection.sql("SELECT * FROM todo ORDER BY position").to_arrow_reader(100_000)
-                units = _units(reader, self.listing.schema, block_rows)
-            files, num_units = self._write(chain(units, tars))
-        return Work(files, num_units, num_images, len(tars), block_rows)
-
-    def _unread_tars(
-        self, connection: duckdb.DuckDBPyConnection, given_up: set[str] | frozenset[str]
-    ) -> list[pa.Table]:
-        """A unit for each tar of the candidates whose members are not known: its own row, and one for each member that
-        is settled, which is to be skipped."""
-        known = {*self.listing.known_tars, *given_up}
-        table = connection.sql(f"SELECT DISTINCT ON (image_id) * FROM candidates WHERE {_IS_TAR}").to_arrow_table()
-        table = table.cast(self.listing.schema)
-        units = []
-        for i in range(table.num_rows):
-            tar = table.slice(i, 1)
-            uri = tar["container"][0].as_py()
-            if uri in known:
-                continue
-            done = connection.execute(
-                "SELECT DISTINCT image_id FROM settled WHERE starts_with(image_id, ?)", [f"{uri}#"]
-            ).fetchall()
-            ids = [image_id for (image_id,) in done]
-            skipped = {"image_id": ids, "member": [image_id[len(uri) + 1 :] for image_id in ids]}
-            columns = [
-                pa.array(skipped[column.name], column.type)
-                if column.name in skipped
-                else pa.concat_arrays([tar[column.name].combine_chunks()] * len(ids))
-                if ids
-                else pa.array([], column.type)
-                for column in self.listing.schema
-            ]
-            units.append(pa.concat_tables([tar, pa.table(columns, schema=self.listing.schema)]))
-        return units
-
-    def _write(self, units: Iterator[pa.Table]) -> tuple[list[Location], int]:
-        files: list[Location] = []
-        held: list[pa.Table] = []
-        num_units = 0
-        for unit in units:
-            held.append(unit)
-            num_units += 1
-            if len(held) == UNITS_PER_FILE:
-                files.append(self._write_file(held))
-                held = []
-        if held:
-            files.append(self._write_file(held))
-        return files, num_units
-
-    def _write_file(self, units: list[pa.Table]) -> Location:
-        file = self.folder.join(f"units-{self._num_files:06d}.parquet")
-        self._num_files += 1
-        sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, self.listing.schema, compression="zstd") as writer:
-            for unit in units:
-                writer.write_table(unit, row_group_size=max(1, unit.num_rows))
-        write_atomic(file, sink.getvalue().to_pybytes(), self.output.scratch)
-        return file
+        """What of the whole listing is neither captioned nor settled as failed, but for the containers ``given_up``."""
+        with self._updated(given_up=given_up):
+            return self._work(list(self._chunks.values()), "", block_rows, limit)
 
     def count_wanted(self) -> Wanted:
-        with self._connect() as connection:
-            row = first_row(connection, "SELECT count(*), count(DISTINCT image_id) FROM wanted")
-        return Wanted(row[1], row[0] - row[1])
+        rows = images = 0
+        with self._updated():
+            for condition in self._slices():
+                number, different = self._ask(f"""
+                    SELECT coalesce(sum(number), 0)::BIGINT, count(*) FROM (
+                        SELECT count(*) AS number FROM counted WHERE NOT is_tar AND {condition} GROUP BY id
+                    )""")
+                rows, images = rows + number, images + different
+            return Wanted(images, rows - images, self._count_kept())
+
+    def _count_kept(self) -> int:
+        """The captions that are older than the last change of the container that lists their image."""
+        parts = self.output.parts(self.output.captions)
+        if not self.listing.changed or not parts:
+            return 0
+        (number,) = self._ask(f"""
+            SELECT count(DISTINCT id) FROM (SELECT {ID} AS id, captioned_at FROM {parquet_files(parts)})
+            JOIN (
+                SELECT id, max(changed_at) AS changed_at FROM counted JOIN containers ON number = container GROUP BY id
+            ) USING (id)
+            WHERE captioned_at < to_timestamp(changed_at)""")
+        return number
 
     def unaccounted(self, limit: int = 10) -> tuple[int, list[str]]:
         """How many wanted ids have neither a caption nor a failure, and the first few of them."""
-        lost = """
-            SELECT DISTINCT image_id FROM wanted w
-            WHERE NOT EXISTS (SELECT 1 FROM captions c WHERE c.image_id = w.image_id)
-              AND NOT EXISTS (SELECT 1 FROM failure_log f WHERE f.image_id = w.image_id)
-        """
-        with self._connect() as connection:
-            (count,) = first_row(connection, f"SELECT count(*) FROM ({lost})")
-            names = connection.execute(f"{lost} ORDER BY image_id LIMIT {limit}").fetchall()
-        return count, [name for (name,) in names]
+        count, first = 0, []
+        with self._updated():
+            for condition in self._slices():
+                number, positions = self._ask(f"""
+                    SELECT count(*), min(position, {limit}) FROM (
+                        SELECT id, min(position) AS position FROM counted WHERE NOT is_tar AND {condition} GROUP BY id
+                    ) ANTI JOIN captioned USING (id) ANTI JOIN failed USING (id)""")
+                count, first = count + number, first + (positions or [])
+        return count, [self._id_at(position) for position in sorted(first)[:limit]]
 
     def unread_tars(self) -> list[str]:
-        """The tars listed whose members are not known."""
-        with self._connect() as connection:
-            rows = connection.execute(f"SELECT DISTINCT container FROM listed WHERE {_IS_TAR}").fetchall()
-        known = set(self.listing.known_tars)
-        return sorted(uri for (uri,) in rows if uri not in known)
+        """The tars whose members are not known."""
+        names = {number: name for (_, name), number in self._containers.items()}
+        with self._updated():
+            rows = self._connection.execute("SELECT DISTINCT container FROM counted WHERE is_tar").fetchall()
+        return sorted({names[number] for (number,) in rows})
 
-    def remove_others(self) -> None:
-        """Delete the units that killed runs left; what is done is in the parts. Only for the holder of the lease."""
-        plan = self.output.plan
-        with storage_errors(f"removing {plan.uri}"), suppress(FileNotFoundError):
-            plan.fs.invalidate_cache()
-            for name in plan.fs.ls(plan.path, detail=False):
-                if name.rstrip("/").rsplit("/", 1)[-1] != "listing":
-                    plan.fs.rm(name, recursive=True)
+    def current_failures(self) -> dict[str, int]:
+        """How many images have failed, by the kind of their latest failure."""
+        with self._updated([]):
+            rows = self._connection.execute(
+                "SELECT error_type, count(*) FROM current_failures GROUP BY ALL ORDER BY ALL"
+            )
+            return dict(rows.fetchall())
 
-    def remove(self) -> None:
-        """Delete the units of this run."""
-        with storage_errors(f"removing {self.folder.uri}"), suppress(FileNotFoundError):
-            self.folder.fs.rm(self.folder.path, recursive=True)
+    # What is listed.
+
+    @property
+    def _connection(self) -> duckdb.DuckDBPyConnection:
+        return self.settled.connection
+
+    def _ask(self, sql: str) -> tuple:
+        return first_row(self._connection, sql)
+
+    def _slices(self) -> list[str]:
+        return self.settled.slices(max(self.listing.num_rows, self.settled.num_captions))
 
     @contextmanager
-    def _connect(self) -> Generator[duckdb.DuckDBPyConnection]:
-        """DuckDB with the output's views, ``listed``, ``wanted`` (the images of it) and ``settled``: the ids that need no
-        further attempt."""
-        final = ", ".join(f"'{kind}'" for kind in FINAL_FAILURES)
-        retried = ", ".join(f"'{kind}'" for kind in self.retry_failed) or "''"
-        this_run = f"run_id = '{self.run_id}'"
-        with self.output.connect() as connection:
-            files = [*self.listing.chunks(), *self.listing.member_chunks()]
-            create_view(connection, "listed", files, self.listing.schema)
-            connection.execute(f"CREATE VIEW wanted AS SELECT * FROM listed WHERE NOT {_IS_TAR}")
-            connection.execute(f"""
-                CREATE VIEW settled AS
-                SELECT image_id FROM captions
-                UNION ALL
-                SELECT image_id FROM failures
-                WHERE error_type IN ({final}) AND (error_type NOT IN ({retried}) OR {this_run})
-                UNION ALL
-                SELECT image_id FROM failure_log WHERE {this_run}
-                GROUP BY image_id HAVING count(*) >= {ATTEMPTS_PER_RUN}
-            """)
-            yield connection
+    def _updated(
+        self, chunks: list[Location] | None = None, given_up: frozenset[str] = frozenset()
+    ) -> Generator[list[_Chunk]]:
+        """With the tables as output and listing are now, ``chunks`` or all being taken in: those that are new."""
+        self.listing.flush()
+        self.settled.refresh()
+        with duckdb_errors(f"planning for {self.output.root.uri}"):
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS listed (position BIGINT, id UHUGEINT, container INTEGER, is_tar BOOLEAN)"
+            )
+            if chunks is None:
+                chunks = [*self.listing.chunks(), *self.listing.member_chunks()]
+            new = [self._take_in(file) for file in chunks if file.path not in self._chunks]
+            self._chunks |= {chunk.file.path: chunk for chunk in new}
+            self._update_containers(given_up)
+            yield new
+
+    def _take_in(self, file: Location) -> _Chunk:
+        rows = pq.ParquetFile(pa.BufferReader(read_bytes(file)))
+        number = rows.metadata.num_rows
+        self.settled.check_room(number)
+        begin = rows.read_row_group(0, columns=["position"])["position"][0].as_py()
+        names = ["position", "input", "image_id", "kind", "container"]
+        batches = (self._taken(batch) for batch in rows.iter_batches(columns=names))
+        reader = pa.RecordBatchReader.from_batches(_TAKEN, batches)
+        self._connection.register("taken", reader)
+        self._connection.execute(f"INSERT INTO listed SELECT position, {ID}, container, is_tar FROM taken")
+        self._connection.unregister("taken")
+        return _Chunk(file, begin, begin + number)
+
+    def _taken(self, rows: pa.RecordBatch) -> pa.RecordBatch:
+        is_tar = pc.equal(rows["kind"], "tar")  # ty: ignore[missing-attribute]
+        return pa.record_batch([rows["position"], rows["image_id"], self._numbers(rows), is_tar], schema=_TAKEN)
+
+    def _numbers(self, rows: pa.RecordBatch) -> pa.Array:
+        """The containers of ``rows`` by their numbers."""
+        names = rows["container"].dictionary_encode()
+        codes = names.indices.fill_null(-1).to_numpy().astype(np.int64)
+        if codes.max(initial=-1) < 0:
+            return pa.nulls(len(codes), pa.int32())
+        inputs = rows["input"].to_numpy()
+        pairs, first, where = np.unique(codes * 2**16 + inputs, return_index=True, return_inverse=True)
+        numbers = []
+        for code, number, row in zip(*divmod(pairs, 2**16), first, strict=True):
+            key = int(number), names.dictionary[int(code)].as_py() if code >= 0 else ""
+            numbers.append(self._containers.setdefault(key, len(self._containers)))
+            if rows["kind"][int(row)].as_py() == "object":
+                self._manifests.add(key)
+        return pa.array(np.array(numbers, np.int32)[where], mask=codes < 0)
+
+    def _update_containers(self, given_up: frozenset[str]) -> None:
+        listing = self.listing
+        rows = [
+            (
+                number,
+                NEVER if key[1] in given_up else listing.superseded.get(key, 0),
+                key in listing.known_tars,
+                None if key in self._manifests else listing.changed.get(key),
+            )
+            for key, number in self._containers.items()
+            if key in listing.superseded or key in listing.known_tars or key[1] in given_up
+        ]
+        columns = list(zip(*rows, strict=True)) or [[]] * len(_CONTAINERS)
+        table = pa.table([pa.array(c, f.type) for c, f in zip(columns, _CONTAINERS, strict=True)], schema=_CONTAINERS)
+        self._connection.register("containers", table)
+        self._connection.execute("""
+            CREATE OR REPLACE TEMP VIEW counted AS
+            SELECT listed.* FROM listed LEFT JOIN containers ON number = container
+            WHERE position >= coalesce(since, 0) AND NOT (is_tar AND coalesce(is_read, false))
+        """)
+
+    def _id_at(self, position: int) -> str:
+        (chunk,) = (chunk for chunk in self._chunks.values() if chunk.begin <= position < chunk.end)
+        ids = pq.read_table(pa.BufferReader(read_bytes(chunk.file)), columns=["image_id"])["image_id"]
+        return ids[position - chunk.begin].as_py()
+
+    # What is to be done.
+
+    def _work(self, chunks: list[_Chunk], others: str, block_rows: int, limit: int | None) -> Work:
+        self.listing.relisted.clear()
+        if not chunks:
+            return Work([], 0, 0, 0)
+        chunks = sorted(chunks, key=lambda chunk: chunk.begin)
+        images, tars = self._positions(chunks, others)
+        if limit is not None:
+            images[np.flatnonzero(images)[limit:]] = False
+        num_images = int(images.sum())
+        found: list[pa.Table] = [self.listing.schema.empty_table()]
+        with UnitFiles(self.listing.folder, self._num_files, self.listing.schema, block_rows, self.write) as files:
+            for begin, rows in _row_groups(chunks, images | tars):
+                inside = slice(begin, begin + rows.num_rows)
+                files.add(rows.filter(pa.array(images[inside])))
+                found.append(rows.filter(pa.array(tars[inside])))
+            unread = self._first_tars(pa.concat_tables(found), None if limit is None else limit - num_images)
+            self._add_tars(files, unread)
+        self._num_files += len(files.files)
+        return Work(files.files, files.num_units, num_images, unread.num_rows)
+
+    def _positions(self, chunks: list[_Chunk], others: str) -> tuple[np.ndarray, np.ndarray]:
+        """For each position from the first chunk on, whether an image and whether a tar is to be done there: each id once,
+        at the first of its places."""
+        first, last = chunks[0].begin, chunks[-1].end
+        images, tars, inside = (np.zeros(last - first, np.bool_) for _ in range(3))
+        for part in self._slices():
+            reader = self._connection.sql(f"""
+                SELECT position - {first}, is_tar FROM (
+                    SELECT id, min(position) AS position, bool_or(is_tar) AS is_tar
+                    FROM counted WHERE {part} GROUP BY id HAVING min(position) >= {first}
+                ) ANTI JOIN (SELECT id FROM settled WHERE {part}) USING (id) {others}
+            """).to_arrow_reader(100_000)
+            for positions, is_tar in reader:
+                where, what = positions.to_numpy(), is_tar.to_numpy(zero_copy_only=False)
+                images[where[~what]] = True
+                tars[where[what]] = True
+        for chunk in chunks:
+            inside[chunk.begin - first : chunk.end - first] = True
+        return images & inside, tars & inside
+
+    def _first_tars(self, tars: pa.Table, room: int | None) -> pa.Table:
+        """As many of ``tars`` as hold some ``room`` images; one, while it is not known how large images are."""
+        if room is None:
+            return tars
+        mean = self.listing.mean_image_bytes
+        sizes = tars["size"].fill_null(0).to_numpy()
+        before = np.append(0, np.cumsum(sizes)[:-1]) / mean if mean else np.arange(len(sizes)) * room
+        return tars.filter(pa.array(before < room))
+
+    def _add_tars(self, files: UnitFiles, tars: pa.Table) -> None:
+        """A unit for each tar, with the hashes of its settled members: one join for all of them."""
+        if not tars.num_rows:
+            return
+        names = pc.binary_join_element_wise(tars["container"], "", "#")  # ty: ignore[missing-attribute]
+        self._connection.register("tars", pa.table({"number": np.arange(tars.num_rows), "image_id": names}))
+        reader = self._connection.sql(f"""
+            SELECT number, (id & {2**64 - 1})::UBIGINT, (id >> 64)::UBIGINT
+            FROM settled JOIN (SELECT number, {TAR} AS tar FROM tars) USING (tar) ORDER BY number
+        """).to_arrow_reader(100_000)
+        done, numbers, halves = 0, np.empty(0, np.int64), np.empty((0, 2), np.uint64)
+        for batch in reader:
+            number, low, high = (column.to_numpy() for column in batch)
+            numbers = np.concatenate([numbers, number])
+            halves = np.concatenate([halves, np.column_stack([low, high])])
+            # The members of the last tar may go on in the next batch.
+            ready = int(numbers[-1])
+            end = int(np.searchsorted(numbers, ready))
+            self._add_some(files, tars, done, ready, numbers[:end], halves[:end])
+            done, numbers, halves = ready, numbers[end:], halves[end:]
+        self._add_some(files, tars, done, tars.num_rows, numbers, halves)
+
+    def _add_some(
+        self, files: UnitFiles, tars: pa.Table, begin: int, end: int, numbers: np.ndarray, halves: np.ndarray
+    ) -> None:
+        """The tars from ``begin`` to ``end``, with the hashes that have their numbers."""
+        offsets = np.searchsorted(numbers, np.arange(begin, end + 1))
+        bytes_ = pa.py_buffer(halves.astype("<u8").tobytes())
+        digests = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(halves), [None, bytes_])
+        files.add_tars(tars.slice(begin, end - begin), offsets, digests)
 
 
-_IS_TAR = "(container IS NOT NULL AND row_group IS NULL AND member IS NULL)"
+_TAKEN = pa.schema(
+    [("position", pa.int64()), ("image_id", pa.string()), ("container", pa.int32()), ("is_tar", pa.bool_())]
+)
+_CONTAINERS = pa.schema(
+    [("number", pa.int32()), ("since", pa.int64()), ("is_read", pa.bool_()), ("changed_at", pa.float64())]
+)
 
 
-def _units(reader: pa.RecordBatchReader, schema: pa.Schema, block_rows: int) -> Iterator[pa.Table]:
-    """The reader's rows as units: ``block_rows`` images by URI, or whole row groups and tars of at least as many."""
-    held = schema.empty_table()
-    for batch in reader:
-        held = pa.concat_tables([held, pa.Table.from_batches([batch]).cast(schema)]).combine_chunks()
-        # What the last run of rows belongs to may go on in the next batch.
-        begin = 0
-        for begin, end in _cuts(held, block_rows):
-            yield held.slice(begin, end - begin)
-            begin = end
-        held = held.slice(begin)
-    if held.num_rows:
-        yield held
+def _row_groups(chunks: list[_Chunk], wanted: np.ndarray) -> Iterator[tuple[int, pa.Table]]:
+    """The row groups of ``chunks`` with rows that are wanted, and where they begin in ``wanted``."""
+    first = chunks[0].begin
+    for chunk in chunks:
+        at = chunk.begin - first
+        if not wanted[at : chunk.end - first].any():
+            continue
+        file = pq.ParquetFile(pa.BufferReader(read_bytes(chunk.file)))
+        for group in range(file.num_row_groups):
+            end = at + file.metadata.row_group(group).num_rows
+            if wanted[at:end].any():
+                yield at, file.read_row_group(group)
+            at = end
 
 
-def _cuts(rows: pa.Table, block_rows: int) -> Iterator[tuple[int, int]]:
-    """Where units begin and end among ``rows``, all that is surely complete."""
-    begin = 0
-    for first, end, is_last in _runs(rows):
-        if rows["container"][first].as_py() is None:
-            while end - begin >= block_rows:
-                yield begin, begin + block_rows
-                begin += block_rows
-        elif end - begin >= block_rows and not is_last:
-            yield begin, end
-            begin = end
-
-
-def _runs(rows: pa.Table) -> Iterator[tuple[int, int, bool]]:
-    """Runs of rows that lie in the same place: first row, end, and whether it is the last run."""
-    if not rows.num_rows:
-        return
-    places = list(zip(*(rows[name].to_pylist() for name in _SAME_UNIT), strict=True))
-    starts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1]]
-    for first, end in zip(starts, [*starts[1:], rows.num_rows], strict=True):
-        yield first, end, end == rows.num_rows
-
-
-def remove_duplicates(output: Output) -> int:
-    """Remove ids that stand in two caption parts from the newer part, replacing it under its name; how many there were.
-
-    They come from a writer that was frozen past its lease and woke up. Of two runs the later id string is the newer.
-    """
-    removed = 0
-    with output.connect() as connection:
-        files = output.parts(output.captions)
-        doubled = connection.execute("SELECT image_id FROM captions GROUP BY image_id HAVING count(*) > 1").fetchall()
-    if not doubled:
-        return 0
-    ids = {image_id for (image_id,) in doubled}
-    seen: set[str] = set()
-    for file in files:
-        part = pq.ParquetFile(file.path, filesystem=file.fs)
-        keep = []
-        for image_id in part.read(columns=["image_id"])["image_id"].to_pylist():
-            keep.append(not (image_id in ids and image_id in seen))
-            if image_id in ids:
-                seen.add(image_id)
-        if not all(keep):
-            removed += keep.count(False)
-            table = part.read().filter(pa.array(keep)).cast(part.schema_arrow)
-            write_atomic(file, encode_parquet(table), output.scratch)
-    return removed
+def remove_duplicates(output: Output, write: Write) -> int:
+    """What ``Settled.remove_duplicates`` does."""
+    with Settled(output, "") as settled:
+        return settled.remove_duplicates(write)

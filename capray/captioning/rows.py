@@ -1,4 +1,4 @@
-"""What flows through the job, as Arrow columns: planned images, fetched images, results.
+"""What flows through the job, as Arrow tables: fetched images, results, and what was found out about containers.
 
 Ray Data may cut and join blocks as it likes, and a replayed task that cuts elsewhere would lose or repeat rows. So a block
 of ours travels as one row of Ray's, its table encoded in the column ``block``: there is nothing to cut.
@@ -6,77 +6,126 @@ of ours travels as one row of Ray's, its table encoded in the column ``block``: 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import pyarrow as pa
 
+from capray.inputs.base import Changed, Event, TarMembers, TarUnreadable
+from capray.inputs.places import MEMBERS
 from capray.tables import captions_schema
+
+_LOOK = [
+    pa.field("error_type", pa.string()),
+    pa.field("message", pa.string()),
+    pa.field("certain", pa.bool_()),
+    pa.field("place", pa.string()),
+    pa.field("node", pa.string()),
+]
+"""Why there is no image or caption; whether that is certain; and where the image was looked for: its place as JSON (of what
+is not certain, and of a block's first readable image), and the id of the node."""
 
 FETCHED = pa.schema(
     [
-        ("image_id", pa.string()),
-        ("uri", pa.string()),
-        ("pixels", pa.binary()),
-        ("input_height", pa.int32()),
-        ("input_width", pa.int32()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("sha256", pa.binary(32)),
-        ("error_type", pa.string()),
-        ("message", pa.string()),
+        pa.field("image_id", pa.string()),
+        pa.field("uri", pa.string()),
+        pa.field("pixels", pa.binary()),
+        pa.field("input_height", pa.int32()),
+        pa.field("input_width", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("sha256", pa.binary(32)),
+        pa.field("careful", pa.bool_()),
+        *_LOOK,
     ]
 )
-"""``pixels`` are uint8 at the encoder's input size; null, with the reason, where there is no image."""
+"""``pixels`` are uint8 at the encoder's input size; null, with the reason, where there is no image. A ``careful`` one has
+killed a process before."""
 
-BLOCK = pa.schema(
+EVENTS = pa.schema(
     [
-        ("block", pa.binary()),
+        ("kind", pa.string()),
         ("input", pa.int16()),
         ("container", pa.string()),
-        ("members", pa.binary()),
-        ("fault", pa.string()),
+        ("version", pa.string()),
+        ("message", pa.string()),
+        ("members", pa.list_(pa.struct(MEMBERS))),
     ]
 )
-"""One row: a block, and, when a tar was read to its end, which one, and its MEMBERS or why they cannot be had."""
+"""What was found out about containers while they were read."""
+
+BLOCK = pa.schema([("block", pa.binary()), ("events", pa.binary())])
+"""One row: a block, and the EVENTS that came with it."""
+
+UNIT = pa.schema([("places", pa.binary()), ("skipped", pa.binary())])
+"""One row: the places of a unit, and the MD5 digests of the ids that a tar is to be read without, one behind the other."""
 
 
 def fetched_schema(source: pa.DataType | None = None) -> pa.Schema:
+    """FETCHED, with the carried columns ``source`` where there are any."""
     return FETCHED if source is None else FETCHED.append(pa.field("source", source))
 
 
 def results_schema(source: pa.DataType | None = None, attention: bool = False) -> pa.Schema:
     """The columns of a caption, or else why there is none."""
-    fields = [pa.field(field.name, field.type) for field in captions_schema(source, attention)]
-    return pa.schema([*fields, pa.field("error_type", pa.string()), pa.field("message", pa.string())])
+    return pa.schema([*(pa.field(field.name, field.type) for field in captions_schema(source, attention)), *_LOOK])
 
 
-RESULTS = results_schema()
-
-
-def block_of(
-    table: pa.Table,
-    number: int | None = None,
-    container: str | None = None,
-    members: pa.Table | None = None,
-    fault: str | None = None,
-) -> pa.Table:
+def block_of(table: pa.Table, events: Sequence[Event] = ()) -> pa.Table:
     """``table`` as a BLOCK row."""
-    packed = None if members is None else _pack(members)
-    values = (_pack(table), number, container, packed, fault)
-    return pa.table([pa.array([value], column.type) for value, column in zip(values, BLOCK, strict=True)], schema=BLOCK)
+    packed = pack(pa.Table.from_pylist([_event_row(event) for event in events], EVENTS)) if events else None
+    return pa.table({"block": [pack(table)], "events": pa.array([packed], pa.binary())}, schema=BLOCK)
 
 
-def repacked(row: pa.Table, table: pa.Table) -> pa.Table:
+def with_table(row: pa.Table, table: pa.Table) -> pa.Table:
     """The BLOCK ``row`` with another table in it."""
-    return row.set_column(0, BLOCK.field("block"), pa.array([_pack(table)], pa.binary()))
+    return row.set_column(0, BLOCK.field("block"), pa.array([pack(table)], pa.binary()))
 
 
-def unpack(row: pa.Table, column: str = "block") -> pa.Table | None:
-    """The table in ``column`` of a BLOCK row, without copying its buffers."""
-    value = row[column][0]
-    return pa.ipc.open_stream(value.as_buffer()).read_all() if value.is_valid else None
+def table_of(row: pa.Table) -> pa.Table:
+    """The table in a BLOCK row, without copying its buffers."""
+    return unpack(row["block"][0])
 
 
-def _pack(table: pa.Table) -> bytes:
+def events_of(row: pa.Table) -> list[Event]:
+    """The events in a BLOCK row."""
+    if not row["events"][0].is_valid:
+        return []
+    return [_event(values) for values in unpack(row["events"][0]).to_pylist()]
+
+
+def unit_row(places: pa.Table, skipped: Iterable[bytes] = ()) -> pa.Table:
+    """The places of a unit as a UNIT row."""
+    return pa.table({"places": [pack(places)], "skipped": [b"".join(skipped)]}, schema=UNIT)
+
+
+def unit_of(row: pa.Table) -> tuple[pa.Table, frozenset[bytes]]:
+    """The places in a UNIT row, and the digests to skip."""
+    digests = row["skipped"][0].as_py()
+    return unpack(row["places"][0]), frozenset(digests[i : i + 16] for i in range(0, len(digests), 16))
+
+
+def pack(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
+
+
+def unpack(value: pa.Scalar) -> pa.Table:
+    return pa.ipc.open_stream(value.as_buffer()).read_all()
+
+
+def _event_row(event: Event) -> dict:
+    row = {"kind": type(event).__name__, "input": event.input, "container": event.container}
+    if isinstance(event, TarMembers):
+        return row | {"version": event.version, "members": event.members.to_pylist()}
+    return row | ({"message": event.message} if isinstance(event, TarUnreadable) else {})
+
+
+def _event(row: dict) -> Event:
+    number, container = row["input"], row["container"]
+    if row["kind"] == Changed.__name__:
+        return Changed(number, container)
+    if row["kind"] == TarUnreadable.__name__:
+        return TarUnreadable(number, container, row["message"])
+    return TarMembers(number, container, row["version"], pa.Table.from_pylist(row["members"], MEMBERS))

@@ -1,7 +1,8 @@
-"""The single writer: rows in, parts out. Each part is encoded whole in memory and published in one atomic step.
+"""The single writer: rows in, parts out. Each part is encoded whole in memory and published in one atomic step, in a thread
+beside the taking of results.
 
-A part is cut by rows or by the age of its oldest row. A cut publishes its captions before its failures, so an image is
-never shown as failed while the caption that mends it is on its way.
+A part is cut by rows, by bytes, or by the age of its oldest row. A cut publishes its captions before its failures, so an
+image is never shown as failed while the caption that mends it is on its way.
 """
 
 from __future__ import annotations
@@ -9,24 +10,78 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from capray.captioning.lease import Lease
 from capray.captioning.rows import results_schema
+from capray.deadlines import now
+from capray.errors import WriteUnanswered
 from capray.output import Output
 from capray.storage import Location, write_atomic
 from capray.tables import FAILURES, captions_schema, encode_parquet
+
+MAX_PART_BYTES = 64 * 2**20
+"""Of a part's rows in memory: so that it can be written within the lease's margin."""
+_WRITES = 3
+"""How often bytes are sent whose arrival was not confirmed."""
+
+Write = Callable[[Location, bytes], None]
+
+
+class FencedWrites:
+    """Writes under an output while this run surely holds its lease, each within the lease's margin.
+
+    One that went unanswered is sent again under the same name with the same bytes, after the lease was renewed.
+    """
+
+    def __init__(self, output: Output, lease: Lease):
+        self.output, self.lease = output, lease
+
+    def __call__(self, location: Location, data: bytes) -> None:
+        """Publish ``data`` under ``location``.
+
+        Raises:
+            LeaseHeldError: the lease is lost.
+            StorageError: the store refuses, or never answered.
+        """
+        for attempt in range(_WRITES):
+            self.lease.check()
+            checked_at = now()
+            try:
+                # What a process was frozen for in between is taken off what the write may take.
+                left = self.lease.margin_seconds - (now() - checked_at)
+                write_atomic(location, data, self.output.scratch, left)
+                return
+            except WriteUnanswered:
+                if attempt == _WRITES - 1:
+                    raise
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part cut and encoded; what of it was published already is written again with the same bytes."""
+
+    files: list[tuple[Location, bytes]]
+    num_captions: int
+    failures: Counter[str]
 
 
 class PartWriter:
     """Collects results and publishes them as parts of one run.
 
+    Holds at most the rows of one open part and the bytes of one in flight.
+
     Args:
         output: where to.
         run_id: this run, in every row and every part's name.
         part_rows, part_seconds: when a part is cut.
-        before_publish: called before each publish; raises when this run may not write (its lease is lost).
+        write: publishes bytes; raises when this run may not write.
+        newest_failure: microseconds since the epoch, of the newest row in the output's failure log: no row precedes it,
+            whatever this machine's clock says.
         clock: seconds, monotonic.
         source_type, attention: the columns the captions have besides those they always have.
     """
@@ -37,69 +92,107 @@ class PartWriter:
         run_id: str,
         part_rows: int,
         part_seconds: float,
-        before_publish: Callable[[], None],
+        write: Write,
+        newest_failure: int = 0,
         clock: Callable[[], float] = time.monotonic,
         source_type: pa.DataType | None = None,
         attention: bool = False,
     ):
         self.output, self.run_id = output, run_id
         self.part_rows, self.part_seconds = part_rows, part_seconds
-        self.before_publish, self.clock = before_publish, clock
+        self.write, self.clock = write, clock
         self.num_captions = self.num_parts = 0
         self.failures: Counter[str] = Counter()
+        self._newest_failure = newest_failure
         self._sequence = 0
         self._results = results_schema(source_type, attention)
         self._captions = captions_schema(source_type, attention)
         self._held = self._results.empty_table()
         self._oldest = 0.0
+        self._pool = ThreadPoolExecutor(1, "parts")
+        self._part: _Part | None = None
+        self._publishing: Future[None] | None = None
 
     @property
     def num_held(self) -> int:
         return self._held.num_rows
 
     def add(self, results: pa.Table) -> None:
-        """Take RESULTS rows, and publish the parts they fill."""
+        """Take RESULTS rows, and cut the parts they fill."""
         if not self._held.num_rows:
             self._oldest = self.clock()
         self._held = pa.concat_tables([self._held, results.cast(self._results)])
-        while self._held.num_rows >= self.part_rows:
-            self._publish()
+        while self._held.num_rows >= self.part_rows or self._held.nbytes >= MAX_PART_BYTES:
+            self._cut()
             self._oldest = self.clock()
         self.tick()
 
+    def add_failures(self, rows: list[dict]) -> None:
+        """Take failures as rows: image_id, uri, error_type, message."""
+        self.add(pa.Table.from_pylist(rows, self._results))
+
     def tick(self) -> None:
-        """Publish what is held if its oldest row is old enough."""
+        """Cut what is held if its oldest row is old enough; raise what publishing in the background has met."""
+        if self._publishing is not None and self._publishing.done():
+            self._settle()
         if self._held.num_rows and self.clock() - self._oldest >= self.part_seconds:
-            self.flush()
+            self._cut()
 
     def flush(self) -> None:
-        """Publish what is held."""
+        """Publish what is held. What publishing has failed on before is tried once more."""
+        if self._publishing is not None:
+            self._publishing.exception()
+            self._publishing = None
+        if self._part is not None:
+            self._publish(self._part)
         while self._held.num_rows:
-            self._publish()
+            self._cut()
+            self._settle()
 
-    def _publish(self) -> None:
-        """Cut a part and publish it. When that fails its rows stay held, and the next cut replaces what is there of it."""
-        rows = self._held.slice(0, self.part_rows)
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(wait=False)
+
+    def _settle(self) -> None:
+        """Wait until what is in flight is published."""
+        publishing, self._publishing = self._publishing, None
+        if publishing is not None:
+            publishing.result()
+        if self._part is not None:
+            self._publish(self._part)
+
+    def _cut(self) -> None:
+        self._settle()
+        size = min(self.part_rows, max(1, int(self._held.num_rows * MAX_PART_BYTES / max(1, self._held.nbytes))))
+        rows = self._held.slice(0, size)
         name = f"part-{self.run_id}-{self._sequence:05d}.parquet"
         failed = pc.field("error_type").is_valid()
         captions = self._with_run(rows.filter(~failed), self._captions)
         failures = rows.filter(failed)
+        files = []
         if captions.num_rows:
-            self._write(self.output.captions.join(name), captions)
+            files.append((self.output.captions.join(name), encode_parquet(captions)))
         if failures.num_rows:
-            now = pa.array([time.time_ns() // 1000] * failures.num_rows, FAILURES.field("failed_at").type)
-            table = self._with_run(failures.append_column("failed_at", now), FAILURES)
-            self._write(self.output.failures.join(name), table)
-        self.num_captions += captions.num_rows
-        self.failures.update(failures["error_type"].to_pylist())
-        self.num_parts += (captions.num_rows > 0) + (failures.num_rows > 0)
+            table = self._with_run(failures.append_column("failed_at", self._times(failures.num_rows)), FAILURES)
+            files.append((self.output.failures.join(name), encode_parquet(table)))
+        self._part = _Part(files, captions.num_rows, Counter(failures["error_type"].to_pylist()))
         self._sequence += 1
         self._held = self._held.slice(rows.num_rows)
+        self._publishing = self._pool.submit(self._publish, self._part)
 
-    def _write(self, part: Location, table: pa.Table) -> None:
-        data = encode_parquet(table)
-        self.before_publish()
-        write_atomic(part, data, self.output.scratch)
+    def _times(self, count: int) -> pa.Array:
+        """Increasing times of failure, later than all before."""
+        first = max(time.time_ns() // 1000, self._newest_failure + 1)
+        self._newest_failure = first + count - 1
+        return pa.array(range(first, first + count), pa.int64()).cast(FAILURES.field("failed_at").type)
+
+    def _publish(self, part: _Part) -> None:
+        for location, data in part.files:
+            self.write(location, data)
+        self.num_captions += part.num_captions
+        self.failures.update(part.failures)
+        self.num_parts += len(part.files)
+        self._part = None
 
     def _with_run(self, rows: pa.Table, schema: pa.Schema) -> pa.Table:
         run = pa.array([self.run_id] * rows.num_rows, pa.string())

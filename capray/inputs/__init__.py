@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
+from collections.abc import Iterable, Iterator
 
 from capray.config import SourceSettings
 from capray.errors import ConfigError
@@ -12,10 +13,13 @@ from capray.inputs.base import Source, is_hidden
 from capray.inputs.files import Images
 from capray.inputs.tables import MANIFESTS, Inventory, Manifest, Parquet
 from capray.inputs.tars import Tars
-from capray.storage import Entry, Location, is_file, is_folder, is_glob, iter_files, locate, storage_errors, uri_of
+from capray.inputs.versions import entry_at
+from capray.inputs.witnesses import opens
+from capray.storage import Entry, Location, entry_of, is_file, is_folder, is_glob, iter_files, locate, storage_errors
 
 _SAMPLE = 1000
 _SIDECARS = (".parquet", ".json", ".txt", ".csv")
+_NUM_WITNESSES = 4
 
 __all__ = ["Source", "open_sources"]
 
@@ -55,14 +59,27 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     if not sample:
         raise ConfigError(f"there are no images at {uri!r}: it is empty, or does not exist")
     kind = settings.input_kind if settings.input_kind != "auto" else _judge(place, sample)
+    source = _source_of(kind, place, settings, keep, itertools.chain(sample, files))
+    if place.is_local and (kind in ("images", "tar") or source.image_column):
+        source.witnesses = tuple(
+            itertools.islice((entry.path for entry in sample if opens(entry.path)), _NUM_WITNESSES)
+        )
+    return source
+
+
+def _source_of(
+    kind: str, place: Location, settings: SourceSettings, keep: tuple[str, ...], files: Iterable[Entry]
+) -> Source:
+    uri = place.uri
     if kind == "images":
         if is_glob(place):
             raise ConfigError(f"{uri!r}: a glob names tables or tars; for images give the folder and --include")
         return Images(place, settings, keep)
     if kind == "inventory":
         return Inventory(place, settings, keep)
-    shown, hidden = [], 0
-    for entry in itertools.chain(sample, files):
+    shown: list[Entry] = []
+    hidden = 0
+    for entry in files:
         if is_hidden(_below(place, entry), (".", "_")):
             hidden += entry.path.endswith(f".{kind}")
         else:
@@ -72,23 +89,23 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     if kind == "parquet":
         return Parquet(place, settings, keep, _ending(shown, (".parquet",), uri), hidden)
     tars = _ending(shown, (".tar",), uri)
-    beside = {entry.path: entry for entry in shown if entry.path.endswith(".parquet")}
+    beside = {entry.uri: entry for entry in shown if entry.uri.endswith(".parquet")}
     sidecars = {
-        tar.path: beside[other] for tar in tars if (other := tar.path.removesuffix(".tar") + ".parquet") in beside
+        tar.uri: beside[other] for tar in tars if (other := tar.uri.removesuffix(".tar") + ".parquet") in beside
     }
     return Tars(place, settings, keep, tars, sidecars, hidden)
 
 
-def _files(place: Location):
+def _files(place: Location) -> Iterator[Entry]:
     """What the input names, as files: itself, the matches of its glob, or what lies below it."""
     if is_glob(place):
         with storage_errors(f"listing {place.uri}"):
             found = place.fs.glob(place.path, detail=True)
         for path, info in sorted(found.items()):
             if info["type"] == "file":
-                yield Entry(uri_of(place, path), path, info["size"])
+                yield entry_of(place, path, info)
     elif is_file(place):
-        yield Entry(place.uri, place.path, 0)
+        yield entry_at(place)
     elif place.is_local and not is_folder(place):
         raise ConfigError(f"there is nothing at {place.uri!r}")
     else:

@@ -1,4 +1,4 @@
-"""What every kind of input has in common: it is listed unit by unit, page by page, as plan rows.
+"""What every kind of input has in common: it is listed unit by unit, page by page, as rows of places, and read by them.
 
 A source knows nothing of what was already captioned. Image ids are exact: the URI as the store has it, or the chosen
 column, without decoding or normalisation.
@@ -7,21 +7,83 @@ column, without decoding or normalisation.
 from __future__ import annotations
 
 import fnmatch
+import gzip
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pyarrow as pa
 
 from capray.config import SourceSettings
-from capray.errors import ConfigError
-from capray.inputs.places import PLAN
-from capray.storage import Location
+from capray.errors import CaprayError, ConfigError, DataError, StorageError
+from capray.images import ImageError
+from capray.inputs.places import PLACES, Kind, Row
+from capray.inputs.versions import VersionChanged
+from capray.storage import Entry, Location, storage_errors
 
 ROWS_PER_PAGE = 100_000
+
+
+class ContainerChanged(CaprayError):
+    """A table, manifest, inventory or tar is no longer, or not any more, what it was when its listing began."""
+
+    def __init__(self, unit: str):
+        super().__init__(unit)
+        self.unit = unit
+
+    def __str__(self) -> str:
+        return f"{self.unit!r} changed while it was read"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The bytes of the image at ``row``, read as it was listed."""
+
+    row: Row
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why there are no bytes of the image at ``row``."""
+
+    row: Row
+    error: ImageError
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A container is not what was listed: it has to be listed again."""
+
+    input: int
+    container: str
+
+
+@dataclass(frozen=True)
+class TarMembers:
+    """The wanted images (MEMBERS rows) of a tar that was read to its end, and which version of it that was."""
+
+    input: int
+    container: str
+    version: str
+    members: pa.Table
+
+
+@dataclass(frozen=True)
+class TarUnreadable:
+    """A tar that cannot be read as one."""
+
+    input: int
+    container: str
+    message: str
+
+
+Event = Changed | TarMembers | TarUnreadable
+"""What was found out about a container while it was read."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +91,18 @@ class Page:
     """Some rows of a unit, in its order.
 
     Attributes:
-        rows: PLAN columns, less ``position`` and ``input``; columns may be missing.
+        rows: PLACES columns, less ``position`` and ``input``; columns may be missing.
         after: what ``Source.pages`` takes to go on behind this page.
         found: further units that turned up.
         hidden: files left out because of their names.
+        version: of the unit as this page was read; "" of a unit that has none.
     """
 
     rows: pa.Table
     after: Any = None
     found: tuple[str, ...] = ()
     hidden: int = 0
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,17 +145,14 @@ class Selection:
         """The rows that are wanted; a tar whose members are not known yet is judged by its own name."""
         if not (self.include or self.exclude or self.shard):
             return rows
-        ids = rows["image_id"].to_pylist()
-        members = _column(rows, "member")
-        containers = _column(rows, "container")
-        groups = _column(rows, "row_group")
+        containers = rows["container"].to_pylist() if "container" in rows.column_names else [None] * rows.num_rows
         keep = []
-        for image_id, container, member, group in zip(ids, containers, members, groups, strict=True):
-            is_tar = container is not None and group is None
-            globbed = not is_tar or not self.excludes(container)
-            if not is_tar or member is not None:
-                globbed = globbed and self.has(image_id)
-            keep.append(globbed and self.in_shard(container if is_tar else image_id))
+        for image_id, kind, container in zip(
+            rows["image_id"].to_pylist(), rows["kind"].to_pylist(), containers, strict=True
+        ):
+            is_of_tar = kind in ("tar", "member", "name")
+            globbed = not (is_of_tar and self.excludes(container)) and (kind == "tar" or self.has(image_id))
+            keep.append(globbed and self.in_shard(container if is_of_tar else image_id))
         return rows.filter(pa.array(keep, pa.bool_()))
 
     def _matches(self, glob: str, name: str) -> bool:
@@ -100,8 +161,18 @@ class Selection:
         return self._patterns[glob].match(name) is not None
 
 
-def _column(rows: pa.Table, name: str) -> list[Any]:
-    return rows[name].to_pylist() if name in rows.column_names else [None] * rows.num_rows
+@dataclass(frozen=True)
+class InputReading:
+    """What reading the images of an input needs to know of it.
+
+    Attributes:
+        witnesses: a few of its files on a file system, that could be read when it was opened.
+    """
+
+    selection: Selection
+    id_column: str | None = None
+    image_column: str | None = None
+    witnesses: tuple[str, ...] = ()
 
 
 class Source(ABC):
@@ -120,6 +191,7 @@ class Source(ABC):
     def __init__(self, place: Location, settings: SourceSettings, keep: tuple[str, ...] = ()):
         self.place, self.settings, self.keep = place, settings, keep
         self.selection = Selection.of(settings, place.uri)
+        self.witnesses: tuple[str, ...] = ()
 
     @property
     def source_type(self) -> pa.DataType | None:
@@ -131,16 +203,31 @@ class Source(ABC):
         """The column that holds the images, of a Parquet source that does."""
         return None
 
+    @property
+    def id_column(self) -> str | None:
+        """The column of the ids beside ``image_column``."""
+        return None
+
+    @property
+    def reading(self) -> InputReading:
+        """What a Reader needs to know."""
+        return InputReading(self.selection, self.id_column, self.image_column, self.witnesses)
+
+    def versions(self) -> dict[str, str]:
+        """Of units that are containers, the version of each when the source was opened."""
+        return {}
+
     @abstractmethod
     def units(self) -> list[str]:
         """What can be listed apart from each other, to begin with."""
 
     @abstractmethod
     def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
-        """The pages of a unit, from the start or behind the page that gave ``after``.
+        """The pages of a unit as it is now, from the start or behind the page that gave ``after``.
 
         Raises:
-            DataError: a file that cannot be read as what it is.
+            DataError: a file that cannot be read as what it is, or is gone.
+            ContainerChanged: it changes meanwhile, or is not what gave ``after``.
             StorageError: the store cannot be reached or refuses.
         """
 
@@ -154,6 +241,51 @@ class Source(ABC):
                 )
 
 
+class Containers(Source):
+    """A source whose units are files that hold or name images; a unit is called by its file's URI."""
+
+    def __init__(
+        self, place: Location, settings: SourceSettings, keep: tuple[str, ...], files: list[Entry], hidden: int = 0
+    ):
+        super().__init__(place, settings, keep)
+        self.files, self._hidden = files, hidden
+
+    def units(self) -> list[str]:
+        return [entry.uri for entry in self.files]
+
+    def versions(self) -> dict[str, str]:
+        return {entry.uri: entry.version for entry in self.files}
+
+    def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
+        wanted, behind = after or ("", None)
+        hidden = self._hidden if unit == self.files[0].uri and after is None else 0
+        with reading_errors(unit):
+            for rows, version, done in self._list(unit, wanted, behind):
+                yield Page(rows, [version, done], (), hidden, version)
+                hidden = 0
+
+    @abstractmethod
+    def _list(self, unit: str, wanted: str, behind: Any) -> Iterator[tuple[pa.Table, str, Any]]:
+        """Rows of the unit, its version, and what the rows that follow are ``behind``. Raises VersionChanged when the
+        version is not the ``wanted`` one, if one is."""
+
+
+@contextmanager
+def reading_errors(unit: str, file: str | None = None) -> Generator[None]:
+    """Turn what reading the container ``unit``, or a ``file`` that belongs to it, raises into the errors of
+    ``Source.pages``."""
+    with storage_errors(f"reading {file or unit}"):
+        try:
+            yield
+        except VersionChanged as error:
+            raise ContainerChanged(unit) from error
+        except ImageError as error:
+            kind = DataError if error.kind == "missing" else StorageError
+            raise kind(f"reading {error.message}") from error
+        except (pa.ArrowException, gzip.BadGzipFile, zlib.error, EOFError, UnicodeError) as error:
+            raise DataError(f"{(file or unit)!r}: {error}") from error
+
+
 _KINDS = {
     "images": "a place of image files",
     "parquet": "Parquet",
@@ -163,11 +295,16 @@ _KINDS = {
 }
 
 
-def plan_rows(columns: dict[str, Any]) -> pa.Table:
-    """Plan columns by name, lists or arrays, in PLAN's types; ``source`` as it is."""
+def rows_of(kind: Kind, columns: dict[str, Any], **same: Any) -> pa.Table:
+    """Rows of places: columns by name, lists or arrays, in PLACES' types (``source`` as it is), and values all rows have."""
+    number = len(columns["image_id"])
+    same = {"kind": kind, **same}
     return pa.table(
-        {
-            name: values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values, PLAN.field(name).type)
+        {name: pa.repeat(pa.scalar(value, PLACES.field(name).type), number) for name, value in same.items()}
+        | {
+            name: values
+            if isinstance(values, (pa.Array, pa.ChunkedArray))
+            else pa.array(values, PLACES.field(name).type)
             for name, values in columns.items()
         }
     )

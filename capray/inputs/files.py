@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from capray.inputs.base import ROWS_PER_PAGE, Page, Source, is_hidden, plan_rows
+from capray.inputs.base import ROWS_PER_PAGE, Page, Source, is_hidden, rows_of
 from capray.storage import Location, is_file, storage_errors
 
 MAX_LEVELS = 3
@@ -49,7 +49,7 @@ class Images(Source):
         root = self.place.path
         shown = [(path, size) for path, size in files if not is_hidden(path[len(root) :], self.hidden_signs)]
         uris = [self._uri(path) for path, _ in shown]
-        rows = plan_rows({"image_id": uris, "uri": uris, "size": [size for _, size in shown]})
+        rows = rows_of("object", {"image_id": uris, "uri": uris, "size": [size for _, size in shown]})
         return Page(rows, after, found, len(files) - len(shown))
 
     def _uri(self, path: str) -> str:

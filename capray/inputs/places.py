@@ -1,16 +1,26 @@
-"""Where images are, as Arrow rows."""
+"""Where images are, as Arrow rows: what a listing stores, a plan is made of, and fetching reads."""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import pyarrow as pa
 
-PLAN = pa.schema(
+from capray.tables import encode_parquet
+
+Kind = Literal["object", "row", "member", "name", "tar"]
+"""What a place is: an object or file of its own; a row of a Parquet table; a member of a tar whose place in it is known;
+one of which only the name is known (from a sidecar); or a whole tar whose members are not known yet."""
+
+PLACES = pa.schema(
     [
         pa.field("position", pa.int64(), nullable=False),
         pa.field("input", pa.int16(), nullable=False),
         pa.field("image_id", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
         pa.field("uri", pa.string()),
         pa.field("container", pa.string()),
+        pa.field("version", pa.string()),
         pa.field("row_group", pa.int32()),
         pa.field("row", pa.int32()),
         pa.field("member", pa.string()),
@@ -18,14 +28,36 @@ PLAN = pa.schema(
         pa.field("size", pa.int64()),
     ]
 )
-"""One wanted image: its place in the listing, the number of its input, its id, and where its bytes are: at a URI, or in a
-container: row ``row`` of a row group of a Parquet file, or ``size`` bytes at ``offset`` of a tar (null while only the
-member's name is known). A row with a container and neither row nor member is a tar whose members are not known yet."""
+"""One wanted image (or a ``tar`` of them): its place in the listing, the number of its input, its id, and where it is.
 
-MEMBERS = pa.schema([("image_id", pa.string()), ("member", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
-"""The images in a tar."""
+uri: what the captions table shows: where the bytes are; null for a ``row`` (inline bytes), and for an ``object`` whose
+    table names none. Of a ``member`` or ``name`` the tar's URI, ``#``, and the member.
+container: the file that lists the image: a table, manifest or tar; null for an object that was found by listing.
+version: of the container when it was listed (``versions.py``); rows of another version of it do not count.
+row_group, row: of a ``row``.
+member, offset: of a ``member``: its name and the byte where its header begins; of a ``name`` the name alone.
+size: bytes of the object, or of a ``member`` from its header's first byte to its data's last; of a ``tar`` all its bytes.
+"""
+
+MEMBERS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("member", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+    ]
+)
+"""The images in a tar that was read to its end, as ``PLACES`` has them."""
+
+Row = dict[str, Any]
+"""A row of PLACES."""
 
 
-def plan_schema(source: pa.DataType | None = None) -> pa.Schema:
-    """PLAN, with the carried columns ``source`` where there are any."""
-    return PLAN if source is None else PLAN.append(pa.field("source", source))
+def places_schema(source: pa.DataType | None = None) -> pa.Schema:
+    """PLACES, with the carried columns ``source`` where there are any."""
+    return PLACES if source is None else PLACES.append(pa.field("source", source))
+
+
+def encode_places(rows: pa.Table) -> bytes:
+    """Rows of places as the bytes of a Parquet file. Ids and URIs are as good as never the same: no dictionary helps."""
+    return encode_parquet(rows, dictionary=["kind", "container", "version"])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import posixpath
 import re
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -19,8 +18,10 @@ import pyarrow.parquet as pq
 
 from capray.config import SourceSettings
 from capray.errors import ConfigError, DataError
-from capray.inputs.base import ROWS_PER_PAGE, Page, Selection, Source, plan_rows
-from capray.storage import Entry, Location, locate, read_bytes, storage_errors
+from capray.inputs.base import ROWS_PER_PAGE, Containers, Selection, reading_errors, rows_of
+from capray.inputs.byte_reader import CHUNK_BYTES, Stream
+from capray.inputs.versions import check_version
+from capray.storage import Entry, Location, object_version, read_bytes
 
 _ABSOLUTE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.\-]*://")
 _URI_NAMES = ("uri", "url", "path")
@@ -40,7 +41,7 @@ def _require(name: str, columns: list[str], where: str) -> None:
         raise ConfigError(f"{where!r} has no column {name!r}; its columns: {', '.join(columns)}")
 
 
-class Parquet(Source):
+class Parquet(Containers):
     """Parquet files. Of those that hold images only the ids (and carried columns) are read to list them."""
 
     kind = "parquet"
@@ -48,14 +49,10 @@ class Parquet(Source):
     def __init__(
         self, place: Location, settings: SourceSettings, keep: tuple[str, ...], files: list[Entry], hidden: int = 0
     ):
-        super().__init__(place, settings, keep)
-        self.files, self._hidden = files, hidden
+        super().__init__(place, settings, keep, files, hidden)
         first = files[0].uri
-        with storage_errors(f"reading {first}"):
-            try:
-                schema = pq.read_schema(files[0].path, filesystem=place.fs)
-            except pa.ArrowInvalid as error:
-                raise DataError(f"{first!r} is not Parquet: {error}") from error
+        with reading_errors(first):
+            schema = opened_parquet(Stream(first)).schema_arrow
         names = schema.names
         split = "split" if settings.split else None
         for name in filter(None, (split, *keep)):
@@ -87,23 +84,22 @@ class Parquet(Source):
     def image_column(self) -> str | None:
         return self._image
 
-    def units(self) -> list[str]:
-        return [entry.path for entry in self.files]
+    @property
+    def id_column(self) -> str | None:
+        return self._id
 
-    def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
-        hidden = self._hidden if unit == self.files[0].path and after is None else 0
-        wanted = [name for name in dict.fromkeys((self._id, self._uri, self._split, *self.keep)) if name]
-        uri = _uri_like(self.place, unit)
-        with storage_errors(f"reading {uri}"), _parquet_errors(uri):
-            file = pq.ParquetFile(unit, filesystem=self.place.fs)
-            for name in filter(None, (*wanted, self._image)):
-                if name not in file.schema_arrow.names:
-                    raise DataError(f"{uri!r} has no column {name!r}, which the first file has")
-            for group in range(0 if after is None else after + 1, file.num_row_groups):
-                yield Page(self._rows(uri, group, file.read_row_group(group, columns=wanted)), group, (), hidden)
-                hidden = 0
+    def _list(self, unit: str, wanted: str, behind: int | None) -> Iterator[tuple[pa.Table, str, int]]:
+        columns = [name for name in dict.fromkeys((self._id, self._uri, self._split, *self.keep)) if name]
+        stream = Stream(unit, version=wanted)
+        file = opened_parquet(stream)
+        for name in filter(None, (*columns, self._image)):
+            if name not in file.schema_arrow.names:
+                raise DataError(f"{unit!r} has no column {name!r}, which the first file has")
+        for group in range(0 if behind is None else behind + 1, file.num_row_groups):
+            table = file.read_row_group(group, columns=columns)
+            yield self._rows(unit, stream.version, group, table), stream.version, group
 
-    def _rows(self, uri: str, group: int, table: pa.Table) -> pa.Table:
+    def _rows(self, uri: str, version: str, group: int, table: pa.Table) -> pa.Table:
         numbers = pa.array(range(table.num_rows), pa.int32())
         if self._split:
             mask = pa.array([split == self.settings.split for split in table[self._split].to_pylist()], pa.bool_())
@@ -112,16 +108,19 @@ class Parquet(Source):
         if ids.null_count:
             raise DataError(f"column {self._id!r} of {uri!r} has {ids.null_count} rows without an image id")
         columns: dict[str, Any] = {"image_id": ids}
-        if self._uri:
-            columns["uri"] = table[self._uri].cast(pa.string())
-            _refuse_web(columns["uri"], uri)
-        else:
-            columns["container"] = pa.repeat(pa.scalar(uri), table.num_rows)
-            columns["row_group"] = pa.repeat(pa.scalar(group, pa.int32()), table.num_rows)
-            columns["row"] = numbers
         if self.keep:
             columns["source"] = _struct(table, self.keep, self._source_type)
-        return plan_rows(columns)
+        if not self._uri:
+            columns["row"] = numbers
+            return rows_of("row", columns, container=uri, version=version, row_group=group)
+        columns["uri"] = table[self._uri].cast(pa.string())
+        _refuse_web(columns["uri"], uri)
+        return rows_of("object", columns, container=uri, version=version)
+
+
+def opened_parquet(stream: Stream) -> pq.ParquetFile:
+    """The Parquet file in ``stream``, its columns read in pieces of the stream's."""
+    return pq.ParquetFile(pa.PythonFile(stream, mode="r"), buffer_size=CHUNK_BYTES)
 
 
 def _struct(table: pa.Table, keep: tuple[str, ...], source_type: pa.DataType | None) -> pa.Array:
@@ -145,55 +144,34 @@ def _is_binary(column_type: pa.DataType) -> bool:
     return pa.types.is_binary(column_type) or pa.types.is_large_binary(column_type)
 
 
-def _uri_like(place: Location, path: str) -> str:
-    return path if place.is_local else f"{place.uri.split('://', 1)[0]}://{path}"
-
-
-@contextmanager
-def _parquet_errors(uri: str):
-    try:
-        yield
-    except (pa.ArrowException, gzip.BadGzipFile, zlib.error, EOFError, UnicodeError) as error:
-        raise DataError(f"{uri!r}: {error}") from error
-
-
-class Manifest(Source):
+class Manifest(Containers):
     """Lists of URIs. A URI without a scheme that is no absolute path is relative to the manifest's folder."""
 
     kind = "manifest"
 
     def __init__(self, place: Location, settings: SourceSettings, keep: tuple[str, ...], files: list[Entry]):
-        super().__init__(place, settings, keep)
+        super().__init__(place, settings, keep, files)
         self.refuse("split", "image_column")
-        self.files = files
-        if all(_suffix(entry.path) == "txt" for entry in files):
+        if all(_suffix(entry.uri) == "txt" for entry in files):
             self.refuse("id_column", "uri_column", "keep")
 
     @property
     def source_type(self) -> pa.DataType | None:
         return pa.struct([pa.field(name, pa.string()) for name in self.keep]) if self.keep else None
 
-    def units(self) -> list[str]:
-        return [entry.path for entry in self.files]
-
-    def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
-        uri = _uri_like(self.place, unit)
+    def _list(self, unit: str, wanted: str, behind: int | None) -> Iterator[tuple[pa.Table, str, int]]:
         read = {"csv": self._csv, "tsv": self._csv, "jsonl": self._jsonl, "ndjson": self._jsonl, "txt": self._text}
-        done = 0
-        with storage_errors(f"reading {uri}"), _parquet_errors(uri):
-            for rows in read[_suffix(unit)](unit, uri):
-                done += rows.num_rows
-                if after is None or done > after:
-                    skipped = max(0, (after or 0) - (done - rows.num_rows))
-                    yield Page(self._resolved(rows.slice(skipped), uri), done)
+        stream, number, before = Stream(unit, version=wanted), 0, behind or 0
+        for rows in read[_suffix(unit)](unit, stream):
+            number += rows.num_rows
+            if number > before:
+                rest = rows.slice(max(0, rows.num_rows - number + before))
+                yield self._resolved(rest, unit, stream.version), stream.version, number
 
-    def _open(self, path: str):
-        return self.place.fs.open(path, "rb", compression="gzip" if path.endswith(".gz") else None)
-
-    def _csv(self, path: str, uri: str) -> Iterator[pa.Table]:
-        delimiter = "\t" if _suffix(path) == "tsv" else ","
+    def _csv(self, uri: str, stream: Stream) -> Iterator[pa.Table]:
+        delimiter = "\t" if _suffix(uri) == "tsv" else ","
         parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-        with self._open(path) as file:
+        with _unpacked(uri, Stream(uri, version=stream.version)) as file:
             header = pa_csv.open_csv(file, parse_options=parse).schema.names
         columns = self._columns(header, uri)
         wanted = list(dict.fromkeys((*columns, *self.keep)))
@@ -204,12 +182,12 @@ class Manifest(Source):
             null_values=[""],
         )
         read = pa_csv.ReadOptions(block_size=16 * 2**20)
-        with self._open(path) as file:
+        with _unpacked(uri, stream) as file:
             for batch in pa_csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):
                 yield self._table(pa.Table.from_batches([batch]), *columns, uri)
 
-    def _jsonl(self, path: str, uri: str) -> Iterator[pa.Table]:
-        with self._open(path) as file:
+    def _jsonl(self, uri: str, stream: Stream) -> Iterator[pa.Table]:
+        with _unpacked(uri, stream) as file:
             for number, lines in enumerate(_batched(filter(None, map(bytes.strip, file)), ROWS_PER_PAGE)):
                 try:
                     records = [json.loads(line) for line in lines]
@@ -225,8 +203,8 @@ class Manifest(Source):
                 }
                 yield self._table(pa.table(table), *columns, uri)
 
-    def _text(self, path: str, uri: str) -> Iterator[pa.Table]:
-        with self._open(path) as file:
+    def _text(self, uri: str, stream: Stream) -> Iterator[pa.Table]:
+        with _unpacked(uri, stream) as file:
             lines = filter(None, (line.rstrip(b"\r\n") for line in file))
             for batch in _batched(lines, ROWS_PER_PAGE):
                 try:
@@ -254,49 +232,53 @@ class Manifest(Source):
             columns["source"] = _struct(table, self.keep, self.source_type)
         return pa.table(columns)
 
-    def _resolved(self, rows: pa.Table, uri: str) -> pa.Table:
+    def _resolved(self, rows: pa.Table, uri: str, version: str) -> pa.Table:
         folder = posixpath.dirname(uri)
         _refuse_web(rows["uri"], uri)
         names = rows["uri"].to_pylist()
         whole = [name if name is None or _ABSOLUTE.match(name) else f"{folder}/{name}" for name in names]
-        return rows.set_column(rows.column_names.index("uri"), "uri", pa.array(whole, pa.string()))
+        columns = {name: rows[name] for name in rows.column_names} | {"uri": whole}
+        return rows_of("object", columns, container=uri, version=version)
 
 
-class Inventory(Source):
+def _unpacked(uri: str, stream: Stream) -> Any:
+    """The file in ``stream``, buffered, and unpacked if it is gzip."""
+    file = io.BufferedReader(stream, CHUNK_BYTES)
+    return gzip.open(file) if uri.endswith(".gz") else file
+
+
+class Inventory(Containers):
     """An S3 Inventory, named by its manifest.json: CSV or Parquet data files of keys."""
 
     kind = "inventory"
 
     def __init__(self, place: Location, settings: SourceSettings, keep: tuple[str, ...] = ()):
-        super().__init__(place, settings, keep)
-        self.refuse("split", "id_column", "image_column", "uri_column", "keep")
         try:
             manifest = json.loads(read_bytes(place))
             self._format = manifest["fileFormat"]
             bucket = manifest["destinationBucket"].rsplit(":", 1)[-1]
-            self._files = [f"s3://{bucket}/{file['key']}" for file in manifest["files"]]
+            files = [_data_file(bucket, **file) for file in manifest["files"]]
             self._schema = manifest["fileSchema"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{place.uri!r} is not the manifest.json of an S3 Inventory: {error!r}") from error
+        super().__init__(place, settings, keep, files)
+        self.refuse("split", "id_column", "image_column", "uri_column", "keep")
         if self._format not in ("CSV", "Parquet"):
             raise ConfigError(f"{place.uri!r} is an inventory in {self._format}: have it made as CSV or Parquet")
         self.selection = Selection.of(settings, f"s3://{manifest['sourceBucket']}")
 
-    def units(self) -> list[str]:
-        return self._files
+    def _list(self, unit: str, wanted: str, behind: int | None) -> Iterator[tuple[pa.Table, str, int]]:
+        version = next(entry.version for entry in self.files if entry.uri == unit)
+        check_version(wanted, version)
+        stream = Stream(unit)
+        for number, table in enumerate(self._csv(unit, stream) if self._format == "CSV" else self._parquet(stream)):
+            if behind is None or number > behind:
+                yield self._rows(table, unit, version), version, number
 
-    def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
-        with storage_errors(f"reading {unit}"), _parquet_errors(unit):
-            tables = self._csv(unit) if self._format == "CSV" else self._parquet(unit)
-            for number, table in enumerate(tables):
-                if after is None or number > after:
-                    yield Page(self._rows(table), number)
-
-    def _csv(self, unit: str) -> Iterator[dict[str, list[str]]]:
+    def _csv(self, unit: str, stream: Stream) -> Iterator[dict[str, list[str]]]:
         names = [name.strip() for name in self._schema.split(",")]
-        place = locate(unit)
         options = pa_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
-        with place.fs.open(place.path, "rb", compression="gzip" if unit.endswith(".gz") else None) as file:
+        with _unpacked(unit, stream) as file:
             reader = pa_csv.open_csv(
                 file,
                 read_options=pa_csv.ReadOptions(column_names=names, block_size=16 * 2**20),
@@ -309,16 +291,15 @@ class Inventory(Source):
                 columns["key"] = [unquote_plus(key) for key in columns["key"]]
                 yield columns
 
-    def _parquet(self, unit: str) -> Iterator[dict[str, list[str]]]:
-        place = locate(unit)
-        file = pq.ParquetFile(place.path, filesystem=place.fs)
+    def _parquet(self, stream: Stream) -> Iterator[dict[str, list[str]]]:
+        file = opened_parquet(stream)
         wanted = [
             n for n in file.schema_arrow.names if _plain(n) in ("bucket", "key", "size", "islatest", "isdeletemarker")
         ]
         for batch in file.iter_batches(ROWS_PER_PAGE, columns=wanted):
             yield {_plain(name): batch[name].to_pylist() for name in wanted}
 
-    def _rows(self, columns: dict[str, list]) -> pa.Table:
+    def _rows(self, columns: dict[str, list], unit: str, version: str) -> pa.Table:
         count = len(columns["key"])
         sizes = [int(size) if size not in (None, "") else None for size in columns.get("size", [None] * count)]
         latest = columns.get("islatest", [True] * count)
@@ -331,7 +312,13 @@ class Inventory(Source):
             and not (columns["key"][i].endswith("/") and not sizes[i])
         ]
         uris = [f"s3://{columns['bucket'][i]}/{columns['key'][i]}" for i in keep]
-        return plan_rows({"image_id": uris, "uri": uris, "size": [sizes[i] for i in keep]})
+        rows = {"image_id": uris, "uri": uris, "size": [sizes[i] for i in keep]}
+        return rows_of("object", rows, container=unit, version=version)
+
+
+def _data_file(bucket: str, key: str, size: int = 0, MD5checksum: str = "", **_: Any) -> Entry:
+    """A data file, as the inventory's manifest names it."""
+    return Entry(f"s3://{bucket}/{key}", f"{bucket}/{key}", size, object_version(MD5checksum, size))
 
 
 def _plain(name: str) -> str:

@@ -5,28 +5,31 @@ With a sidecar the images are known without reading the tar; without one its mem
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from capray.config import SourceSettings
-from capray.errors import DataError, StorageError
-from capray.images import ImageError
-from capray.inputs.base import Page, Source, plan_rows
-from capray.inputs.byte_reader import open_stream
-from capray.inputs.tables import _choose, _parquet_errors, _require, _struct, _uri_like
-from capray.storage import Entry, Location, storage_errors
+from capray.errors import DataError
+from capray.inputs.base import Containers, reading_errors, rows_of
+from capray.inputs.byte_reader import CHUNK_BYTES, Stream
+from capray.inputs.tables import _choose, _require, _struct, opened_parquet
+from capray.inputs.versions import check_version, entry_at
+from capray.storage import Entry, Location, locate
 
+HEADER_BYTES = 16 * 2**10
+"""As many bytes hold the header of any member, its long name included."""
+_PEEK_BYTES = 4096
 _SUFFIXES = frozenset(("jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "heic"))
 _SIGNS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\x00", b"MM\x00*")
 _BRANDS = (b"ftypavif", b"ftypheic", b"ftypmif1")
 
 
-class Tars(Source):
+class Tars(Containers):
     kind = "tar"
 
     def __init__(
@@ -38,21 +41,21 @@ class Tars(Source):
         sidecars: dict[str, Entry],
         hidden: int = 0,
     ):
-        super().__init__(place, settings, keep)
+        super().__init__(place, settings, keep, files, hidden)
         self.refuse("split", "image_column", "uri_column")
-        self.files, self._hidden, self._sidecars = files, hidden, sidecars
+        self._sidecars = sidecars
+        self._as_opened = {entry.uri: entry for entry in files}
         self._source_type = None
-        without = [entry.uri for entry in files if entry.path not in sidecars]
+        without = [entry.uri for entry in files if entry.uri not in sidecars]
         if without:
-            self._without_sidecar = without[0]
             if keep or settings.id_column:
                 raise DataError(
                     f"{without[0]!r} has no Parquet sidecar (img2dataset writes one), which keep and id_column need"
                 )
         elif files:
-            first = sidecars[files[0].path]
-            with storage_errors(f"reading {first.uri}"), _parquet_errors(first.uri):
-                schema = pq.read_schema(first.path, filesystem=place.fs)
+            first = sidecars[files[0].uri]
+            with reading_errors(first.uri):
+                schema = opened_parquet(Stream(first.uri)).schema_arrow
             for name in (*keep, *filter(None, (settings.id_column,)), "key"):
                 _require(name, schema.names, first.uri)
             if keep:
@@ -62,69 +65,86 @@ class Tars(Source):
     def source_type(self) -> pa.DataType | None:
         return self._source_type
 
-    def units(self) -> list[str]:
-        return [entry.path for entry in self.files]
+    def versions(self) -> dict[str, str]:
+        beside = {uri: f"+{sidecar.version}" for uri, sidecar in self._sidecars.items()}
+        return {entry.uri: entry.version + beside.get(entry.uri, "") for entry in self.files}
 
-    def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
-        if after is not None:
+    def _list(self, unit: str, wanted: str, behind: bool | None) -> Iterator[tuple[pa.Table, str, bool]]:
+        """One page. A unit's version is the tar's and its sidecar's, its rows' that of the tar alone."""
+        if behind:
             return
-        uri = _uri_like(self.place, unit)
-        hidden = self._hidden if unit == self.files[0].path else 0
-        sidecar = self._sidecars.get(unit)
-        if sidecar is None:
-            yield Page(plan_rows({"image_id": [uri], "container": [uri]}), True, (), hidden)
-            return
-        with storage_errors(f"reading {sidecar.uri}"), _parquet_errors(sidecar.uri):
-            table = pq.read_table(sidecar.path, filesystem=self.place.fs)
+        if unit in self._sidecars:
+            with reading_errors(unit, self._sidecars[unit].uri):
+                rows, version = self._by_sidecar(unit, Stream(self._sidecars[unit].uri))
+        else:
+            # What is listed again has changed since the source was opened.
+            entry = self._as_opened.pop(unit, None) or entry_at(locate(unit))
+            rows = rows_of("tar", {"image_id": [unit]}, container=unit, version=entry.version, size=entry.size)
+            version = entry.version
+        check_version(wanted, version)
+        yield rows, version, True
+
+    def _by_sidecar(self, uri: str, stream: Stream) -> tuple[pa.Table, str]:
+        sidecar, table = self._sidecars[uri], opened_parquet(stream).read()
         if "status" in table.column_names:
             table = table.filter(pa.array([status == "success" for status in table["status"].to_pylist()], pa.bool_()))
         if "key" not in table.column_names:
             raise DataError(f"{sidecar.uri!r} has no column 'key', which an img2dataset sidecar has")
-        suffix = self._suffix(uri) if table.num_rows else ""
+        suffix, version = _first_suffix(uri)
         members = pa.array([f"{key}.{suffix}" for key in table["key"].to_pylist()], pa.string())
         uris = pa.array([f"{uri}#{member}" for member in members.to_pylist()], pa.string())
         id_column = _choose(self.settings.id_column, (), table.column_names, sidecar.uri)
         ids = table[id_column].cast(pa.string()) if id_column else uris
         if ids.null_count:
             raise DataError(f"column {id_column!r} of {sidecar.uri!r} has {ids.null_count} rows without an image id")
-        columns = {
-            "image_id": ids,
-            "uri": uris,
-            "container": pa.repeat(pa.scalar(uri), table.num_rows),
-            "member": members,
-        }
+        columns: dict[str, Any] = {"image_id": ids, "uri": uris, "member": members}
         if self.keep:
             columns["source"] = _struct(table, self.keep, self._source_type)
-        yield Page(plan_rows(columns), True, (), hidden)
+        return rows_of("name", columns, container=uri, version=version), f"{version}+{stream.version}"
 
-    def _suffix(self, uri: str) -> str:
-        """What the names of this tar's images end with: a sidecar tells only their keys."""
-        with opened(uri) as tar:
-            for member in tar:
-                _, _, suffix = member.name.rpartition("/")[2].partition(".")
-                if suffix.rpartition(".")[2].lower() in _SUFFIXES:
-                    return suffix
-        return "jpg"
+
+def _first_suffix(uri: str) -> tuple[str, str]:
+    """What the name of the tar's first image ends with, as a sidecar tells only keys; and the tar's version. Reads headers,
+    up to that image's."""
+    stream = Stream(uri)
+    with opened(uri, io.BufferedReader(stream, _PEEK_BYTES)) as tar:
+        for member in tar:
+            suffix = split_key(member.name)[1]
+            if suffix.rpartition(".")[2].lower() in _SUFFIXES:
+                return suffix, stream.version
+    return "jpg", stream.version
+
+
+def split_key(member: str) -> tuple[str, str]:
+    """A member's key, which the files of a sample share, and the suffix behind it."""
+    folder, slash, name = member.rpartition("/")
+    key, _, suffix = name.partition(".")
+    return f"{folder}{slash}{key}", suffix
 
 
 @contextmanager
-def opened(uri: str) -> Generator[tarfile.TarFile]:
-    """The tar at ``uri``, read in large pieces.
+def opened(uri: str, file: io.BufferedIOBase | None = None) -> Generator[tarfile.TarFile]:
+    """The tar at ``uri``, read in large pieces; as ``file``, where one is given.
 
     Raises:
         DataError: it is no tar, or damaged.
-        StorageError: it cannot be read.
+        ImageError: it cannot be read.
     """
+    file = file or io.BufferedReader(Stream(uri), CHUNK_BYTES)
     try:
-        with (
-            open_stream(uri) as stream,
-            tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
-        ):
+        with file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
             yield tar
     except tarfile.TarError as error:
         raise DataError(f"{uri!r} is damaged, or no tar: {error}") from error
-    except ImageError as error:
-        raise StorageError(f"reading {error.message}") from error
+
+
+def member_in(data: bytes) -> tarfile.TarInfo | None:
+    """The member whose header ``data`` begins with; None when it begins with none."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
+            return tar.next()
+    except tarfile.TarError:
+        return None
 
 
 def images_of(tar: tarfile.TarFile, max_bytes: int) -> Iterator[tuple[tarfile.TarInfo, bytes, bool]]:
@@ -165,8 +185,8 @@ def _check_end(tar: tarfile.TarFile) -> None:
 
 
 def members_of(uri: str) -> list[str]:
-    """The image ids of the tar at ``uri``; raises what ``opened`` raises."""
-    with opened(uri) as tar:
+    """The image ids of the tar at ``uri``; raises what ``Source.pages`` raises."""
+    with reading_errors(uri), opened(uri) as tar:
         return [f"{uri}#{member.name}" for member, _, _ in images_of(tar, max_bytes=0)]
 
 

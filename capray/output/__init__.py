@@ -2,6 +2,24 @@
 and copies of it in large parts (``compact``). Knows nothing of Ray, of models, or of how the rows came to be.
 """
 
-from capray.output.folder import Output, create_view, duckdb_path, first_row, open_duckdb, require_output
+from capray.output.folder import (
+    Output,
+    create_view,
+    duckdb_errors,
+    duckdb_path,
+    first_row,
+    open_duckdb,
+    parquet_files,
+    require_output,
+)
 
-__all__ = ["Output", "create_view", "duckdb_path", "first_row", "open_duckdb", "require_output"]
+__all__ = [
+    "Output",
+    "create_view",
+    "duckdb_errors",
+    "duckdb_path",
+    "first_row",
+    "open_duckdb",
+    "parquet_files",
+    "require_output",
+]

@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
@@ -19,6 +19,8 @@ from capray.tables import CAPTIONS, FAILURES, SCHEMA_VERSION
 
 if TYPE_CHECKING:
     import duckdb
+
+Table = Literal["captions", "failures", "failure_log"]
 
 MEMORY_LIMIT = "2GB"
 _CURRENT_FAILURES = """
@@ -58,20 +60,23 @@ class Output:
         return [folder.join(name) for name in list_names(folder, ".parquet") if name.startswith("part-")]
 
     @contextmanager
-    def connect(self, *others: Location) -> Generator[duckdb.DuckDBPyConnection]:
-        """DuckDB with the views ``captions``, ``failures`` (each id's latest, while it has no caption) and
-        ``failure_log`` over the parts there are now. It also reads the filesystems of ``others``.
+    def connect(
+        self, tables: tuple[Table, ...] = ("captions", "failures"), *others: Location
+    ) -> Generator[duckdb.DuckDBPyConnection]:
+        """DuckDB with views over the parts there are now: ``captions``, ``failure_log``, and ``failures`` (each id's latest,
+        while it has no caption; with it come the other two). It also reads the filesystems of ``others``.
 
         Raises:
             StorageError: a part cannot be read.
         """
+        wants_failures = "failures" in tables
         with tempfile.TemporaryDirectory() as temporary, open_duckdb(temporary, self.root, *others) as connection:
-            for view, folder, schema in (
-                ("captions", self.captions, CAPTIONS),
-                ("failure_log", self.failures, FAILURES),
-            ):
-                create_view(connection, view, self.parts(folder), schema)
-            connection.execute(f"CREATE VIEW failures AS {_CURRENT_FAILURES}")
+            if wants_failures or "captions" in tables:
+                create_view(connection, "captions", self.parts(self.captions), CAPTIONS)
+            if wants_failures or "failure_log" in tables:
+                create_view(connection, "failure_log", self.parts(self.failures), FAILURES)
+            if wants_failures:
+                connection.execute(f"CREATE VIEW failures AS {_CURRENT_FAILURES}")
             yield connection
 
 
@@ -84,7 +89,7 @@ def require_output(uri: str) -> Output:
 
 
 @contextmanager
-def open_duckdb(temporary: str, *places: Location) -> Generator[duckdb.DuckDBPyConnection]:
+def open_duckdb(temporary: str, *places: Location, database: str = ":memory:") -> Generator[duckdb.DuckDBPyConnection]:
     """A DuckDB connection that reads the filesystems of ``places``, spills to ``temporary`` beyond MEMORY_LIMIT and
     downloads no extensions."""
     import duckdb
@@ -97,30 +102,42 @@ def open_duckdb(temporary: str, *places: Location) -> Generator[duckdb.DuckDBPyC
     }
     remote = {type(place.fs): place.fs for place in places if not place.is_local}
     reading = f"reading {', '.join(place.uri for place in places)}"
-    with duckdb.connect(config=settings) as connection, storage_errors(reading):
+    with duckdb.connect(database, config=settings) as connection, duckdb_errors(reading):
         for fs in remote.values():
             connection.register_filesystem(fs)
+        yield connection
+
+
+@contextmanager
+def duckdb_errors(doing: str) -> Generator[None]:
+    """Turn what DuckDB and the filesystems raise while ``doing`` something into a StorageError that says so."""
+    import duckdb
+
+    with storage_errors(doing):
         try:
-            yield connection
-        except (duckdb.IOException, duckdb.InvalidInputException) as error:
-            raise StorageError(f"{reading}: {error}") from error
+            yield
+        except (duckdb.IOException, duckdb.InvalidInputException, duckdb.OutOfMemoryException) as error:
+            raise StorageError(f"{doing}: {error}") from error
         except duckdb.Error as error:
             if type(error) is not duckdb.Error:
                 raise
             # What a registered filesystem raised: an error of no kind, whose message is the traceback, then the query.
             message, _, _ = str(error).partition("\n\nLINE ")
-            raise StorageError(f"{reading}: {message.strip().splitlines()[-1]}") from error
+            raise StorageError(f"{doing}: {message.strip().splitlines()[-1]}") from error
 
 
 def create_view(connection: duckdb.DuckDBPyConnection, name: str, files: list[Location], schema: pa.Schema) -> None:
-    """A view over Parquet ``files``; over no rows of ``schema`` where there are none."""
+    """A view over Parquet ``files`` of one schema; over no rows of ``schema`` where there are none."""
     if files:
-        listed = ", ".join("'" + duckdb_path(file).replace("'", "''") + "'" for file in files)
-        connection.execute(
-            f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
-        )
+        connection.execute(f"CREATE VIEW {name} AS SELECT * FROM {parquet_files(files)}")
     else:
         connection.register(name, schema.empty_table())
+
+
+def parquet_files(files: list[Location]) -> str:
+    """Parquet ``files`` of one schema as a table in DuckDB's SQL."""
+    listed = ", ".join("'" + duckdb_path(file).replace("'", "''") + "'" for file in files)
+    return f"read_parquet([{listed}], hive_partitioning = false)"
 
 
 def first_row(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:

@@ -17,19 +17,24 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capray.config import ImageLimits, SourceSettings
 from capray.errors import CaprayError, ConfigError
 from capray.images import ImageError
 from capray.inputs import Source, open_sources
+from capray.inputs.base import Changed, Failed, Found, TarUnreadable
 from capray.inputs.byte_reader import read_image
+from capray.inputs.places import PLACES, Row
+from capray.inputs.reading import Reader
 from capray.inputs.tars import images_of, members_of, opened
 from capray.output import Output, duckdb_path, first_row, open_duckdb, require_output
 from capray.progress import ProgressDisplay, duration
@@ -54,6 +59,9 @@ _QUERIED = {
     "captions": ("image_id", "uri", "sha256", "model_id"),
     "failures": ("image_id", "error_type"),
 }
+
+_Digests = dict[str, bytes | str | None]
+"""By image id: the SHA-256 of its bytes, or why they cannot be had; None for an image that is too large."""
 
 _COUNTS = """
 SELECT count(*) FILTER (captions > 1) AS doubled,
@@ -143,18 +151,18 @@ class _Verifier:
         with ProgressDisplay("reading parts") as display, tempfile.TemporaryDirectory() as temporary:
             parts = self._read_parts(display)
             self._check_schemas(parts)
-            wanted: list[str] = []
-            if self.sources:
-                wanted = self._list_sources(os.path.join(temporary, "wanted"), display)
-            display.update(0, "", "comparing ids", None)
             with open_duckdb(os.path.join(temporary, "spill"), *(output.root for output in self.outputs)) as connection:
-                self._create_views(connection, parts, wanted)
+                self._create_views(connection, parts)
+                drawn = self._draw(connection)
+                sought = _Sought(drawn)
+                if self.sources:
+                    self._list_sources(connection, os.path.join(temporary, "wanted"), sought, display)
+                display.update(0, "", "comparing ids", None)
                 self._check_models(connection)
                 self._check_failures(connection)
                 self._check_ids(connection)
-                drawn = self._draw(connection)
             if self.config.check_bytes:
-                self._check_bytes(drawn, display)
+                self._check_bytes(drawn, sought, display)
         if not self.sources:
             result.not_checked.append("that every image of the source is accounted for (--against)")
         if not self.config.check_bytes:
@@ -291,15 +299,17 @@ class _Verifier:
                     f"{part.file.uri}: column {name!r} is not as job.json says (attention {job.get('attention')})"
                 )
 
-    def _list_sources(self, folder: str, display: ProgressDisplay) -> list[str]:
-        """The wanted ids, in Parquet files in ``folder``."""
+    def _list_sources(
+        self, connection: duckdb.DuckDBPyConnection, folder: str, sought: _Sought, display: ProgressDisplay
+    ) -> None:
+        """The view ``wanted``, over Parquet files in ``folder``; where the images that are ``sought`` lie."""
         wanted = _Chunks(folder)
         known = {(i, unit) for i, source in enumerate(self.sources) for unit in source.units()}
         num_done = 0
         with ThreadPoolExecutor(_NUM_LISTERS) as pool:
 
             def start(i: int, unit: str) -> Future:
-                return pool.submit(_list_unit, self.sources[i], unit, wanted)
+                return pool.submit(_list_unit, i, self.sources[i], unit, wanted, sought)
 
             running = {start(i, unit): i for i, unit in sorted(known)}
             while running:
@@ -315,12 +325,13 @@ class _Verifier:
                             known.add((number, name))
                             running[start(number, name)] = number
                 display.update(num_done, f"{wanted.num_rows:,} ids", "listing the source", len(known))
-        files = wanted.close()
         listed = ", ".join(source.place.uri for source in self.sources)
         self.result.checked.append(f"that each of {wanted.num_rows:,} rows of {listed} is captioned or failed")
-        return files
+        if files := wanted.close():
+            files_listed = ", ".join(map(_quoted, files))
+            connection.execute(f"CREATE OR REPLACE VIEW wanted AS SELECT * FROM read_parquet([{files_listed}])")
 
-    def _create_views(self, connection: duckdb.DuckDBPyConnection, parts: list[_Part], wanted: list[str]) -> None:
+    def _create_views(self, connection: duckdb.DuckDBPyConnection, parts: list[_Part]) -> None:
         for table, base in (("captions", CAPTIONS), ("failures", FAILURES)):
             names = _QUERIED[table]
             types = {name: base.field(name).type for name in names}
@@ -342,10 +353,7 @@ class _Verifier:
                         "filename = true, union_by_name = true, hive_partitioning = false)"
                     )
             connection.execute(f"CREATE VIEW {table} AS {' UNION ALL '.join(selects)}")
-        if wanted:
-            connection.execute(f"CREATE VIEW wanted AS SELECT * FROM read_parquet([{', '.join(map(_quoted, wanted))}])")
-        else:
-            connection.execute("CREATE VIEW wanted AS SELECT image_id FROM no_captions")
+        connection.execute("CREATE VIEW wanted AS SELECT image_id FROM no_captions")
 
     def _check_models(self, connection: duckdb.DuckDBPyConnection) -> None:
         rows = connection.execute(
@@ -414,37 +422,94 @@ class _Verifier:
         if repeated:
             self.result.notes.append(f"{repeated:,} rows of the source repeat an image id")
 
-    def _draw(self, connection: duckdb.DuckDBPyConnection) -> list[tuple[str, str, bytes]]:
-        """Captions to check the bytes of: image id, URI, SHA-256."""
+    def _draw(self, connection: duckdb.DuckDBPyConnection) -> list[_Drawn]:
+        """Captions to check the bytes of; with a source also of images that stand in tables."""
         if not self.config.check_bytes:
             return []
-        with_uri = "SELECT image_id, uri, sha256 FROM captions WHERE uri IS NOT NULL"
+        readable = "" if self.sources else "WHERE uri IS NOT NULL"
         sample = f"USING SAMPLE reservoir({self.config.check_bytes} ROWS)"
-        return connection.execute(f"SELECT * FROM ({with_uri}) {sample}").fetchall()
+        rows = connection.execute(f"SELECT * FROM (SELECT image_id, uri, sha256 FROM captions {readable}) {sample}")
+        return [_Drawn(*row) for row in rows.fetchall()]
 
-    def _check_bytes(self, drawn: list[tuple[str, str, bytes]], display: ProgressDisplay) -> None:
-        """Read the images again, those of a tar together."""
-        limit = ImageLimits().max_image_bytes
-        by_place: dict[str, list[tuple[str, str, bytes]]] = {}
-        for row in drawn:
-            by_place.setdefault(_BEHIND_TAR.split(row[1], maxsplit=1)[0], []).append(row)
-        num_same = num_done = 0
+    def _check_bytes(self, drawn: list[_Drawn], sought: _Sought, display: ProgressDisplay) -> None:
+        """Read the images again, those of a container together; those that the source lists by their ids, where they are."""
+        groups: dict[str, list[_Drawn]] = {}
+        for each in drawn:
+            if each.image_id not in sought.found:
+                groups.setdefault(_BEHIND_TAR.split(each.uri or "", maxsplit=1)[0], []).append(each)
+        self.result.notes += [f"{each.image_id} stands in no table of the inputs" for each in groups.pop("", ())]
+        reader = Reader.of(self.sources, ImageLimits(), _NUM_LISTERS, 0)
+        tasks: list[Callable[[], _Digests]] = [partial(_read_by_uri, *each) for each in groups.items()]
+        tasks += [partial(_read_by_id, reader, rows, sought) for rows in sought.by_container()]
+        expected = {each.image_id: each for each in drawn}
+        read = {"same": 0, "all": 0}
         with ThreadPoolExecutor(_NUM_LISTERS) as pool:
-            for place, digests in pool.map(lambda item: _digests(*item, limit), by_place.items()):
-                for image_id, uri, expected in by_place[place]:
-                    num_done += 1
-                    digest = digests.get(uri, "it is not there")
-                    if digest is None:
-                        self.result.notes.append(f"{uri} is larger than {limit:,} bytes and was not read again")
-                    elif isinstance(digest, str):
-                        self._problem(f"the image of {image_id} cannot be read again: {digest}")
-                    elif digest != expected:
-                        self._problem(f"the bytes of {image_id} at {uri} are not those that were captioned (SHA-256)")
-                    else:
-                        num_same += 1
-                display.update(num_done, f"{num_same:,} same", "reading images", len(drawn))
-        self.result.counts |= {"images_read_again": len(drawn), "images_same": num_same}
-        self.result.checked.append(f"the bytes of {len(drawn):,} images drawn at random: {num_same:,} are the same")
+            for digests in pool.map(lambda task: task(), tasks):
+                for image_id, digest in digests.items():
+                    self._compare(expected[image_id], digest, read)
+                display.update(read["all"], f"{read['same']:,} same", "reading images", len(drawn))
+        self.result.counts |= {"images_read_again": read["all"], "images_same": read["same"]}
+        self.result.checked.append(
+            f"the bytes of {read['all']:,} images drawn at random: {read['same']:,} are the same"
+        )
+
+    def _compare(self, drawn: _Drawn, digest: bytes | str | None, read: dict[str, int]) -> None:
+        read["all"] += 1
+        where = drawn.uri or drawn.image_id
+        if digest is None:
+            self.result.notes.append(
+                f"{where} is larger than {ImageLimits().max_image_bytes:,} bytes and was not read again"
+            )
+        elif isinstance(digest, str):
+            self._problem(f"the image of {drawn.image_id} cannot be read again: {digest}")
+        elif digest != drawn.sha256:
+            self._problem(f"the bytes of {drawn.image_id} at {where} are not those that were captioned (SHA-256)")
+        else:
+            read["same"] += 1
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A caption whose image is to be read again."""
+
+    image_id: str
+    uri: str | None
+    sha256: bytes
+
+
+class _Sought:
+    """Where the drawn images lie in the source; filled from many threads."""
+
+    def __init__(self, drawn: list[_Drawn]):
+        self.ids = {each.image_id for each in drawn}
+        self.found: set[str] = set()
+        self._tars = {_BEHIND_TAR.split(image_id, maxsplit=1)[0] for image_id in self.ids}
+        self._rows: list[Row] = []
+        self._lock = threading.Lock()
+
+    def add(self, number: int, rows: pa.Table) -> None:
+        """Take from listed ``rows`` of input ``number`` what is sought, or a tar that may hold it."""
+        if not self.ids:
+            return
+        for row in rows.filter(pc.field("image_id").isin(sorted(self.ids | self._tars))).to_pylist():
+            row = dict.fromkeys(PLACES.names) | row | {"input": number}
+            with self._lock:
+                if row["kind"] == "tar":
+                    self._rows.append(row)
+                    self.found |= {image_id for image_id in self.ids if image_id.startswith(f"{row['container']}#")}
+                elif row["image_id"] not in self.found:
+                    self.found.add(row["image_id"])
+                    self._rows.append(row)
+
+    def by_container(self) -> list[list[Row]]:
+        """The places, those of a container together, in its order."""
+        groups: dict[tuple, list[Row]] = {}
+        for row in self._rows:
+            alone = row["image_id"] if row["kind"] == "object" else row["container"]
+            groups.setdefault((row["input"], row["kind"], alone), []).append(row)
+        for rows in groups.values():
+            rows.sort(key=lambda row: (row["row_group"] or 0, row["row"] or 0))
+        return list(groups.values())
 
 
 class _Chunks:
@@ -477,7 +542,7 @@ class _Chunks:
         self._held, self._num_held = [], 0
 
 
-def _list_unit(source: Source, unit: str, wanted: _Chunks) -> tuple[list[str], list[str]]:
+def _list_unit(number: int, source: Source, unit: str, wanted: _Chunks, sought: _Sought) -> tuple[list[str], list[str]]:
     """Add the wanted ids of a unit; further units that turned up, and what cannot be read of it."""
     found: list[str] = []
     faults: list[str] = []
@@ -485,15 +550,13 @@ def _list_unit(source: Source, unit: str, wanted: _Chunks) -> tuple[list[str], l
         for page in source.pages(unit):
             found += page.found
             rows = source.selection.filter(page.rows)
-            tars = _unread_tars(rows)
-            if not any(tars):
-                wanted.add(rows["image_id"].combine_chunks())
-                continue
-            wanted.add(rows.filter(pa.array([tar is None for tar in tars]))["image_id"].combine_chunks())
-            for tar in filter(None, tars):
+            sought.add(number, rows)
+            is_tar = pc.field("kind") == "tar"
+            wanted.add(rows.filter(~is_tar)["image_id"].combine_chunks())
+            for tar in rows.filter(is_tar)["container"].to_pylist():
                 try:
                     ids = [image_id for image_id in members_of(tar) if source.selection.has(image_id)]
-                except CaprayError as error:
+                except (CaprayError, ImageError) as error:
                     faults.append(str(error))
                 else:
                     wanted.add(pa.array(ids, pa.string()))
@@ -502,13 +565,28 @@ def _list_unit(source: Source, unit: str, wanted: _Chunks) -> tuple[list[str], l
     return found, faults
 
 
-def _unread_tars(rows: pa.Table) -> list[str | None]:
-    """For each row the tar it stands for, whose members the source does not list."""
-    if "container" not in rows.column_names:
-        return [None] * rows.num_rows
-    known = [rows[name].is_valid().to_pylist() for name in ("row", "member") if name in rows.column_names]
-    is_known = [any(values) for values in zip(*known, strict=True)] if known else [False] * rows.num_rows
-    return [None if told else tar for tar, told in zip(rows["container"].to_pylist(), is_known, strict=True)]
+def _read_by_id(reader: Reader, rows: list[Row], sought: _Sought) -> _Digests:
+    """By image id the SHA-256 of the images at ``rows``, all of one container, or why there is none."""
+    digests: _Digests = {}
+    places = [row["container"] or row["uri"] for row in rows]
+    try:
+        for outcome in reader.read(rows):
+            if isinstance(outcome, Found):
+                digests[outcome.row["image_id"]] = hashlib.sha256(outcome.data).digest()
+            elif isinstance(outcome, Failed):
+                error = outcome.error
+                digests[outcome.row["image_id"]] = (
+                    None if error.kind == "too_large" else f"{error.kind}: {error.message}"
+                )
+            elif isinstance(outcome, TarUnreadable):
+                digests |= {
+                    image_id: outcome.message for image_id in sought.found if image_id.startswith(f"{places[0]}#")
+                }
+            elif isinstance(outcome, Changed):
+                digests |= {row["image_id"]: f"{places[0]} changed while it was read" for row in rows}
+    except CaprayError as error:
+        digests |= {row["image_id"]: str(error) for row in rows if row["image_id"] not in digests}
+    return {image_id: digest for image_id, digest in digests.items() if image_id in sought.ids}
 
 
 def _read_part(table: str, output: int, file: Location) -> _Part:
@@ -536,32 +614,34 @@ def _read_part(table: str, output: int, file: Location) -> _Part:
     return _Part(table, output, file, rows, schema, tuple(problems))
 
 
-def _digests(place: str, rows: list[tuple[str, str, bytes]], limit: int) -> tuple[str, dict[str, bytes | str | None]]:
-    """``place``, and by URI the SHA-256 of the images there, or why there is none; None for one above ``limit``."""
-    if place == rows[0][1]:
-        return place, {place: _digest(lambda: read_image(place, limit), limit)}
-    members = {uri[len(place) + 1 :]: uri for _, uri, _ in rows}
-    digests: dict[str, bytes | str | None] = {}
+def _read_by_uri(place: str, drawn: list[_Drawn]) -> _Digests:
+    """By image id the SHA-256 of the images at ``place``, or why there is none; None for one that is too large."""
+    limit = ImageLimits().max_image_bytes
+    if place == drawn[0].uri:
+        return {drawn[0].image_id: _digest(place, limit)}
+    members = {(each.uri or "")[len(place) + 1 :]: each.image_id for each in drawn}
+    digests: _Digests = {}
     try:
         with opened(place) as tar:
             for member, data, whole in images_of(tar, limit):
-                uri = members.pop(member.name, None)
-                if uri is not None and member.size > limit:
-                    digests[uri] = None
-                elif uri is not None:
-                    digests[uri] = hashlib.sha256(data).digest() if whole else "it is cut off"
+                image_id = members.pop(member.name, None)
+                if image_id is not None and member.size > limit:
+                    digests[image_id] = None
+                elif image_id is not None:
+                    digests[image_id] = hashlib.sha256(data).digest() if whole else "it is cut off"
                 if not members:
                     break
-    except CaprayError as error:
-        digests |= dict.fromkeys(members.values(), str(error))
-    return place, digests
+        missing = "it is not there"
+    except (CaprayError, ImageError) as error:
+        missing = error.message if isinstance(error, ImageError) else str(error)
+    return digests | dict.fromkeys(members.values(), missing)
 
 
-def _digest(read: Any, limit: int) -> bytes | str | None:
+def _digest(uri: str, limit: int) -> bytes | str | None:
     try:
-        data = read()
+        data = read_image(uri, limit)
     except ImageError as error:
-        return f"{error.kind}: {error}"
+        return f"{error.kind}: {error.message}"
     return hashlib.sha256(data).digest() if len(data) <= limit else None
 
 

@@ -49,7 +49,7 @@ def run_query(config: QueryConfig, stream: TextIO | None = None) -> None:
 
     stream = stream or sys.stdout
     others = [locate(config.join)] if config.join is not None else []
-    with require_output(config.output).connect(*others) as connection:
+    with require_output(config.output).connect(("captions", "failures"), *others) as connection:
         try:
             create_views(connection, config.join)
             if config.export is not None and config.out is not None:

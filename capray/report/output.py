@@ -55,7 +55,7 @@ def report_output(config: ReportConfig) -> str:
     assert config.output is not None
     output = require_output(config.output)
     others = [locate(config.images)] if config.images is not None else []
-    with output.connect(*others) as connection:
+    with output.connect(("captions", "failures"), *others) as connection:
         create_views(connection, config.images)
         galleries = _galleries(connection, config)
         pictures = _pictures(connection, galleries, config)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from contextlib import suppress
 from typing import Any
 
 from ray.serve.metrics import Histogram
 
-from capray.captioning.actor import Captioning
-from capray.captioning.model_transfer import Shipment
-from capray.model.captioner import NO_CAPTION
+from capray.captioning.actor import Captioning, CaptioningSettings, NotCaptioned, Outcome
+from capray.captioning.device import DeviceError
 
 Row = dict[str, Any]
 Answer = dict[str, Any] | str
@@ -19,15 +20,12 @@ Answer = dict[str, Any] | str
 class Replica:
     """A loaded captioner. A row has ``pixels`` (the bytes of uint8 RGB), ``input_height`` and ``input_width``."""
 
-    def __init__(self, arguments: tuple, shipment: Shipment | None, batch_size: int, batch_wait_seconds: float):
-        """``arguments`` are those of Captioning; ``shipment`` brings the model where it lies on the driver's disk."""
-        if shipment is not None:
-            arguments = (shipment.receive(), *arguments[1:])
-        self.captioning = Captioning(*arguments)
+    def __init__(self, settings: CaptioningSettings, batch_wait_seconds: float):
+        self.captioning = Captioning(settings.on_this_node())
         self.batches = Histogram(
             "capray_batch_size", description="Images captioned together", boundaries=[1, 2, 4, 8, 16, 32, 64, 128, 256]
         )
-        self.batch_size, self.batch_wait_seconds = batch_size, batch_wait_seconds
+        self.batch_size, self.batch_wait_seconds = settings.batch_size, batch_wait_seconds
         self.waiting: asyncio.Queue[tuple[Row, asyncio.Future[Answer]]] = asyncio.Queue()
         self.work: asyncio.Task[None] | None = None
 
@@ -74,14 +72,19 @@ class Replica:
     def _caption(self, rows: list[Row]) -> list[Answer]:
         self.batches.observe(len(rows))
         answers: list[Answer] = []
-        for outcome in self.captioning(rows):
-            if isinstance(outcome, str):
-                answers.append(outcome)
+        for outcome in self._outcomes(rows):
+            if isinstance(outcome, NotCaptioned):
+                answers.append(outcome.message)
                 continue
-            hypotheses, attention = outcome
-            if not hypotheses:
-                answers.append(NO_CAPTION)
-                continue
-            tokens = self.captioning.captioner.vocabulary.tokens(hypotheses[0].token_ids)
-            answers.append({"hypotheses": hypotheses, "tokens": tokens, "attention": attention, "batch": len(rows)})
+            tokens = self.captioning.captioner.vocabulary.tokens(outcome.hypotheses[0].token_ids)
+            found = {"hypotheses": outcome.hypotheses, "tokens": tokens, "attention": outcome.attention}
+            answers.append(found | {"batch": len(rows)})
         return answers
+
+    def _outcomes(self, rows: list[Row]) -> list[Outcome]:
+        """Nothing works any more in a process whose device failed: Ray Serve starts another."""
+        try:
+            return self.captioning(rows)
+        except DeviceError as error:
+            print(f"the device failed, its replica ends: {error}", file=sys.stderr, flush=True)
+            os._exit(1)

@@ -19,7 +19,8 @@ def build(config: ServeConfig) -> Any:
     """
     from ray import serve
 
-    from capray.captioning.model_transfer import ship
+    from capray.captioning.actor import CaptioningSettings
+    from capray.captioning.model_transfer import transfer_model
     from capray.model.checkpoint import load_captioner
     from capray.serving.ingress import Ingress
     from capray.serving.replica import Replica
@@ -28,7 +29,7 @@ def build(config: ServeConfig) -> Any:
     captioner, model_id = load_captioner(model)
     preprocessing = captioner.architecture.subset(Preprocessing)
     gpus = cluster.gpus_each(config.gpus_per_replica)
-    arguments = (
+    settings = CaptioningSettings(
         model,
         model_id,
         config.subset(Decoding),
@@ -37,6 +38,7 @@ def build(config: ServeConfig) -> Any:
         config.batch_size,
         gpus > 0,
         config.threads_per_replica,
+        transfer=transfer_model(model, model_id),
     )
     captioning = serve.deployment(
         name="captioner",
@@ -48,7 +50,7 @@ def build(config: ServeConfig) -> Any:
             "target_ongoing_requests": config.batch_size,
         },
     )(Replica)
-    replicas = captioning.bind(arguments, ship(model, model_id), config.batch_size, config.batch_wait_ms / 1000)
+    replicas = captioning.bind(settings, config.batch_wait_ms / 1000)
     ingress = serve.deployment(
         name="ingress",
         ray_actor_options={"num_cpus": 0.1},

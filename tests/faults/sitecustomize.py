@@ -1,7 +1,12 @@
-"""Loaded by every Python process of the tests' Ray: marked images kill the process that decodes or captions them.
+"""Loaded by every Python process of the tests' Ray: marked images kill the process that decodes or captions them, or
+hang it.
 
 With CAPRAY_CHAOS_LOG, a file, captioning takes its time (CAPRAY_CHAOS_DELAY seconds an image) and the number of images of
-each batch is added to the file.
+each batch, canaries not counted, is added to the file.
+
+While the file CAPRAY_SICK_DEVICE exists, the device is as it says: `error`, `nan`, `drift` or `hang`. With a second word
+only in Ray's processes of the node whose raylet has that pid, or `*` of any.
+A process that has met an `error` never works again.
 """
 
 import importlib.util
@@ -17,6 +22,8 @@ def _arm_images(module):
     def deadly(data, *arguments, **options):
         if b"KILLS-THE-DECODER" in data:
             os.kill(os.getpid(), signal.SIGKILL)
+        if b"HANGS-THE-DECODER" in data:
+            time.sleep(3600)
         return decode(data, *arguments, **options)
 
     module.decode = deadly
@@ -28,19 +35,64 @@ def _arm_captioner(module):
     def deadly(self, images):
         if any(image.shape[-1] == 3 and (image == (255, 0, 255)).all() for image in images):
             os.kill(os.getpid(), signal.SIGKILL)
-        if log := os.environ.get("CAPRAY_CHAOS_LOG"):
+        if (log := os.environ.get("CAPRAY_CHAOS_LOG")) and not _in_canary:
             with open(log, "a") as file:
                 file.write(f"{len(images)}\n")
             time.sleep(float(os.environ["CAPRAY_CHAOS_DELAY"]) * len(images))
-        return encode_all(self, images)
+        return _sicken(encode_all(self, images))
 
     module.Captioner.encode_all = deadly
+
+
+_poisoned = False
+
+
+def _sicken(memory):
+    global _poisoned
+    if _poisoned:
+        raise RuntimeError("CUDA error: this process has met an error before")
+    try:
+        with open(os.environ["CAPRAY_SICK_DEVICE"]) as file:
+            sickness, node, *_ = [*file.read().split(), "", ""]
+    except (KeyError, OSError):
+        return memory
+    here = os.environ.get("RAY_RAYLET_PID", "")
+    if node and not (here and node in ("*", here)):
+        return memory
+    if sickness == "error":
+        _poisoned = True
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if sickness == "hang":
+        time.sleep(3600)
+    factor = {"nan": float("nan"), "drift": 10}.get(sickness, 1)
+    return type(memory)(*(part * factor for part in memory))
+
+
+_in_canary = False
+
+
+def _arm_canary(module):
+    canary_score = module.canary_score
+
+    def marked(*arguments):
+        global _in_canary
+        _in_canary = True
+        try:
+            return canary_score(*arguments)
+        finally:
+            _in_canary = False
+
+    module.canary_score = marked
 
 
 class _Finder:
     """Arms a module when it has been loaded."""
 
-    ARMS = {"capray.images": _arm_images, "capray.model.captioner": _arm_captioner}  # noqa: RUF012
+    ARMS = {  # noqa: RUF012
+        "capray.images": _arm_images,
+        "capray.model.captioner": _arm_captioner,
+        "capray.captioning.device": _arm_canary,
+    }
 
     def find_spec(self, name, path=None, target=None):
         arm = self.ARMS.pop(name, None)

@@ -1,0 +1,137 @@
+"""The record of a run in ``_capray/runs``: what it was told to do, where it runs and how far it is, renewed as a heartbeat.
+
+A run writes its own record only. Knows nothing of how images are captioned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from capray import __version__
+from capray.captioning.lease import own_ray_job
+from capray.captioning.writer import Write
+from capray.output import Output
+from capray.progress import duration
+
+HEARTBEAT_SECONDS = 30.0
+_VERSIONS = ("ray", "torch", "torchvision", "pyarrow", "pillow", "duckdb", "s3fs")
+
+
+@dataclass
+class Summary:
+    """What a run did, and where the output stands.
+
+    Attributes:
+        images: ids the inputs name, ``duplicates`` further rows that repeat one.
+        left: images and shards known of that a ``limit`` left for the next run.
+        kept: captions of this output whose table or shard has changed since they were made.
+    """
+
+    output: str
+    run_id: str
+    model_id: str
+    status: str = "running"
+    images: int = 0
+    duplicates: int = 0
+    hidden_files: int = 0
+    left: int = 0
+    kept: int = 0
+    captioned_before: int = 0
+    captions: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    current_failures: dict[str, int] = field(default_factory=dict)
+    second_looks: int = 0
+    parts: int = 0
+    seconds: float = 0.0
+    images_per_second: float = 0.0
+    passes: int = 0
+
+    def json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    def text(self) -> str:
+        lines = [
+            f"{self.images:,} images: {self.captioned_before + self.captions:,} captioned, "
+            f"{sum(self.current_failures.values()):,} failed",
+            f"this run: {self.captions:,} captions, {sum(self.failures.values()):,} failures in {duration(self.seconds)} "
+            f"({self.images_per_second:.1f} images/s), {self.parts} parts",
+        ]
+        lines += [f"  {kind}: {count:,}" for kind, count in sorted(self.current_failures.items())]
+        notes = []
+        if self.duplicates:
+            notes.append(f"{self.duplicates:,} rows of the input repeat an image id and were captioned once")
+        if self.kept:
+            notes.append(f"{self.kept:,} captions are of tables or shards that have changed since, and were kept")
+        if self.left:
+            notes.append(f"stopped at the limit; the same command goes on ({self.left:,} images or shards known of)")
+        if self.hidden_files:
+            notes.append(
+                f"{self.hidden_files:,} hidden files (names that begin with ., in tables and shards _) were left out"
+            )
+        return "\n".join([*lines, *(f"  note: {note}" for note in notes), f"tables in {self.output}"])
+
+
+class RunRecord:
+    """Writes ``runs/<run_id>.json``, as a context every HEARTBEAT_SECONDS.
+
+    Args:
+        write: publishes bytes, while the run may write.
+        settings: what the run was told, without secrets.
+        summary: gives what is to be written.
+    """
+
+    def __init__(
+        self, write: Write, output: Output, run_id: str, settings: dict[str, Any], summary: Callable[[], Summary]
+    ):
+        self.place = output.runs.join(f"{run_id}.json")
+        self.traceback = output.runs.join(f"{run_id}.traceback.txt")
+        self._write, self._summary = write, summary
+        self._about = {
+            "settings": settings,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "ray_job": own_ray_job(),
+            "versions": {"capray": __version__, "python": platform.python_version()}
+            | {name: version(name) for name in _VERSIONS},
+            "started_at": datetime.now(UTC).isoformat(),
+        }
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> RunRecord:
+        self.write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+
+    def write(self) -> None:
+        """Write the record as things stand."""
+        record = {**asdict(self._summary()), **self._about, "updated_at": datetime.now(UTC).isoformat()}
+        with self._lock:
+            self._write(self.place, json.dumps(record, indent=2).encode())
+
+    def keep_traceback(self, error: BaseException) -> str | None:
+        """Store the traceback of ``error``; its place, None when it cannot be written."""
+        with suppress(Exception):
+            self._write(self.traceback, "".join(traceback.format_exception(error)).encode())
+            return self.traceback.uri
+        return None
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            with suppress(Exception):  # A later one may succeed; what must not be missed is written by `write`.
+                self.write()

@@ -1,0 +1,524 @@
+"""One run of the captioning job, on an output it holds the lease of.
+
+What is listed is captioned in waves while the listing goes on; then what is left, in a few passes; then the parts are listed
+afresh and every wanted id is accounted for. Knows nothing of Ray: an ``Executor`` runs the passes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from capray import cluster
+from capray.captioning.actor import CaptioningSettings
+from capray.captioning.failure_limits import SUDDEN_WINDOW, FailureLimits
+from capray.captioning.fetching import Fetcher, Look
+from capray.captioning.lease import Lease
+from capray.captioning.plan import ATTEMPTS_PER_RUN, Plan, Work, block_rows_of, remove_duplicates
+from capray.captioning.record import RunRecord, Summary
+from capray.captioning.rows import events_of, table_of
+from capray.captioning.second_looks import AS_TRANSIENT, SecondLooks
+from capray.captioning.settled import Settled
+from capray.captioning.stream import Executor, Stalled
+from capray.captioning.writer import FencedWrites, PartWriter
+from capray.config import CaptionConfig, Decoding, ImageLimits, Preprocessing
+from capray.errors import CaprayError, ConfigError, Interrupted, TryAgain
+from capray.inputs import Source
+from capray.inputs.base import Changed, Event, TarMembers, TarUnreadable
+from capray.inputs.listing import Listing
+from capray.inputs.places import Row
+from capray.inputs.reading import Reader
+from capray.output import Output, first_row
+from capray.progress import ProgressDisplay
+from capray.tables import FINAL_FAILURES
+
+MAX_WAVES = 5
+"""Datasets over what is listed while the listing goes on; the last waits for its end."""
+WAVE_GROWTH = 4
+"""A wave has at least so many times the images of those before it together: each starts its actors anew."""
+MAX_PASSES = 3
+"""Datasets over what is left."""
+MAX_CAREFUL = 10_000
+"""Ids held of images that have killed a captioning process; what is beyond them is found out again."""
+NUM_WITNESSES = 8
+MAX_RECENT_FINALS = 10_000
+WITNESS_SECONDS = 120.0
+"""How long looking at witnesses may take."""
+
+
+@dataclass(frozen=True)
+class _Witness:
+    """An image that could be read, and what its bytes were."""
+
+    place: Row
+    sha256: bytes
+
+
+class Run:
+    """One run.
+
+    Args:
+        job: what the output is bound to; its precision may be missing, and is then resolved and written.
+        check_signals: raises Interrupted when the run was told to stop.
+        canary: its score by the driver's own captioner (``device.canary_score``).
+    """
+
+    def __init__(
+        self,
+        config: CaptionConfig,
+        output: Output,
+        run_id: str,
+        job: dict[str, Any],
+        preprocessing: Preprocessing,
+        lease: Lease,
+        check_signals: Callable[[], None],
+        display: ProgressDisplay,
+        sources: list[Source],
+        executor: Executor,
+        canary: float | None = None,
+    ):
+        self.config, self.output, self.job, self.preprocessing = config, output, job, preprocessing
+        self.check_signals, self.display, self.executor, self.canary = check_signals, display, executor, canary
+        self.write = FencedWrites(output, lease)
+        self.summary = Summary(output.root.uri, run_id, job["model_id"])
+        self.source_type = sources[0].source_type
+        self.reader = Reader.of(sources, config.subset(ImageLimits), config.fetch_concurrency, config.patience_seconds)
+        self.listing = Listing(output, run_id, sources, config, self.write, config.relist)
+        self.settled = Settled(output, run_id, retried_kinds(config))
+        self.plan = Plan(output, run_id, self.listing, self.settled, self.write)
+        self.limits = FailureLimits(config.max_failure_rate, config.max_bad_images)
+        self.looks = SecondLooks(config.second_look_seconds)
+        self.record = RunRecord(self.write, output, run_id, _told(config), self._summary)
+        self.started = time.monotonic()
+        self.seconds_in_passes = 0.0
+        self.num_done = 0
+        self._careful: set[str] = set()
+        self._careful_from = 0.0
+        self._witnesses: deque[_Witness] = deque(maxlen=NUM_WITNESSES)
+        self._recent_finals: deque[tuple[int, Row]] = deque(maxlen=MAX_RECENT_FINALS)
+        self._witness_looks: deque[Look] = deque()
+        self._changed: set[tuple[int, str]] = set()
+        self._tar_attempts: Counter[str] = Counter()
+        self._faults: dict[str, str] = {}
+        self._faults_of_tars: dict[str, str] = {}
+        self._last_notices = 0.0
+        self._is_saved = False
+
+    def caption(self) -> Summary:
+        """Do all that is to be done; raises what ``job.caption`` raises."""
+        with self.settled, self.listing, self.record:
+            try:
+                self._begin()
+                self._follow_listing()
+                self._work_off()
+                self._account()
+                if self.listing.is_complete and not self.summary.left:
+                    self.listing.close()
+                self.summary.status = "complete"
+                self.record.write()
+            except BaseException as error:
+                self._save_what_is_held(error)
+                raise
+            finally:
+                self.executor.close()
+                if self.summary.passes:
+                    self.writer.close()
+        return self.summary
+
+    def _begin(self) -> None:
+        if num := remove_duplicates(self.output, self.write):
+            self.display.say(f"{num:,} captions stood twice, from a run that was frozen: removed from the newer parts")
+        self.settled.refresh()
+        self.summary.captioned_before = self.settled.num_captions
+        if self.listing.resumed_at is not None:
+            listed_at = datetime.fromtimestamp(self.listing.resumed_at, UTC)
+            self.display.say(
+                f"going on with the listing begun at {listed_at:%Y-%m-%d %H:%M} UTC ({self.listing.num_rows:,} images so "
+                "far); --relist lists anew"
+            )
+
+    @cached_property
+    def writer(self) -> PartWriter:
+        with self.output.connect(("failure_log",)) as connection:
+            (newest,) = first_row(connection, "SELECT coalesce(max(epoch_us(failed_at)), 0) FROM failure_log")
+        config = self.config
+        return PartWriter(
+            self.output,
+            self.summary.run_id,
+            config.part_rows,
+            config.part_seconds,
+            self.write,
+            newest,
+            source_type=self.source_type,
+            attention=config.attention,
+        )
+
+    # Waves and passes.
+
+    def _follow_listing(self) -> None:
+        """Caption what is listed so far, wave by wave, until all is listed and has been attempted."""
+        taken = planned = waves = 0
+        while True:
+            self._wait_for_wave(taken, planned if waves < MAX_WAVES - 1 else None)
+            is_complete, chunks = self.listing.is_complete, self.listing.chunks()
+            fresh, taken = chunks[taken:], len(chunks)
+            if fresh and self._room_left() != 0:
+                waves, planned = waves + 1, self.listing.num_rows
+                self._caption(self.plan.fresh(fresh, self.block_rows, self._room_left()), "captioning")
+            if self._room_left() == 0 or (is_complete and taken == len(self.listing.chunks())):
+                return
+
+    def _wait_for_wave(self, taken: int, planned: int | None) -> None:
+        """Wait until enough is listed beyond ``planned`` images and ``taken`` chunks for another wave; until all is listed
+        when it is None."""
+        while True:
+            more = self.listing.wait(taken, 0.2)
+            enough = planned is not None and self.listing.num_rows >= WAVE_GROWTH * planned
+            if more and (enough or self.listing.is_complete):
+                return
+            rows, rate = self.listing.num_rows, self.listing.keys_per_second
+            self._watch(f"{rows:,} images listed  {rate:,.0f}/s", "listing")
+
+    def _work_off(self) -> None:
+        """Attempt once more what is neither captioned nor settled as failed."""
+        for _ in range(MAX_PASSES if self.config.limit is None else MAX_WAVES + MAX_PASSES):
+            self._await_second_looks()
+            if self._room_left() == 0:
+                return
+            given_up = {uri for uri, count in self._tar_attempts.items() if count >= ATTEMPTS_PER_RUN}
+            work = self.plan.remaining(self.block_rows, self._room_left(), frozenset(given_up | self._faults.keys()))
+            if not work.num_units:
+                return
+            self._caption(work, "once more:")
+            if not self.listing.is_complete:
+                self._follow_listing()
+
+    @property
+    def block_rows(self) -> int:
+        return block_rows_of(self.preprocessing.size, self.config.batch_size)
+
+    def _room_left(self) -> int | None:
+        limit = self.config.limit
+        return None if limit is None else max(0, limit - self.limits.results.total())
+
+    def _caption(self, work: Work, doing: str) -> None:
+        """A pass over ``work``."""
+        if not work.num_units:
+            return
+        self.summary.passes += 1
+        self._changed.clear()
+        self.display.update(0, "", "starting Ray")
+        pool, settings = self.executor.pool, self._settings()
+        self.record.write()
+        tars = f" and {work.num_tars:,} tar shards" if work.num_tars else ""
+        listed = "" if self.listing.is_complete else " (listing goes on)"
+        self.display.say(
+            f"{doing} {work.num_images:,} images{tars} with {pool.num_actors} actor{'s' if pool.num_actors > 1 else ''}, "
+            f"{settings.precision}{listed}"
+        )
+        started, before, done_before = time.monotonic(), self.seconds_in_passes, self.num_done
+        with self.executor.tables(work, self.fetcher, settings) as tables:
+            try:
+                for row in tables:
+                    if row is not None:
+                        self._take(row)
+                    seconds = time.monotonic() - started
+                    self.seconds_in_passes = before + seconds
+                    self._show(work, self.num_done - done_before, seconds)
+                self.writer.flush()
+            except Stalled:
+                self.display.say("blocks were left waiting for actors of lost nodes: planning again")
+                self.writer.flush()
+            except BaseException as error:
+                self._save_what_is_held(error)
+                raise
+
+    @property
+    def fetcher(self) -> Fetcher:
+        return Fetcher(
+            self.reader,
+            self.preprocessing,
+            self.block_rows,
+            self.summary.run_id,
+            frozenset(self._careful),
+            self.source_type,
+        )
+
+    def _settings(self) -> CaptioningSettings:
+        config = self.config
+        return CaptioningSettings(
+            config.model,
+            self.summary.model_id,
+            config.subset(Decoding),
+            self.precision,
+            config.attention,
+            config.batch_size,
+            self.executor.pool.gpus_per_actor > 0,
+            self.executor.pool.threads,
+            source_type=self.source_type,
+            run_id=self.summary.run_id,
+            patience_seconds=config.patience_seconds,
+            canary=self.canary,
+        )
+
+    @cached_property
+    def precision(self) -> str:
+        """The precision the job runs with: resolved once, and kept in job.json, which is written where there is none."""
+        if "precision" not in self.job:
+            precision = cluster.resolved_precision(self.config.precision, self.executor.pool.gpus_per_actor > 0)
+            self.job = self.job | {"precision": precision}
+            self.write(self.output.job, json.dumps(self.job, indent=2).encode())
+        return self.job["precision"]
+
+    # What comes out of a pass.
+
+    def _take(self, row: pa.Table) -> None:
+        for event in events_of(row):
+            self._take_event(event)
+        table = table_of(row)
+        if not table.num_rows:
+            return
+        self.num_done += table.num_rows
+        kinds = table["error_type"].to_pylist()
+        messages = table["message"].to_pylist()
+        self.limits.add(kinds, next((m for m in reversed(messages) if m), ""))
+        self._keep_witness(table)
+        self.writer.add(self._with_uncertain_as_transient(table, kinds, messages))
+        if any(kinds):
+            if self.limits.has_tripped:
+                self._look_at_witnesses()
+            self.limits.check()
+
+    def _take_event(self, event: Event) -> None:
+        if isinstance(event, Changed):
+            key = (event.input, event.container)
+            if key in self._changed:
+                return  # Another unit of this pass, planned when that was.
+            self._changed.add(key)
+            if self.listing.relist(event.input, event.container):
+                self.display.say(f"{event.container} has changed since it was listed: listing it again")
+            else:
+                self._faults[event.container] = "it changes again and again while it is read"
+            return
+        self._tar_attempts[event.container] += 1
+        if isinstance(event, TarUnreadable):
+            self._faults_of_tars[event.container] = event.message
+        elif isinstance(event, TarMembers):
+            self.listing.add_members(event)
+
+    def _with_uncertain_as_transient(self, table: pa.Table, kinds: list, messages: list) -> pa.Table:
+        """``table`` with failures that have to be seen again under transient kinds; a second look at them is planned."""
+        certain, places = table["certain"].to_pylist(), table["place"].to_pylist()
+        uncertain = [i for i, kind in enumerate(kinds) if kind in AS_TRANSIENT and certain[i] is False]
+        finals = [i for i, kind in enumerate(kinds) if kind in FINAL_FAILURES and certain[i] is not False]
+        self._recent_finals.extend(
+            (self.num_done, {"image_id": table["image_id"][i].as_py(), "uri": table["uri"][i].as_py(), "kind": kinds[i]})
+            for i in finals
+        )
+        if not uncertain:
+            return table
+        for i in uncertain:
+            if kinds[i] == "crashed":
+                self._take_care_of(table["image_id"][i].as_py())
+            if places[i] is not None:
+                self.looks.add(json.loads(places[i]), table["node"][i].as_py() or "")
+            messages[i] = f"{kinds[i]}, to be looked at again: {messages[i]}"
+            kinds[i] = AS_TRANSIENT[kinds[i]]
+        for name, values in (("error_type", kinds), ("message", messages)):
+            index = table.column_names.index(name)
+            table = table.set_column(index, table.field(index), pa.array(values, pa.string()))
+        return table
+
+    def _take_care_of(self, image_id: str) -> None:
+        if len(self._careful) < MAX_CAREFUL:
+            self._careful.add(image_id)
+            self._careful_from = time.monotonic() + self.looks.seconds
+
+    # Second looks, and witnesses.
+
+    def _take_looks(self) -> None:
+        """Begin the second looks that are due, and take those that have ended."""
+        for batch in self.looks.due():
+            self.executor.look(batch.places, batch.node, self.fetcher)
+        finals = []
+        for look in self.executor.looks():
+            if not self.looks.is_asked(look):
+                self._witness_looks.append(look)
+            elif row := self.looks.take(look):
+                finals.append(row)
+        if finals:
+            self.writer.add_failures(finals)
+        self.summary.second_looks = self.looks.num_taken
+
+    def _await_second_looks(self) -> None:
+        """Until all second looks were taken, and what killed a process may be tried again."""
+        while (waiting := self.looks.num_open) or (self._careful and time.monotonic() < self._careful_from):
+            self._watch(f"{waiting or len(self._careful):,} images", "looking again at")
+            time.sleep(0.1)
+        self.writer.flush()
+
+    def _keep_witness(self, table: pa.Table) -> None:
+        before = self.num_done - table.num_rows - SUDDEN_WINDOW
+        while self.limits.is_healthy and self._recent_finals and self._recent_finals[0][0] <= before:
+            self._recent_finals.popleft()
+        place, sha256 = table["place"], table["sha256"]
+        for i, kind in enumerate(table["error_type"].to_pylist()):
+            if kind is None and place[i].is_valid:
+                self._witnesses.append(_Witness(json.loads(place[i].as_py()), sha256[i].as_py()))
+                return
+
+    def _look_at_witnesses(self) -> None:
+        """All of a sudden images fail: when those that could be read before no longer can, the fault is not the images'.
+
+        Raises:
+            TryAgain: it is not; what was recorded against images is superseded.
+        """
+        failed = len(self._recent_finals)
+        self.display.say(f"{failed:,} images failed in a row: looking at images that could be read before")
+        wanted = {witness.place["image_id"]: witness.sha256 for witness in self._witnesses}
+        self.executor.look([witness.place for witness in self._witnesses], "", self.fetcher)
+        deadline = time.monotonic() + WITNESS_SECONDS
+        while wanted and time.monotonic() < deadline:
+            self._take_looks()
+            while self._witness_looks:
+                look = self._witness_looks.popleft()
+                if look.sha256 == wanted.get(look.image_id):
+                    del wanted[look.image_id]
+                elif look.image_id in wanted:
+                    self._supersede(f"{look.image_id}: {look.message or 'its bytes are others'}")
+            self._watch("", "looking at images that could be read before")
+            time.sleep(0.05)
+        if wanted:
+            self._supersede(f"{next(iter(wanted))}: no answer in {WITNESS_SECONDS:g} s")
+        self.display.say("they still can: the images are bad, going on")
+        self.limits.reset()
+
+    def _supersede(self, why: str) -> None:
+        message = f"the run stopped, since images that could be read before no longer could be ({why})"
+        self.writer.add_failures(
+            [
+                {
+                    "image_id": row["image_id"],
+                    "uri": row["uri"],
+                    "error_type": "unreadable_storage",
+                    "message": f"{row['kind']}, but {message}",
+                }
+                for _, row in self._recent_finals
+            ]
+        )
+        self.writer.flush()
+        raise TryAgain(
+            f"{len(self._recent_finals):,} images failed all of a sudden ({self.limits.example}), and {message}: mend the "
+            "disk, mount or device and run the same command again; nothing final was recorded against these images"
+        )
+
+    # The account.
+
+    def _account(self) -> None:
+        """Remove what stands twice, account for every id, and say what could not be read."""
+        self.writer.flush()
+        remove_duplicates(self.output, self.write)
+        wanted = self.plan.count_wanted()
+        if not wanted.images and not self._tar_attempts and not self.listing.faults:
+            split = f" in split {self.config.split!r}" if self.config.split else ""
+            raise ConfigError(f"there are no images at {', '.join(map(repr, self.config.inputs))}{split}")
+        summary = self.summary
+        summary.images, summary.duplicates, summary.kept = wanted.images, wanted.duplicates, wanted.kept
+        summary.hidden_files = self.listing.num_hidden
+        summary.current_failures = self.plan.current_failures()
+        unread = self.plan.unread_tars()
+        faults = self.listing.faults | self._faults
+        faults |= {uri: self._faults_of_tars[uri] for uri in unread if uri in self._faults_of_tars}
+        lost, names = self.plan.unaccounted()
+        if self._room_left() != 0 and lost and not self._faults:
+            raise CaprayError(
+                f"{lost} images have neither a caption nor a failure after {summary.passes} passes: "
+                f"{', '.join(names)}{' …' if lost > len(names) else ''}; run the same command again"
+            )
+        untried = [uri for uri in unread if uri not in self._tar_attempts]
+        summary.left = lost + len(untried) + (not self.listing.is_complete)
+        if faults:
+            some = "; ".join(f"{uri}: {reason}" for uri, reason in list(faults.items())[:5])
+            raise CaprayError(
+                f"all else is done, but {len(faults)} files of the input cannot be read: {some}; mend them and run the same "
+                "command again, or leave them out with --exclude"
+            )
+        self.limits.check_any()
+
+    # For whoever watches.
+
+    def _watch(self, figures: str, doing: str) -> None:
+        """What is to be done again and again while the run waits."""
+        self._tick()
+        self.display.update(0, figures, doing)
+
+    def _show(self, work: Work, done: int, seconds: float) -> None:
+        self._tick()
+        of = "" if work.num_tars else f"/{work.num_images:,}"
+        figures = f"{done:,}{of} images  {done / max(seconds, 1e-9):.1f} images/s  {self.limits.text()} failed"
+        if self.looks.num_open:
+            figures += f"  {self.looks.num_open:,} to look at again"
+        if not self.listing.is_complete:
+            figures += f"  {self.listing.num_rows:,} listed"
+        self.display.update(done, figures, "captioning", None if work.num_tars else work.num_images)
+
+    def _tick(self) -> None:
+        self.check_signals()
+        if not self.summary.passes:
+            return
+        self.writer.tick()
+        if self.looks.num_open:
+            self._take_looks()
+        if time.monotonic() - self._last_notices > 1:
+            self._last_notices = time.monotonic()
+            for text, count in Counter(self.executor.notices()).items():
+                self.display.say(f"{text} (x{count})" if count > 1 else text)
+
+    def _summary(self) -> Summary:
+        """The summary as things stand."""
+        summary = self.summary
+        if summary.passes:
+            writer = self.writer
+            summary.captions, summary.failures, summary.parts = (
+                writer.num_captions,
+                dict(writer.failures),
+                writer.num_parts,
+            )
+        summary.seconds = time.monotonic() - self.started
+        done = summary.captions + sum(summary.failures.values())
+        summary.images_per_second = done / self.seconds_in_passes if self.seconds_in_passes else 0.0
+        return summary
+
+    def _save_what_is_held(self, error: BaseException) -> None:
+        """Publish what was done before the run ended early, and say so in its record, as far as that is possible."""
+        if self._is_saved:
+            return
+        self._is_saved = True
+        is_stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        self.summary.status = "interrupted" if is_stopped else "failed"
+        with suppress(CaprayError):
+            if self.summary.passes:
+                self.writer.flush()
+        with suppress(CaprayError):
+            self.record.write()
+        if not is_stopped and (place := self.record.keep_traceback(error)):
+            self.display.say(f"how it came to this is in {place}")
+
+
+def retried_kinds(config: CaptionConfig) -> tuple[str, ...]:
+    """The final kinds of failure to attempt again."""
+    return FINAL_FAILURES if config.retry_failed == () else config.retry_failed or ()
+
+
+def _told(config: CaptionConfig) -> dict[str, Any]:
+    """The settings that were given; without the tracking server, whose address may hold a password."""
+    return config.model_dump(mode="json", exclude_defaults=True, exclude={"tracking_uri"})

@@ -1,0 +1,168 @@
+"""Which image ids need no attempt: read from the parts of an output, each part once, into a temporary DuckDB file.
+
+An id is kept as the 128 bits of its MD5. That any two of a billion ids share them by chance has a probability below
+10⁻²⁰; of two ids that somebody made to share them, one is left out. Captions are removed as duplicates only where the ids
+themselves are equal.
+
+Knows nothing of the inputs, and nothing of when what is not settled is attempted.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capray.captioning.units import Write
+from capray.errors import StorageError
+from capray.output import Output, duckdb_errors, first_row, open_duckdb, parquet_files
+from capray.storage import Location, read_bytes
+from capray.tables import FINAL_FAILURES, encode_parquet
+
+if TYPE_CHECKING:
+    import duckdb
+
+ATTEMPTS_PER_RUN = 2
+"""A transient failure is tried once more in the same run."""
+BYTES_PER_ID = 64
+"""Temporary space for each id that is wanted or done, at most: rows, and what DuckDB spills."""
+SLICE_IDS = 10_000_000
+"""Ids that are joined or grouped at once, by a slice of their hashes, so that hardly anything is spilled."""
+_PARTS_AT_ONCE = 100
+
+ID = "md5_number(image_id)"
+TAR = "CASE WHEN contains(lower(image_id), '.tar#') THEN hash(split_part(lower(image_id), '.tar#', 1)) END"
+"""SQL: what the ids of all members of a tar have in common, and hardly any others."""
+
+
+class Settled:
+    """The settled ids of ``output``, as a context: a DuckDB ``connection`` with these tables and views.
+
+    captioned (id, tar, part): the captions, ``id`` being the hash, ``tar`` TAR and ``part`` the number of the part.
+    failed (id, tar, part, error_type, failed_at, run_id): the failure log.
+    current_failures (error_type): the latest failure of each id that has no caption.
+    settled (id, tar): what needs no attempt in run ``run_id``. The one definition: captioned; or failed for good, unless
+        the kind is one of ``retried`` and the run another; or attempted ATTEMPTS_PER_RUN times in this run.
+    """
+
+    def __init__(self, output: Output, run_id: str, retried: tuple[str, ...] = ()):
+        self.output, self.run_id, self.retried = output, run_id, retried
+        self._parts: dict[int, Location] = {}
+        self._num_parts = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Settled:
+        self.folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="capray-"))
+        self.connection: duckdb.DuckDBPyConnection = self._stack.enter_context(
+            open_duckdb(f"{self.folder}/spill", self.output.root, database=f"{self.folder}/ids.duckdb")
+        )
+        final = ", ".join(f"'{kind}'" for kind in FINAL_FAILURES)
+        retried = ", ".join(f"'{kind}'" for kind in self.retried) or "''"
+        this_run = f"run_id = '{self.run_id}'"
+        self.connection.execute(f"""
+            CREATE TABLE captioned (id UHUGEINT, tar UBIGINT, part INTEGER);
+            CREATE TABLE failed (
+                id UHUGEINT, tar UBIGINT, part INTEGER, error_type VARCHAR, failed_at TIMESTAMPTZ, run_id VARCHAR
+            );
+            CREATE VIEW latest AS
+            SELECT id, any_value(tar) AS tar, count(*) FILTER ({this_run}) AS attempts,
+                   unnest(max({{failed_at: failed_at, run_id: run_id, error_type: error_type}}))
+            FROM failed GROUP BY id;
+            CREATE VIEW current_failures AS SELECT error_type FROM latest ANTI JOIN captioned USING (id);
+            CREATE VIEW settled AS
+            SELECT id, tar FROM captioned
+            UNION ALL
+            SELECT id, tar FROM latest
+            WHERE attempts >= {ATTEMPTS_PER_RUN}
+               OR (error_type IN ({final}) AND (error_type NOT IN ({retried}) OR {this_run}));
+        """)
+        return self
+
+    def __exit__(self, *exception: object) -> bool | None:
+        return self._stack.__exit__(*exception)  # ty: ignore[invalid-argument-type]
+
+    @property
+    def num_captions(self) -> int:
+        """The captions in the parts read so far."""
+        return first_row(self.connection, "SELECT count(*) FROM captioned")[0]
+
+    def refresh(self) -> None:
+        """Read the parts that were published since the last time.
+
+        Raises:
+            StorageError: a part cannot be read, or there is no room for the ids.
+        """
+        captions, failures = self.output.parts(self.output.captions), self.output.parts(self.output.failures)
+        there, known = {part.path for part in (*captions, *failures)}, {part.path for part in self._parts.values()}
+        self._forget([number for number, part in self._parts.items() if part.path not in there])
+        with duckdb_errors(f"reading the parts of {self.output.root.uri}"):
+            self._read("captioned", [part for part in captions if part.path not in known])
+            self._read(
+                "failed", [part for part in failures if part.path not in known], ", error_type, failed_at, run_id"
+            )
+
+    def _read(self, table: str, parts: list[Location], others: str = "") -> None:
+        for begin in range(0, len(parts), _PARTS_AT_ONCE):
+            batch = parts[begin : begin + _PARTS_AT_ONCE]
+            columns = f"{ID}, {TAR}, {self._num_parts} + file_index{others}"
+            sql = f"INSERT INTO {table} SELECT {columns} FROM {parquet_files(batch)}"
+            (num_ids,) = first_row(self.connection, sql)
+            self._parts |= dict(enumerate(batch, self._num_parts))
+            self._num_parts += len(batch)
+            self.check_room(num_ids * (len(parts) - begin - len(batch)) // len(batch))
+
+    def _forget(self, numbers: list[int]) -> None:
+        """Let go of what was read of parts that are gone or replaced."""
+        if numbers:
+            for table in ("captioned", "failed"):
+                self.connection.execute(f"DELETE FROM {table} WHERE part IN ({', '.join(map(str, numbers))})")
+            for number in numbers:
+                del self._parts[number]
+
+    def check_room(self, num_ids: int) -> None:
+        """Raise StorageError unless there is temporary space for so many further ids."""
+        free = shutil.disk_usage(self.folder).free
+        if num_ids * BYTES_PER_ID > free:
+            raise StorageError(
+                f"{num_ids:,} ids need up to {num_ids * BYTES_PER_ID / 1e9:,.1f} GB of temporary space, and "
+                f"{self.folder!r} has {free / 1e9:,.1f} GB: set TMPDIR to a folder on a larger disk"
+            )
+
+    def slices(self, num_ids: int) -> list[str]:
+        """SQL conditions that divide ids into slices of at most SLICE_IDS, if they are ``num_ids``."""
+        bits = max(0, (num_ids - 1) // SLICE_IDS).bit_length()
+        return [f"(id >> {128 - bits}) = {number}" for number in range(2**bits)] if bits else ["true"]
+
+    def remove_duplicates(self, write: Write) -> int:
+        """Remove ids that stand in two caption parts from the newer part, replacing it under its name; how many there were.
+
+        They come from a writer that was frozen past its lease and woke up. Of two runs the later id string is the newer.
+        """
+        self.refresh()
+        doubled: set[int] = set()
+        for condition in self.slices(self.num_captions):
+            rows = self.connection.execute(f"""
+                SELECT DISTINCT unnest(parts) FROM (
+                    SELECT list(part) AS parts FROM captioned WHERE {condition} GROUP BY id HAVING count(*) > 1
+                )
+            """).fetchall()
+            doubled |= {number for (number,) in rows}
+        removed, seen, replaced = 0, set(), []
+        for number in sorted(doubled, key=lambda number: self._parts[number].path):
+            part = self._parts[number]
+            table = pq.read_table(pa.BufferReader(read_bytes(part)))
+            keep = []
+            for image_id in table["image_id"].to_pylist():
+                keep.append(image_id not in seen)
+                seen.add(image_id)
+            if not all(keep):
+                removed += keep.count(False)
+                write(part, encode_parquet(table.filter(pa.array(keep))))
+                replaced.append(number)
+        self._forget(replaced)
+        self.refresh()
+        return removed

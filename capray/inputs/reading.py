@@ -1,0 +1,279 @@
+"""Reading the images that places name: the bytes of what was listed, or why there are none.
+
+What stands under an id is read under that id: a row of a table is read with its id, a member of a tar with its header, and
+each answer of a container is of the version that was listed. Knows nothing of decoding, units of work or outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections import defaultdict, deque
+from collections.abc import Callable, Container, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+
+import pyarrow as pa
+
+from capray.config import ImageLimits
+from capray.errors import CaprayError, DataError, StorageError
+from capray.images import ImageError
+from capray.inputs.base import Changed, Event, Failed, Found, InputReading, Source, TarMembers, TarUnreadable
+from capray.inputs.byte_reader import CHUNK_BYTES, Patience, Stream, ignore, read_image, read_range
+from capray.inputs.places import MEMBERS, Row
+from capray.inputs.tables import opened_parquet
+from capray.inputs.tars import HEADER_BYTES, images_of, member_in, opened, split_key
+from capray.inputs.versions import VersionChanged
+from capray.inputs.witnesses import witnesses
+from capray.storage import locate
+
+_BATCH_ROWS = 256
+Outcome = Found | Failed
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads images by their places. It travels with every task, and holds nothing that grows with the plan.
+
+    Attributes:
+        inputs: by the number of the input.
+        concurrency: requests for objects and members under way at once.
+        patience_seconds: how long to wait for a mount that is away, or a store that asks to slow down.
+    """
+
+    inputs: tuple[InputReading, ...]
+    limits: ImageLimits
+    concurrency: int
+    patience_seconds: float
+
+    @classmethod
+    def of(cls, sources: list[Source], limits: ImageLimits, concurrency: int, patience_seconds: float) -> Reader:
+        """What reads the images of ``sources``."""
+        return cls(tuple(source.reading for source in sources), limits, concurrency, patience_seconds)
+
+    def read(
+        self, rows: list[Row], skipped: Container[bytes] = (), notify: Callable[[str], None] = ignore
+    ) -> Iterator[Outcome | Event]:
+        """What is at each of ``rows``: every one gives a Found or a Failed, or its container a Changed, after which none of
+        that container's rows gives anything. A ``tar`` gives them for each of its wanted images, and then its TarMembers or
+        a TarUnreadable.
+
+        Args:
+            skipped: the MD5 digests of the ids of images to leave out of tars.
+            notify: is told what is waited for.
+
+        Raises:
+            TryAgain: a mount is away for longer than ``patience_seconds``, or credentials have expired.
+            StorageError: a bucket is gone.
+        """
+        for (kind, *_), group in groupby(rows, _place_key):
+            among = list(group)
+            patience = Patience(self.patience_seconds, self._witnesses(among[0]), notify)
+            if kind == "object":
+                for outcome in self._ahead(among, lambda row, patience=patience: self._object(row, patience)):
+                    yield _with_witness(outcome, patience)
+            else:
+                yield from self._of_container(kind, among, skipped, patience)
+
+    def _witnesses(self, row: Row) -> tuple[str, ...]:
+        carried = row.get("witness")
+        return ((carried,) if carried else ()) + self.inputs[row["input"]].witnesses
+
+    def _ahead(self, rows: list[Row], read: Callable[[Row], Outcome]) -> Iterator[Outcome]:
+        """Reads ahead of who takes the images, by no more than ``concurrency`` of them."""
+        ahead: deque[Future[Outcome]] = deque()
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            for row in rows:
+                ahead.append(pool.submit(read, row))
+                if len(ahead) >= self.concurrency:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _object(self, row: Row, patience: Patience) -> Outcome:
+        uri, size = row["uri"], row["size"]
+        if uri is None:
+            return Failed(row, ImageError("missing", "the row has no URI", certain=True))
+        if size is not None and size > self.limits.max_image_bytes:
+            return Failed(row, self._too_large(size))
+        try:
+            return Found(row, read_image(uri, self.limits.max_image_bytes, patience))
+        except ImageError as error:
+            return Failed(row, error)
+        except StorageError as error:
+            if row["container"] is None:
+                raise
+            return Failed(row, ImageError("unreadable_storage", str(error)))
+
+    def _too_large(self, size: int) -> ImageError:
+        return ImageError("too_large", f"{size} bytes, over the limit of {self.limits.max_image_bytes}")
+
+    def _of_container(
+        self, kind: str, rows: list[Row], skipped: Container[bytes], patience: Patience
+    ) -> Iterator[Outcome | Event]:
+        number, container = rows[0]["input"], rows[0]["container"]
+        left = {row["image_id"]: row for row in rows}
+        read = {"row": self._table_rows, "member": self._members, "name": self._named, "tar": self._tar}[kind]
+        try:
+            for outcome in read(rows, skipped, patience):
+                yield outcome
+                if isinstance(outcome, (Found, Failed)):
+                    left.pop(outcome.row["image_id"], None)
+            return
+        except VersionChanged:
+            yield Changed(number, container)
+            return
+        except ImageError as error:
+            if error.kind == "missing" and error.certain:
+                yield Changed(number, container)
+                return
+            problem = error.message
+        except DataError as error:
+            problem = str(error)
+        except CaprayError:
+            raise
+        except Exception as error:
+            problem = f"{container}: {type(error).__name__}: {error}"
+        if kind == "tar":
+            yield TarUnreadable(number, container, problem)
+            return
+        for row in left.values():
+            yield Failed(row, ImageError("unreadable_storage", problem))
+
+    def _table_rows(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[Outcome]:
+        reading = self.inputs[rows[0]["input"]]
+        assert reading.id_column is not None and reading.image_column is not None
+        file = opened_parquet(_stream(rows[0], patience))
+        for group, of_group in groupby(rows, lambda row: row["row_group"]):
+            if group >= file.num_row_groups:
+                raise VersionChanged(f"only {file.num_row_groups} row groups")
+            waiting, first = deque(of_group), 0
+            columns = [reading.id_column, reading.image_column]
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns):
+                while waiting and waiting[0]["row"] < first + batch.num_rows:
+                    row = waiting.popleft()
+                    at = row["row"] - first
+                    if batch[reading.id_column].slice(at, 1).cast(pa.string())[0].as_py() != row["image_id"]:
+                        raise VersionChanged(f"another id in row {row['row']} of row group {group}")
+                    data = batch[reading.image_column][at].as_py()
+                    if data is None:
+                        yield Failed(row, ImageError("missing", "the row has no image bytes", certain=True))
+                    else:
+                        yield Found(row, data)
+                first += batch.num_rows
+                if not waiting:
+                    break
+            if waiting:
+                raise VersionChanged(f"only {first} rows in row group {group}")
+
+    def _members(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[Outcome]:
+        yield from self._ahead(rows, lambda row: self._member(row, patience))
+
+    def _member(self, row: Row, patience: Patience) -> Outcome:
+        """A member at a known place, read with its header."""
+        offset, size, limit = row["offset"], row["size"], self.limits.max_image_bytes
+        # Of what is certainly too large the header alone.
+        length = size if size <= limit + HEADER_BYTES else HEADER_BYTES
+        data = read_range(row["container"], offset, offset + length, row["version"] or "", patience)
+        member = member_in(data)
+        if member is None or member.name != row["member"]:
+            raise VersionChanged(f"no member {row['member']} at byte {offset}")
+        content = data[member.offset_data : member.offset_data + member.size]
+        return self._of_member(row, member, content, len(content) == member.size)
+
+    def _of_member(self, row: Row, member: tarfile.TarInfo, data: bytes, whole: bool) -> Outcome:
+        if member.size > self.limits.max_image_bytes:
+            return Failed(row, self._too_large(member.size))
+        if not whole:
+            message = f"the tar ends within this member: {len(data)} of {member.size} bytes"
+            return Failed(row, ImageError("truncated", message))
+        return Found(row, data)
+
+    def _named(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[Outcome]:
+        """Members of which the name is known, in one reading of the tar. One under a name with another suffix is taken for
+        it when no member of its key, which stand together, has the very name."""
+        wanted: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+        for row in rows:
+            wanted[split_key(row["member"])[0]][row["member"]].append(row)
+        stream = _stream(rows[0], patience)
+        is_cut = False
+        with opened(rows[0]["container"], _buffered(stream)) as tar:
+            images = images_of(tar, self.limits.max_image_bytes)
+            for key, of_key in groupby(images, lambda image: split_key(image[0].name)[0]):
+                names, other = wanted.get(key, {}), None
+                for member, data, whole in of_key:
+                    is_cut = is_cut or (not whole and member.size <= self.limits.max_image_bytes)
+                    other = other or (member, data, whole)
+                    for row in names.pop(member.name, ()):
+                        yield self._of_member(_as_member(row, member, stream.version), member, data, whole)
+                for row in (row for name in list(names) for row in names.pop(name)):
+                    assert other is not None
+                    yield self._of_member(_as_member(row, other[0], stream.version), *other)
+                wanted.pop(key, None)
+                if not wanted:
+                    return
+        container = rows[0]["container"]
+        error = ImageError("missing", f"{container} has no such member", certain=True)
+        if is_cut:
+            error = ImageError("truncated", f"{container} ends before this member")
+        for row in (row for names in wanted.values() for of_name in names.values() for row in of_name):
+            yield Failed(row, error)
+
+    def _tar(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[Outcome | Event]:
+        """A tar whose members are not known: each that is wanted and not ``skipped``; all that are wanted are told."""
+        (tar_row,) = rows
+        uri, selection = tar_row["container"], self.inputs[tar_row["input"]].selection
+        stream = _stream(tar_row, patience)
+        members: list[Row] = []
+        seen: set[str] = set()
+        with opened(uri, _buffered(stream)) as tar:
+            for member, data, whole in images_of(tar, self.limits.max_image_bytes):
+                image_id = f"{uri}#{member.name}"
+                if not selection.has(image_id):
+                    continue
+                row = _as_member(tar_row | {"image_id": image_id, "uri": image_id}, member, stream.version)
+                members.append({name: row[name] for name in MEMBERS.names})
+                if (
+                    image_id not in seen
+                    and hashlib.md5(image_id.encode(), usedforsecurity=False).digest() not in skipped
+                ):
+                    yield self._of_member(row, member, data, whole)
+                seen.add(image_id)
+        yield TarMembers(tar_row["input"], uri, stream.version, pa.Table.from_pylist(members, MEMBERS))
+
+
+def _with_witness(outcome: Outcome, patience: Patience) -> Outcome:
+    """``outcome``; of a file that is missing with the ``witness`` in its row which could be opened all the same: whoever
+    looks again has to open it too."""
+    if isinstance(outcome, Found) or outcome.error.kind != "missing" or outcome.error.certain:
+        return outcome
+    place = locate(outcome.row["uri"])
+    if place.is_local and (witness := witnesses.opening(place.path, patience.witnesses)):
+        return Failed(outcome.row | {"witness": witness}, outcome.error)
+    return outcome
+
+
+def _place_key(row: Row) -> tuple:
+    """What rows that are read together have in common."""
+    kind = row["kind"]
+    return kind, row["input"], None if kind == "object" else (row["container"], row["version"])
+
+
+def _stream(row: Row, patience: Patience) -> Stream:
+    return Stream(row["container"], version=row["version"] or "", patience=patience)
+
+
+def _buffered(stream: Stream) -> io.BufferedReader:
+    return io.BufferedReader(stream, CHUNK_BYTES)
+
+
+def _as_member(row: Row, member: tarfile.TarInfo, version: str) -> Row:
+    """``row`` with the place of ``member``, by which it can be read again."""
+    size = member.offset_data + member.size - member.offset
+    place = {"kind": "member", "member": member.name, "offset": member.offset, "size": size}
+    return row | place | {"version": version}

@@ -1,0 +1,296 @@
+"""One run, without Ray: waves and passes, second looks, the breaker, limits, what is published when a run ends early."""
+
+import io
+import json
+import os
+import signal
+import tarfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from capray.captioning import run as run_module
+from capray.captioning import writer
+from capray.captioning.job import caption
+from capray.captioning.record import Summary
+from capray.captioning.stream import Stalled
+from capray.config import CaptionConfig
+from capray.errors import CaprayError, Interrupted, StorageError, TryAgain
+from capray.inputs import files, listing
+from tests.conftest import write_photos
+from tests.local_executor import LocalExecutor
+from tests.oracle import check_exactly_once, current_failures, digests, read_parts
+
+
+class Job:
+    """A folder of photos, and the command that captions it."""
+
+    def __init__(self, folder: Path, model: str):
+        self.input, self.output, self.model = folder / "in", folder / "out", model
+        self.executor = LocalExecutor()
+
+    def run(self, executor: LocalExecutor | None = None, **settings) -> Summary:
+        self.executor = executor or LocalExecutor()
+        options = {"batch_size": 4, "part_rows": 10, "second_look_seconds": 0.1, "patience_seconds": 5.0}
+        options |= {"input": str(self.input), "output": str(self.output), "model": self.model}
+        return caption(CaptionConfig(**options | settings), self.executor)
+
+    def check(self, failed: dict[str, str] | None = None) -> set[str]:
+        """Every image stands once, made of its bytes; the captioned ids."""
+        return set(check_exactly_once(str(self.output), digests(str(self.input)), failed=failed))
+
+    def failures(self) -> list[dict]:
+        return sorted(read_parts(str(self.output), "failures"), key=lambda row: row["failed_at"])
+
+    def kinds(self) -> list[str]:
+        return [row["error_type"] for row in self.failures()]
+
+
+@pytest.fixture
+def job(tmp_path, model) -> Job:
+    return Job(tmp_path, model)
+
+
+def at_block(number: int, action) -> LocalExecutor:
+    return LocalExecutor(after_block=lambda n: action() if n == number else None)
+
+
+def write_tars(folder: Path, num_tars: int, num_photos: int) -> None:
+    folder.mkdir()
+    for number in range(num_tars):
+        with tarfile.open(folder / f"{number:03d}.tar", "w") as tar:
+            for path in write_photos(folder.parent / f"photos-{number}", num_photos, seed=number):
+                tar.add(path, Path(path).name)
+
+
+def test_all_is_captioned_once_and_then_nothing_is_left_to_do(job):
+    write_photos(job.input, 30)
+    bad = job.input / "bad.jpg"
+    bad.write_bytes(b"this is no image")
+    summary = job.run()
+    assert (summary.images, summary.captions, summary.passes) == (31, 30, 1)
+    job.check({str(bad): "not_an_image"})
+    again = job.run()
+    assert (again.captioned_before, again.captions, again.passes) == (30, 0, 0)
+    assert again.current_failures == {"not_an_image": 1}
+
+
+class TestWaves:
+    @pytest.fixture
+    def passes(self, monkeypatch) -> list[int]:
+        """The number of images of each pass."""
+        passes: list[int] = []
+        tables = LocalExecutor.tables
+
+        def counted(self, work, *arguments):
+            passes.append(work.num_images)
+            return tables(self, work, *arguments)
+
+        monkeypatch.setattr(LocalExecutor, "tables", counted)
+        return passes
+
+    def test_captioning_begins_before_all_is_listed_and_each_wave_is_larger(self, job, passes, monkeypatch):
+        for name in ("FIRST_CHUNK_ROWS", "MAX_CHUNK_ROWS"):
+            monkeypatch.setattr(listing, name, 10)
+        monkeypatch.setattr(files, "ROWS_PER_PAGE", 10)
+        write_atomic = writer.write_atomic
+
+        def slow(location, *arguments) -> None:
+            time.sleep(0.05 if "chunk-" in location.path else 0)
+            write_atomic(location, *arguments)
+
+        monkeypatch.setattr(writer, "write_atomic", slow)
+        write_photos(job.input, 180)
+        job.run()
+        job.check()
+        assert sum(passes) == 180 and len(passes) <= run_module.MAX_WAVES
+        assert passes[0] < 180
+        for number in range(1, len(passes) - 1):
+            assert passes[number] >= (run_module.WAVE_GROWTH - 1) * sum(passes[:number])
+
+    def test_a_pass_that_waits_for_lost_actors_is_planned_again(self, job, passes, monkeypatch):
+        write_photos(job.input, 30)
+        counted = LocalExecutor.tables
+        stalls = [True]
+
+        @contextmanager
+        def stalling(self, *arguments):
+            with counted(self, *arguments) as tables:
+
+                def some():
+                    for number, table in enumerate(tables):
+                        if stalls and number == 3:
+                            stalls.clear()
+                            raise Stalled
+                        yield table
+
+                yield some()
+
+        monkeypatch.setattr(LocalExecutor, "tables", stalling)
+        job.run()
+        job.check()
+        assert len(passes) == 2 and passes[0] == 30 and 0 < passes[1] < 30
+
+
+class TestLimit:
+    def test_attempts_so_many_and_the_same_command_goes_on(self, job):
+        write_photos(job.input, 30)
+        assert [job.run(limit=12).captions for _ in range(3)] == [12, 12, 6]
+        job.check()
+
+    def test_wherever_they_lie(self, job):
+        """Tars without sidecars: a run goes on with further shards until it has its number."""
+        write_tars(job.input, num_tars=8, num_photos=3)
+        assert 12 <= job.run(limit=12).captions <= 15
+        job.run()
+        job.check()
+
+
+class TestSecondLooks:
+    def test_what_is_missing_twice_is_final(self, job):
+        paths = write_photos(job.input, 20)
+        gone = Path(paths[-1])
+        summary = job.run(LocalExecutor(before_unit=lambda n: gone.unlink(missing_ok=True)))
+        assert summary.current_failures == {"missing": 1} and summary.second_looks == 1
+        assert job.kinds() == ["unreadable_storage", "missing"]
+        assert job.failures()[0]["message"].startswith("missing, to be looked at again")
+
+    def test_what_is_back_for_the_second_is_captioned(self, job):
+        paths = write_photos(job.input, 20)
+        path, aside = Path(paths[0]), job.input.parent / "aside"
+        path.rename(aside)
+        aside.rename(path)
+
+        def hide(number: int) -> None:
+            if number == 0:
+                path.rename(aside)
+
+        def show(number: int) -> None:
+            if number == 2:
+                aside.rename(path)
+
+        job.run(LocalExecutor(before_unit=hide, after_block=show))
+        job.check()
+        assert job.kinds() == ["unreadable_storage"]
+
+    def test_a_truncated_file_is_looked_at_again_too(self, job):
+        paths = write_photos(job.input, 8)
+        Path(paths[3]).write_bytes(Path(paths[3]).read_bytes()[:-300])
+        assert job.run().current_failures == {"truncated": 1}
+        assert job.kinds() == ["unreadable_storage", "truncated"]
+
+
+class TestBreaker:
+    """Images that could be read all of a sudden cannot."""
+
+    @pytest.fixture
+    def paths(self, job) -> list[Path]:
+        return [Path(path) for path in write_photos(job.input, 160)]
+
+    def test_a_storage_that_gives_junk_is_no_verdict_on_images(self, job, paths):
+        sound = {path: path.read_bytes() for path in paths}
+
+        def spoil() -> None:
+            for path in paths:
+                path.write_bytes(b"junk")
+
+        with pytest.raises(TryAgain, match="failed all of a sudden.*nothing final was recorded"):
+            job.run(at_block(20, spoil))
+        assert "not_an_image" in job.kinds()
+        assert set(current_failures(str(job.output)).values()) == {"unreadable_storage"}, "superseded"
+        for path, data in sound.items():
+            path.write_bytes(data)
+        job.run()
+        job.check()
+
+    def test_images_that_are_bad_are_told_apart(self, job, paths):
+        bad = {str(path): "not_an_image" for path in paths[80:]}
+        for path in bad:
+            Path(path).write_bytes(b"junk")
+        assert job.run().current_failures == {"not_an_image": 80}
+        job.check(bad)
+
+
+class TestEndingEarly:
+    def test_a_run_told_to_stop_publishes_what_it_has_first(self, job):
+        write_photos(job.input, 40)
+        with pytest.raises(Interrupted) as stopped:
+            job.run(at_block(4, lambda: os.kill(os.getpid(), signal.SIGTERM)), part_rows=1000)
+        assert stopped.value.exit_code == 143
+        captions = read_parts(str(job.output), "captions")
+        assert len(captions) == job.executor.num_captioned >= 16
+        (record,) = (job.output / "_capray" / "runs").glob("*.json")
+        assert json.loads(record.read_text())["status"] == "interrupted"
+        job.run()
+        job.check()
+
+    def test_a_failure_of_the_job_keeps_its_traceback(self, job):
+        write_photos(job.input, 40)
+
+        def fail() -> None:
+            raise RuntimeError("a mistake of ours")
+
+        with pytest.raises(RuntimeError):
+            job.run(at_block(4, fail))
+        (traceback,) = (job.output / "_capray" / "runs").glob("*.traceback.txt")
+        assert "a mistake of ours" in traceback.read_text()
+        assert read_parts(str(job.output), "captions")
+        job.run()
+        job.check()
+
+    def test_settings_and_host_are_in_the_record(self, job):
+        write_photos(job.input, 4)
+        summary = job.run()
+        record = json.loads((job.output / "_capray" / "runs" / f"{summary.run_id}.json").read_text())
+        assert record["settings"]["batch_size"] == 4 and record["host"] and record["versions"]["capray"]
+        assert (record["status"], record["captions"]) == ("complete", 4)
+
+
+class TestWhatChanges:
+    def table(self, job: Job, seed: int) -> None:
+        """A table of 40 photos, in an order of its own."""
+        photos = [Path(path).read_bytes() for path in write_photos(job.input.parent / "photos", 40, seed)]
+        ids = [f"{number:02d}" for number in range(40)]
+        order = sorted(range(40), key=lambda number: (number * 7 + seed) % 40)
+        job.input.mkdir(exist_ok=True)
+        table = pa.table({"image_id": [ids[i] for i in order], "image": [photos[i] for i in order]})
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, row_group_size=6)
+        (job.input / "new").write_bytes(buffer.getvalue())
+        (job.input / "new").rename(job.input / "table.parquet")
+
+    def test_captions_that_were_done_are_kept_and_counted(self, job):
+        self.table(job, seed=0)
+        before = digests(str(job.input))
+        job.run(limit=12)
+        done = {row["image_id"] for row in read_parts(str(job.output), "captions")}
+        self.table(job, seed=1)
+        after = digests(str(job.input))
+        summary = job.run()
+        assert summary.kept == len(done) == 12
+        check_exactly_once(str(job.output), {i: (before if i in done else after)[i] for i in before})
+
+    def test_what_changes_again_and_again_is_a_fault_of_this_run(self, job):
+        self.table(job, seed=0)
+        seeds = iter(range(1, 1000))
+        with pytest.raises(CaprayError, match="changes again and again"):
+            job.run(LocalExecutor(num_threads=1, before_unit=lambda number: self.table(job, next(seeds))))
+        job.run()
+        assert len(read_parts(str(job.output), "captions")) == 40
+
+
+def test_a_store_that_cannot_be_written_ends_the_run_with_one_message(job, monkeypatch):
+    write_photos(job.input, 40)
+
+    def refuse(location, *arguments):
+        raise StorageError(f"writing {location.uri}: permission denied")
+
+    with pytest.raises(StorageError, match="permission denied"):
+        job.run(at_block(3, lambda: monkeypatch.setattr("capray.captioning.writer.write_atomic", refuse)))
+    monkeypatch.undo()
+    job.run()
+    job.check()
