@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -51,10 +52,10 @@ class Store:
         """Verb and path of every request that was sent."""
         self.faults: dict[int, Fault] = {}
         """By the number of a request, what happens to it."""
-        self.write_faults: dict[int, Fault] = {}
-        """The same, by the number of a PUT or DELETE."""
-        self.num_writes = 0
-        self.before_write: Callable[[int], None] = lambda number: None
+        self.write_fault: tuple[str, Fault] | None = None
+        """What happens to the first PUT or DELETE whose path has that pattern in it."""
+        self.after_write: Callable[[], None] = lambda: None
+        """Called when one was committed."""
         self.is_process_dead = False
         self.answers = threading.Event()
         """Cleared, the server takes requests and says nothing."""
@@ -71,12 +72,8 @@ class Store:
         with self._lock:
             fault = self.faults.get(self.num_requests)
             self.requests.append((verb, path))
-            number = self.num_writes
-            if verb in ("PUT", "DELETE"):
-                fault = self.write_faults.get(number, fault)
-                self.num_writes += 1
-        if verb in ("PUT", "DELETE"):
-            self.before_write(number)
+            if verb in ("PUT", "DELETE") and self.write_fault and re.search(self.write_fault[0], path):
+                (_, fault), self.write_fault = self.write_fault, None
         if self.is_process_dead:
             raise Crash
         if fault is Fault.FAILS:
@@ -102,6 +99,7 @@ class Store:
         with self._lock:
             self.objects[path] = data
             self.log.append(path)
+            self.after_write()
             return self.etag(path)
 
     def delete(self, path: str, if_match: str | None = None) -> None:
@@ -111,6 +109,7 @@ class Store:
                     raise refusal("NotImplemented")
                 self._check(path, None, if_match)
             self.objects.pop(path, None)
+            self.after_write()
 
     def _check(self, path: str, if_none_match: str | None, if_match: str | None) -> None:
         if self.honours == "neither":

@@ -3,12 +3,12 @@
 It knows HTTP, and S3's error bodies; nothing of capray. Requests go on as they came (path and Host header unchanged, so
 that signatures hold). At most one fault per request, drawn from a seeded generator:
 
-    read.*  (GET, HEAD)   503 500 reset silent stall denied skewed expired expired_403   reset_body truncate
-    write.* (the others)  503 500 reset silent stall denied skewed expired expired_403   lose_answer drop
+    read.*  (GET, HEAD)   503 500 reset silent stall denied archived skewed expired expired_403   reset_body truncate
+    write.* (the others)  503 500 reset silent stall denied archived skewed expired expired_403   lose_answer drop
 
 ``503`` SlowDown; ``500`` InternalError; ``reset`` RST before an answer; ``silent`` no answer for ``stall_seconds``;
-``stall`` a pause of ``stall_seconds`` in mid-body (writes: before the answer); ``denied`` AccessDenied; ``skewed``
-RequestTimeTooSkewed; ``expired`` ExpiredToken with S3's status 400, ``expired_403`` with 403; ``reset_body`` RST in
+``stall`` a pause of ``stall_seconds`` in mid-body (writes: before the answer); ``denied`` AccessDenied; ``archived``
+InvalidObjectState; ``skewed`` RequestTimeTooSkewed; ``expired`` ExpiredToken with S3's status 400, ``expired_403`` with 403; ``reset_body`` RST in
 mid-body; ``truncate`` half of the announced body, then the end; ``lose_answer`` done upstream, then closed without an
 answer; ``drop`` closed without being forwarded. All but ``stall``, ``reset_body``, ``truncate`` and ``lose_answer`` never
 reach the server.
@@ -36,6 +36,7 @@ _ERRORS = {
     "503": (503, "SlowDown", "Please reduce your request rate."),
     "500": (500, "InternalError", "We encountered an internal error. Please try again."),
     "denied": (403, "AccessDenied", "Access Denied"),
+    "archived": (403, "InvalidObjectState", "The operation is not valid for the object's storage class."),
     "skewed": (
         403,
         "RequestTimeTooSkewed",

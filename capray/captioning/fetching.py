@@ -1,4 +1,5 @@
-"""The one CPU operator: a unit of the plan becomes blocks of decoded images at the encoder's input size.
+"""What runs in tasks: a unit of the plan becomes blocks of decoded images at the encoder's input size. Loads no torch, whose
+import each of the processes would pay for.
 
 A bad image becomes a row with its kind of failure. How many blocks a unit gives follows from the unit alone, whatever is
 found. From the second attempt on (the first having died with its process) each image is decoded in a child process.
@@ -22,8 +23,8 @@ import pyarrow as pa
 
 from capray import cluster
 from capray.captioning.isolation import CannotStart, Crashed, Isolated
-from capray.captioning.rows import BLOCK, block_of, fetched_schema, unit_of
-from capray.captioning.units import num_blocks
+from capray.captioning.rows import BLOCK, block_of, fetched_schema, unit_of, unit_row
+from capray.captioning.units import num_blocks, read_units
 from capray.config import ImageLimits, Preprocessing
 from capray.errors import TryAgain
 from capray.images import UNCERTAIN, ImageError, load
@@ -244,6 +245,18 @@ class _Watch:
             since = self._since
             if since is not None and time.monotonic() - since > self._seconds:
                 os._exit(1)
+
+
+def expand(batch: pa.Table) -> Iterator[pa.Table]:
+    """Ray Data's function: a row with a plan file to its UNIT rows."""
+    (file,) = batch["file"].to_pylist()
+    for unit in read_units(locate(file)):
+        yield unit_row(unit.places, unit.skipped)
+
+
+def look_again(fetcher: Fetcher, places: list[Row]) -> list[Look]:
+    """Ray's task of second looks."""
+    return fetcher.look(places)
 
 
 def fetch_unit(batch: pa.Table, fetcher: Fetcher) -> Iterator[pa.Table]:

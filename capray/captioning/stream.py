@@ -19,14 +19,12 @@ import pyarrow as pa
 
 from capray import cluster
 from capray.captioning.actor import CaptioningActor, CaptioningSettings
-from capray.captioning.fetching import Fetcher, Look, fetch_unit
+from capray.captioning.fetching import Fetcher, Look, expand, fetch_unit, look_again
 from capray.captioning.model_transfer import ModelTransfer, transfer_model
-from capray.captioning.rows import unit_row
-from capray.captioning.units import Work, read_units
+from capray.captioning.units import Work
 from capray.config import CaptionConfig
 from capray.errors import CaprayError, TryAgain
 from capray.inputs.places import Row
-from capray.storage import locate
 
 EXPAND_CPUS = 0.1
 FETCH_CPUS = 0.5
@@ -142,7 +140,7 @@ class RayExecutor:
         # A block of ours is a row of Ray's: each is to come out of a task by itself.
         data.context.target_max_block_size = 1
         units = data.map_batches(
-            _expand,
+            expand,
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=EXPAND_CPUS,
@@ -173,7 +171,7 @@ class RayExecutor:
 
         others = sorted(cluster.alive_nodes() - {node})
         strategy = NodeAffinitySchedulingStrategy(others[0], soft=True) if others else "DEFAULT"
-        task = ray.remote(_look).options(num_cpus=FETCH_CPUS, scheduling_strategy=strategy)
+        task = ray.remote(look_again).options(num_cpus=FETCH_CPUS, scheduling_strategy=strategy)
         self._looks.append(task.remote(fetcher, places))
 
     def looks(self) -> list[Look]:
@@ -192,17 +190,6 @@ class RayExecutor:
 
     def close(self) -> None:
         self._looks.clear()
-
-
-def _expand(batch: pa.Table) -> Iterator[pa.Table]:
-    """Ray Data's function: a row with a plan file to the UNIT rows in it."""
-    (file,) = batch["file"].to_pylist()
-    for unit in read_units(locate(file)):
-        yield unit_row(unit.places, unit.skipped)
-
-
-def _look(fetcher: Fetcher, places: list[Row]) -> list[Look]:
-    return fetcher.look(places)
 
 
 @contextmanager
