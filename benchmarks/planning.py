@@ -1,102 +1,278 @@
-"""From a manifest of ten million ids, nearly all done, to the first unit of work: seconds and memory of the driver.
+"""Listing and planning as the job does them, without Ray: seconds, memory, temporary space and requests of the driver.
 
-    uv run python benchmarks/planning.py [--ids 10000000] [--left 10000]
+    uv run python benchmarks/planning.py [--ids 10000000] [--done none half nearly] [--tars 10000] [--s3]
 
-The references: 60 seconds, 4 GiB.
+First a manifest of so many ids, of which none, half, or all but 10,000 are done: to the first unit, to all planned, and to
+every id accounted for. With --tars the same number of images in tars that are half read. With --s3 the output lies on a
+SeaweedFS of this machine (the tests' one), and requests are counted; a tenth of the ids are listed as objects there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import multiprocessing
+import os
 import resource
+import sys
 import tempfile
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 
-from capray.captioning.plan import Plan
-from capray.config import CaptionConfig, SourceSettings
+from capray.captioning.plan import Plan, Work, read_units
+from capray.captioning.run import MAX_WAVES, WAVE_GROWTH
+from capray.captioning.settled import Settled
+from capray.config import CaptionConfig, QueryConfig, SourceSettings
 from capray.inputs import open_sources
 from capray.inputs.listing import Listing
 from capray.output import Output
-from capray.storage import write_atomic
+from capray.output.folder import MEMORY_LIMIT
+from capray.query.answers import run_query
+from capray.storage import locate, write_atomic
 from capray.tables import CAPTIONS, encode_parquet
 
 PART_ROWS = 50_000
+BLOCK_ROWS = 64
+LEFT = 10_000
+KEYS_PER_PREFIX = 1000
 
 
 def uri(number: int) -> str:
-    return f"s3://bucket/photos/{number // 1000:06d}/{number:010d}.jpg"
+    return f"s3://bucket/photos/{number // KEYS_PER_PREFIX:06d}/{number:010d}.jpg"
 
 
-def write_part(output: Output, number: int, ids: list[str]) -> None:
-    """A part of captions as a job publishes them."""
-    rows = len(ids)
-    values = {
-        "image_id": ids,
-        "uri": ids,
-        "caption": [f"a photo of thing {i % 997}" for i in range(rows)],
-        "alternatives": [[]] * rows,
-        "sha256": [b"\0" * 32] * rows,
-        "model_id": ["m"] * rows,
-        "run_id": ["r"] * rows,
-    }
-    columns = [
-        pa.array(values[field.name], field.type)
-        if field.name in values
-        else pa.repeat(pa.scalar(1, pa.int64()), rows).cast(field.type)
-        if not pa.types.is_boolean(field.type)
-        else pa.repeat(pa.scalar(True), rows)
-        for field in CAPTIONS
-    ]
-    table = pa.table(columns, schema=CAPTIONS)
-    write_atomic(output.captions.join(f"part-r-{number:05d}.parquet"), encode_parquet(table))
+def write_parts(output: Output, ids: list[str]) -> None:
+    """Captions of ``ids`` as a job publishes them."""
+    for number, begin in enumerate(range(0, len(ids), PART_ROWS)):
+        part = ids[begin : begin + PART_ROWS]
+        rows = len(part)
+        values = {
+            "image_id": part,
+            "uri": part,
+            "caption": [f"a photo of thing {i % 997}" for i in range(rows)],
+            "alternatives": [[]] * rows,
+            "sha256": [b"\0" * 32] * rows,
+            "model_id": ["m"] * rows,
+            "run_id": ["r"] * rows,
+        }
+        columns = [
+            pa.array(values[field.name], field.type)
+            if field.name in values
+            else pa.repeat(pa.scalar(1, pa.int64()), rows).cast(field.type)
+            if not pa.types.is_boolean(field.type)
+            else pa.repeat(pa.scalar(True), rows)
+            for field in CAPTIONS
+        ]
+        table = pa.table(columns, schema=CAPTIONS)
+        write_atomic(output.captions.join(f"part-r-{number:05d}.parquet"), encode_parquet(table))
+
+
+@dataclass
+class Figures:
+    """What one run of the planning came to."""
+
+    first_unit: float = 0.0
+    planned: float = 0.0
+    accounted: float = 0.0
+    num_images: int = 0
+    num_units: int = 0
+    num_files: int = 0
+    num_waves: int = 0
+    temporary_bytes: int = 0
+    memory_bytes: int = 0
+    lost: int = 0
+    requests: Counter = field(default_factory=Counter)
+
+    def text(self, ids: int) -> str:
+        limit = float(MEMORY_LIMIT.removesuffix("GB")) * 1e9
+        lines = [
+            f"first unit after {self.first_unit:.1f} s, all planned after {self.planned:.1f} s, every id accounted for "
+            f"after {self.accounted:.1f} s",
+            f"{self.num_images:,} images in {self.num_units:,} units, {self.num_files:,} plan files "
+            f"(one for {ids / max(1, self.num_files):,.0f} ids), {self.num_waves} waves",
+            f"memory at its peak {self.memory_bytes / 1e9:.2f} GB ({(self.memory_bytes - limit) / 1e9:.2f} beyond DuckDB's "
+            f"limit), temporary space {self.temporary_bytes / ids:.0f} bytes an id",
+        ]
+        if self.requests:
+            lines.append(f"{self.requests.total():,} requests: {dict(self.requests.most_common())}")
+        return "\n".join(f"  {line}" for line in lines)
+
+
+@contextlib.contextmanager
+def watched(folder: str, figures: Figures) -> Iterator[None]:
+    """Notes how much space ``folder`` takes at most."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            with contextlib.suppress(OSError):
+                size = sum(path.stat().st_blocks * 512 for path in Path(folder).rglob("*") if path.is_file())
+                figures.temporary_bytes = max(figures.temporary_bytes, size)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+
+
+def plan_all(source: str, output: Output, figures: Figures) -> None:
+    """List and plan in waves, as ``captioning/run.py`` does, then account for every id."""
+    config = CaptionConfig(input=source, output=output.root.uri, model="none")
+    started = time.perf_counter()
+
+    def take(work: Work) -> None:
+        figures.num_images += work.num_images
+        figures.num_units += work.num_units
+        figures.num_files += len(work.files)
+        if work.num_units and not figures.first_unit:
+            next(iter(read_units(work.files[0])))
+            figures.first_unit = time.perf_counter() - started
+
+    listing = Listing(output, "run", open_sources(config.inputs, config.subset(SourceSettings)), config, write_atomic)
+    with Settled(output, "run") as settled, listing, watched(settled.folder, figures):
+        plan = Plan(output, "run", listing, settled, write_atomic)
+        settled.refresh()
+        taken = planned = 0
+        while not (listing.is_complete and taken == len(listing.chunks())):
+            more = listing.wait(taken, 0.2)
+            is_last = figures.num_waves >= MAX_WAVES - 1
+            if more and (listing.is_complete or (not is_last and listing.num_rows >= WAVE_GROWTH * planned)):
+                chunks = listing.chunks()
+                figures.num_waves, planned = figures.num_waves + 1, listing.num_rows
+                take(plan.fresh(chunks[taken:], BLOCK_ROWS))
+                taken = len(chunks)
+        figures.planned = time.perf_counter() - started
+        wanted = plan.count_wanted()
+        figures.lost, _ = plan.unaccounted()
+        plan.current_failures()
+        plan.unread_tars()
+        assert wanted.duplicates == 0
+        figures.accounted = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    figures.memory_bytes = peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def counted(output: Output, figures: Figures) -> Iterator[None]:
+    """Counts what is asked of the S3 server, each attempt of each request."""
+    if output.root.is_local:
+        yield
+        return
+    fs = output.root.fs
+    fs.connect()
+
+    def count(request, **_) -> None:
+        figures.requests["LIST" if "list-type" in request.url else request.method] += 1
+
+    fs.s3.meta.events.register("before-send.s3", count)
+    yield
+    fs.s3.meta.events.unregister("before-send.s3", count)
+
+
+def measure(source: str, output_uri: str, with_query: bool, answers: multiprocessing.Queue) -> None:
+    """In a process of its own, whose memory is the planning's alone."""
+    figures, output = Figures(), Output(output_uri)
+    with counted(output, figures):
+        plan_all(source, output, figures)
+        if with_query:
+            sql = "SELECT count(*), avg(num_tokens) FROM captions"
+            run_query(QueryConfig(output=output_uri, sql=sql), io.StringIO())
+    answers.put(figures)
+
+
+def run(source: str, output_uri: str, with_query: bool = False) -> Figures:
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=measure, args=(source, output_uri, with_query, answers))
+    process.start()
+    figures = answers.get()
+    process.join()
+    return figures
+
+
+def done_of(ids: int, how: str) -> list[str]:
+    if how == "none":
+        return []
+    if how == "half":
+        return [uri(i) for i in range(0, ids, 2)]
+    return [uri(i) for i in range(ids) if i % (ids // LEFT)]
+
+
+def manifest(folder: str, ids: int) -> str:
+    path = Path(folder, "manifest.csv")
+    with path.open("w") as file:
+        file.write("uri\n")
+        file.writelines(f"{uri(i)}\n" for i in range(ids))
+    return str(path)
+
+
+def tars(folder: str, ids: int, number: int) -> tuple[str, list[str]]:
+    """Tars of which the planning sees only their names and sizes, and the ids of every other image in them."""
+    place = Path(folder, "tars")
+    place.mkdir()
+    each = ids // number
+    done = []
+    for i in range(number):
+        path = place / f"{i:06d}.tar"
+        with path.open("wb") as file:
+            file.truncate(each * 100_000)
+        done += [f"{path}#{member:06d}.jpg" for member in range(0, each, 2)]
+    return str(place), done
+
+
+def put_objects(place: str, ids: int) -> None:
+    fs = locate(place).fs
+    for begin in range(0, ids, 10_000):
+        names = [uri(i).removeprefix("s3://bucket/") for i in range(begin, min(ids, begin + 10_000))]
+        fs.pipe({f"{place}/{name}": b"x" for name in names})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ids", type=int, default=10_000_000)
-    parser.add_argument("--left", type=int, default=10_000)
+    parser.add_argument("--done", nargs="*", choices=("none", "half", "nearly"), default=["none", "half", "nearly"])
+    parser.add_argument("--tars", type=int, default=0)
+    parser.add_argument("--s3", action="store_true")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        manifest = Path(folder) / "manifest.csv"
-        with manifest.open("w") as file:
-            file.write("uri\n")
-            file.writelines(f"{uri(i)}\n" for i in range(arguments.ids))
-        output = Output(f"{folder}/out")
-        done = [i for i in range(arguments.ids) if i % (arguments.ids // arguments.left)]
-        for number in range(0, len(done), PART_ROWS):
-            write_part(output, number // PART_ROWS, [uri(i) for i in done[number : number + PART_ROWS]])
-        del done
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        config = CaptionConfig(input=str(manifest), output=output.root.uri, model="none")
-        started = time.perf_counter()
-        sources = open_sources(config.inputs, config.subset(SourceSettings))
-        listing = Listing(output, sources, config)
-        plan = Plan(output, "benchmark", listing)
-        first = None
-        taken = found = 0
-        with listing:
-            while not (listing.is_complete and taken == len(listing.chunks())):
-                listing.wait(taken, 1)
-                chunks = listing.chunks()
-                work = plan.fresh(chunks[taken:], 64)
-                found += work.num_images
-                taken = len(chunks)
-                if work.num_units and first is None:
-                    first = time.perf_counter() - started
-            listed = time.perf_counter() - started
-            wanted = plan.count_wanted()
-            lost, _ = plan.unaccounted()
-        total = time.perf_counter() - started
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert (found, lost, wanted.duplicates) == (arguments.left, arguments.left, 0), (found, lost, wanted)
-    print(
-        f"{arguments.ids:,} ids, {arguments.left:,} of them to do: first unit after {first:.1f} s (reference 60), all "
-        f"listed and planned after {listed:.1f} s, every id accounted for after {total:.1f} s; peak memory "
-        f"{memory / 2**20:.2f} GiB (reference 4), {before / 2**20:.2f} of it before"
-    )
+    ids = arguments.ids
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        root = f"{folder}/out"
+        if arguments.s3:
+            sys.path.insert(0, str(Path(__file__).parents[1]))
+            from tests.conftest import SeaweedFS
+
+            server = SeaweedFS(Path(folder, "s3"))
+            os.environ.update(server.environment)
+            server.start()
+            stack.callback(server.stop)
+            root = server.make_bucket("planning")
+        if arguments.tars:
+            source, done = tars(folder, ids, arguments.tars)
+            write_parts(Output(f"{root}/tars"), done)
+            print(f"{ids:,} ids in {arguments.tars:,} tars, half of each done:")
+            print(run(source, f"{root}/tars").text(ids), flush=True)
+            return
+        source = manifest(folder, ids)
+        for how in arguments.done:
+            done = done_of(ids, how)
+            write_parts(Output(f"{root}/{how}"), done)
+            print(f"{ids:,} ids of a manifest, {len(done):,} done:")
+            figures = run(source, f"{root}/{how}", arguments.s3)
+            print(figures.text(ids), flush=True)
+            assert figures.num_images == figures.lost == ids - len(done), figures
+        if arguments.s3:
+            number = ids // 10
+            put_objects(f"{root}/in", number)
+            print(f"{number:,} ids of objects, {KEYS_PER_PREFIX:,} a prefix:")
+            print(run(f"{root}/in", f"{root}/objects").text(number), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ that signatures hold). At most one fault per request, drawn from a seeded genera
 
 ``503`` SlowDown; ``500`` InternalError; ``reset`` RST before an answer; ``silent`` no answer for ``stall_seconds``;
 ``stall`` a pause of ``stall_seconds`` in mid-body (writes: before the answer); ``denied`` AccessDenied; ``archived``
-InvalidObjectState; ``skewed`` RequestTimeTooSkewed; ``expired`` ExpiredToken with S3's status 400, ``expired_403`` with 403; ``reset_body`` RST in
-mid-body; ``truncate`` half of the announced body, then the end; ``lose_answer`` done upstream, then closed without an
-answer; ``drop`` closed without being forwarded. All but ``stall``, ``reset_body``, ``truncate`` and ``lose_answer`` never
-reach the server.
+InvalidObjectState; ``skewed`` RequestTimeTooSkewed; ``expired`` ExpiredToken with S3's status 400, ``expired_403`` with
+403; ``reset_body`` RST in mid-body; ``truncate`` half of the announced body, then the end; ``lose_answer`` done upstream,
+then closed without an answer; ``drop`` closed without being forwarded. All but ``stall``, ``reset_body``, ``truncate`` and
+``lose_answer`` never reach the server.
 
     python -m tests.proxy --upstream http://127.0.0.1:8333 --port 9000 --rate read.503=0.05 --rate write.reset=0.02
 """

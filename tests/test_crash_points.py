@@ -7,6 +7,7 @@ left behind: as the last one before a crash, and as one that lands late, when an
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import shutil
 import tarfile
@@ -131,7 +132,7 @@ def test_every_write_on_s3(world, tmp_path):
     world.run(BUCKET)
     assert len(states) > 20
     seen: set[str] = set()
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         now = world.look(after)
         assert seen <= now, "captions vanished"
         seen = now

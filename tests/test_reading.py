@@ -128,7 +128,7 @@ class Mount:
 
 
 class TestTables:
-    NAMES = [f"{i:02d}" for i in range(40)]
+    NAMES = tuple(f"{i:02d}" for i in range(40))
 
     @pytest.fixture(params=["local", "s3"])
     def store(self, request, tmp_path):
@@ -202,16 +202,17 @@ class TestTables:
     def test_damage_and_absence_are_storage_s(self, tmp_path):
         path = write_table(tmp_path / "x.parquet", self.NAMES)
         reader, rows = listed(path)
+        at = pq.read_metadata(path).row_group(1).column(1).dictionary_page_offset
         content = Path(path).read_bytes()
-        at = content.index(data("15"))
-        unseen(path, lambda: Path(path).write_bytes(content[: at - 60] + b"\xff" * 120 + content[at + 60 :]))
+        unseen(path, lambda: Path(path).write_bytes(content[:at] + b"\xff" * 50 + content[at + 50 :]))
         images, events = read(reader, rows)
         assert {images[name] for name in self.NAMES[10:20]} == {"unreadable_storage"}
         assert all(images[name] == data(name) for name in self.NAMES[:10])
         assert events == []
         os.unlink(path)
-        reader = replace(reader, inputs=(replace(reader.inputs[0], witnesses=()),))
-        assert set(read(reader, rows)[0].values()) == {"unreadable_storage"}
+        write_table(tmp_path / "other.parquet", ["other"])
+        read(*listed(tmp_path / "other.parquet"))
+        assert set(read(reader, rows)[0].values()) == {"unreadable_storage"}, "the mount is there, the table is not"
 
     def test_one_that_is_gone_from_s3_has_changed(self, s3, tmp_path):
         uri = f"{s3}/{tmp_path.name}/x.parquet"
@@ -222,16 +223,14 @@ class TestTables:
         assert read(reader, rows) == ({}, [Changed(0, uri)])
 
 
-class TestTars:
-    FILES = {f"d/{i}.png": b"\x89PNG%d" % i * 300 for i in range(8)}
-    ODD = {
-        name: b"\x89PNG" + name.encode("utf-8", "surrogateescape")
-        for name in ("a#b.png", "d/" + "long" * 60 + ".png", "\u00e4.png")
-    }
+FILES = {f"d/{i}.png": b"\x89PNG%d" % i * 300 for i in range(8)}
+ODD = {name: b"\x89PNG" + name.encode() for name in ("a#b.png", "d/" + "long" * 60 + ".png", "\u00e4.png")}
 
+
+class TestTars:
     @pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
     def test_what_reading_it_whole_tells_can_be_read_by_place(self, tmp_path, layout):
-        files = self.FILES | self.ODD
+        files = FILES | ODD
         tar = write_tar(tmp_path / "x.tar", {"0.json": b"{}", **files}, format=layout)
         reader, rows = listed(tar)
         wanted = {f"{tar}#{name}": content for name, content in files.items()}
@@ -245,7 +244,7 @@ class TestTars:
         assert read(reader, found) == (wanted, []), "a place is enough to look at an image again"
 
     def test_skipped_and_unwanted_ones(self, tmp_path):
-        tar = write_tar(tmp_path / "x.tar", self.FILES)
+        tar = write_tar(tmp_path / "x.tar", FILES)
         reader, rows = listed(tar, exclude=["*5.png"])
         skipped = {md5(f"{tar}#d/{i}.png".encode()).digest() for i in (1, 2)}
         images, (told,) = read(reader, rows, skipped)
@@ -255,7 +254,7 @@ class TestTars:
     @pytest.mark.parametrize("kind", ["tar", "member", "name"])
     @pytest.mark.parametrize("store", ["local", "s3"])
     def test_one_that_was_written_anew_gives_no_other_bytes(self, tmp_path, request, kind, store):
-        names = list(self.FILES)
+        names = list(FILES)
         place, fs = f"{tmp_path}/x.tar", None
         if store == "s3":
             place, fs = f"{request.getfixturevalue('s3')}/{tmp_path.name}/x.tar", s3fs.S3FileSystem()
@@ -265,21 +264,21 @@ class TestTars:
             if fs:
                 fs.put_file(path, place)
 
-        write(self.FILES)
+        write(FILES)
         reader, rows = listed(place)
         if kind == "member":
             rows = as_members(reader, rows)
         elif kind == "name":
             rows = [rows[0] | {"kind": "name", "member": name, "image_id": name} for name in names]
         time.sleep(0.01)
-        write(dict(zip(names, reversed(self.FILES.values()), strict=True)))
+        write(dict(zip(names, reversed(FILES.values()), strict=True)))
         assert read(reader, rows) == ({}, [Changed(0, place)])
 
     def test_headers_are_compared_even_when_the_version_is_the_same(self, tmp_path):
-        tar = write_tar(tmp_path / "x.tar", self.FILES)
+        tar = write_tar(tmp_path / "x.tar", FILES)
         reader, rows = listed(tar)
         members = as_members(reader, rows)
-        unseen(tar, lambda: write_tar(Path(tar), dict(reversed(self.FILES.items()))))
+        unseen(tar, lambda: write_tar(Path(tar), dict(reversed(FILES.items()))))
         assert read(reader, members) == ({}, [Changed(0, tar)])
         unseen(
             tar,
@@ -330,14 +329,14 @@ class TestTars:
         assert images == {f"{tar}#{name}": files[name] for name in ("0.a.jpg", "1.a.jpg")}
 
     def test_one_that_is_cut_off(self, tmp_path):
-        tar = write_tar(tmp_path / "x.tar", self.FILES)
+        tar = write_tar(tmp_path / "x.tar", FILES)
         with tarfile.open(tar) as file:
             offset = file.getmembers()[5].offset_data
         os.truncate(tar, offset + 10)
         reader, rows = listed(tar)
-        names = [rows[0] | {"kind": "name", "member": name, "image_id": name} for name in self.FILES]
+        names = [rows[0] | {"kind": "name", "member": name, "image_id": name} for name in FILES]
         images, _ = read(reader, names)
-        assert [images[name] == content for name, content in self.FILES.items()] == [True] * 5 + [False] * 3
+        assert [images[name] == content for name, content in FILES.items()] == [True] * 5 + [False] * 3
         errors = [outcome.error for outcome in reader.read(names) if isinstance(outcome, Failed)]
         assert [(error.kind, error.certain) for error in errors] == [("truncated", False)] * 3
 
@@ -381,14 +380,14 @@ class TestMounts:
     def test_away_in_the_middle_of_a_tar(self, tmp_path, monkeypatch):
         monkeypatch.setattr("capray.inputs.reading.CHUNK_BYTES", 1024)
         mount = Mount(tmp_path / "mnt")
-        tar = write_tar(tmp_path / "mnt" / "x.tar", TestTars.FILES)
+        tar = write_tar(tmp_path / "mnt" / "x.tar", FILES)
         reader, rows = listed(tar)
         outcomes = reader.read(rows)
         images = [next(outcomes)]
         mount.leave()
         mount.come_back(0.5)
         *rest, told = outcomes
-        assert [image.data for image in images + rest] == list(TestTars.FILES.values())
+        assert [image.data for image in images + rest] == list(FILES.values())
         assert isinstance(told, TarMembers)
 
     def test_an_image_that_is_gone_is_missing_not_surely(self, photos, alone):
@@ -415,11 +414,12 @@ class TestMounts:
         images, _ = read(reader, [row for row in rows if row["uri"].endswith("b/x.jpg")])
         assert list(images.values()) == ["missing"]
 
-    def test_images_of_a_manifest_vouch_for_those_beside_them(self, tmp_path, photos):
+    def test_images_of_a_manifest_vouch_for_those_beside_them(self, tmp_path, photos, alone):
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "list.txt").write_text("\n".join(str(photos.path / f"{i:02d}.jpg") for i in range(60)))
         reader, rows = listed(tmp_path / "other" / "list.txt")
         assert reader.inputs[0].witnesses == (), "the manifest may be elsewhere than its images"
+        alone.__init__()
         read(reader, rows[:1])
         photos.leave(empty=True)
         photos.come_back(0.5)
@@ -574,7 +574,7 @@ class TestThrottle:
         throttle.slow_down()
         assert throttle.limit == 4
         for _ in range(16):
-            throttle.__exit__(ValueError, None, None)
+            throttle.__exit__(ValueError, ValueError(), None)
         for _ in range(4):
             with throttle:
                 pass

@@ -114,7 +114,7 @@ class TestWhatItDecides:
         assert asked.take(missing("a", certain=False)) is None
 
     def test_another_kind_may_be_what_it_is(self, asked):
-        row = asked.take(Look("a", "not_an_image", "no image"))
+        row = asked.take(Look("a", "not_an_image", "no image", certain=True))
         assert row is not None and row["error_type"] == "not_an_image"
 
     def test_looks_of_others_are_told_apart(self, asked):

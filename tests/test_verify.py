@@ -387,12 +387,14 @@ def test_rows_of_tables_count(tmp_path: Path) -> None:
     table = pa.table({"image_id": ["a", "b", "b", "c"], "image": [b"x"] * 4})
     pq.write_table(table, tmp_path / "photos/t.parquet")
     output = Output(str(tmp_path / "out"))
-    write_captions(output, ["a", "b"])
+    add_captions(output, ["a", "b"], 0, [hashlib.sha256(b"x").digest(), b"\2" * 32])
     write_job(output)
     result = run(tmp_path / "out", check_bytes=5)
-    assert result.problems == ["1 ids of the source have neither a caption nor a failure: c"]
+    missing, other = result.problems
+    assert missing == "1 ids of the source have neither a caption nor a failure: c"
+    assert other.startswith("the bytes of b at")
     assert result.notes == ["1 rows of the source repeat an image id"]
-    assert result.counts["images_read_again"] == 0
+    assert (result.counts["images_read_again"], result.counts["images_same"]) == (2, 1)
 
 
 def test_on_s3(s3: str) -> None:

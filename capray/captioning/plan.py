@@ -110,9 +110,9 @@ class Plan:
 
     def unread_tars(self) -> list[str]:
         """The tars whose members are not known."""
-        names = {number: name for (_, name), number in self._containers.items()}
         with self._updated():
             rows = self._connection.execute("SELECT DISTINCT container FROM counted WHERE is_tar").fetchall()
+        names = {number: name for (_, name), number in self._containers.items()}
         return sorted({names[number] for (number,) in rows})
 
     def current_failures(self) -> dict[str, int]:
@@ -260,7 +260,7 @@ class Plan:
             return tars
         mean = self.listing.mean_image_bytes
         sizes = tars["size"].fill_null(0).to_numpy()
-        before = np.append(0, np.cumsum(sizes)[:-1]) / mean if mean else np.arange(len(sizes)) * room
+        before = (np.cumsum(sizes) - sizes) / mean if mean else np.arange(len(sizes)) * room
         return tars.filter(pa.array(before < room))
 
     def _add_tars(self, files: UnitFiles, tars: pa.Table) -> None:

@@ -321,7 +321,10 @@ class Run:
         uncertain = [i for i, kind in enumerate(kinds) if kind in AS_TRANSIENT and certain[i] is False]
         finals = [i for i, kind in enumerate(kinds) if kind in FINAL_FAILURES and certain[i] is not False]
         self._recent_finals.extend(
-            (self.num_done, {"image_id": table["image_id"][i].as_py(), "uri": table["uri"][i].as_py(), "kind": kinds[i]})
+            (
+                self.num_done,
+                {"image_id": table["image_id"][i].as_py(), "uri": table["uri"][i].as_py(), "kind": kinds[i]},
+            )
             for i in finals
         )
         if not uncertain:

@@ -102,7 +102,7 @@ class UnitFiles:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         with self._pool:
             if kind is None:
-                self._take(self._loose, [*_cuts(self._loose, self.block_rows), self._loose.num_rows])
+                self._end_last()
                 if self._cut:
                     self._write()
                 while self._writes:
@@ -118,8 +118,13 @@ class UnitFiles:
 
     def add_tars(self, tars: pa.Table, offsets: np.ndarray, digests: pa.Array) -> None:
         """A unit for each row of ``tars``; of ``digests``, those from its offset to the next are to be skipped."""
+        self._end_last()
         skip = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), digests)
         self._take(tars, list(range(tars.num_rows + 1)), skip)
+
+    def _end_last(self) -> None:
+        loose, self._loose = self._loose, self._loose.slice(self._loose.num_rows)
+        self._take(loose, [*_cuts(loose, self.block_rows), loose.num_rows])
 
     def _take(self, rows: pa.Table, cuts: list[int], skip: pa.Array | None = None) -> None:
         """Hold ``rows``, units of which begin at ``cuts`` (the last is their end), until they fill a file."""

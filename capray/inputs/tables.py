@@ -24,6 +24,7 @@ from capray.inputs.versions import check_version
 from capray.storage import Entry, Location, object_version, read_bytes
 
 _ABSOLUTE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.\-]*://")
+CSV_BLOCK_BYTES = 16 * 2**20
 _URI_NAMES = ("uri", "url", "path")
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".ndjson.gz", ".txt.gz")
 
@@ -181,7 +182,7 @@ class Manifest(Containers):
             strings_can_be_null=True,
             null_values=[""],
         )
-        read = pa_csv.ReadOptions(block_size=16 * 2**20)
+        read = pa_csv.ReadOptions(block_size=CSV_BLOCK_BYTES)
         with _unpacked(uri, stream) as file:
             for batch in pa_csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):
                 yield self._table(pa.Table.from_batches([batch]), *columns, uri)
@@ -281,7 +282,7 @@ class Inventory(Containers):
         with _unpacked(unit, stream) as file:
             reader = pa_csv.open_csv(
                 file,
-                read_options=pa_csv.ReadOptions(column_names=names, block_size=16 * 2**20),
+                read_options=pa_csv.ReadOptions(column_names=names, block_size=CSV_BLOCK_BYTES),
                 parse_options=pa_csv.ParseOptions(newlines_in_values=True),
                 convert_options=options,
             )

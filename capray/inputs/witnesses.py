@@ -79,8 +79,8 @@ class Witnesses:
                 what = f"{names[0]}, which was there before, cannot be opened: its mount or disk is away"
                 if time.monotonic() >= deadline:
                     raise TryAgain(
-                        f"{what}, and has been for {seconds:g} s: mount it again on every node and run the same command "
-                        "again; nothing was recorded against its images"
+                        f"{what}, and has been for {seconds:g} s: mount it on every node (or put the file back) and run the "
+                        "same command again; nothing was recorded against its images"
                     )
                 notify(f"waiting: {what}")
                 time.sleep(min(POLL_SECONDS, max(0.01, deadline - time.monotonic())))

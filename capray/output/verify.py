@@ -553,7 +553,7 @@ def _list_unit(number: int, source: Source, unit: str, wanted: _Chunks, sought: 
             sought.add(number, rows)
             is_tar = pc.field("kind") == "tar"
             wanted.add(rows.filter(~is_tar)["image_id"].combine_chunks())
-            for tar in rows.filter(is_tar)["container"].to_pylist():
+            for tar in rows.filter(is_tar)["image_id"].to_pylist():
                 try:
                     ids = [image_id for image_id in members_of(tar) if source.selection.has(image_id)]
                 except (CaprayError, ImageError) as error:
@@ -567,8 +567,11 @@ def _list_unit(number: int, source: Source, unit: str, wanted: _Chunks, sought: 
 
 def _read_by_id(reader: Reader, rows: list[Row], sought: _Sought) -> _Digests:
     """By image id the SHA-256 of the images at ``rows``, all of one container, or why there is none."""
+    place = rows[0]["container"] or rows[0]["uri"]
+    wanted = {image_id for image_id in sought.ids if image_id.startswith(f"{place}#")}
+    wanted = wanted if rows[0]["kind"] == "tar" else {row["image_id"] for row in rows}
     digests: _Digests = {}
-    places = [row["container"] or row["uri"] for row in rows]
+    missing = "it is not there"
     try:
         for outcome in reader.read(rows):
             if isinstance(outcome, Found):
@@ -579,14 +582,12 @@ def _read_by_id(reader: Reader, rows: list[Row], sought: _Sought) -> _Digests:
                     None if error.kind == "too_large" else f"{error.kind}: {error.message}"
                 )
             elif isinstance(outcome, TarUnreadable):
-                digests |= {
-                    image_id: outcome.message for image_id in sought.found if image_id.startswith(f"{places[0]}#")
-                }
+                missing = outcome.message
             elif isinstance(outcome, Changed):
-                digests |= {row["image_id"]: f"{places[0]} changed while it was read" for row in rows}
+                missing = f"{place} changed while it was read"
     except CaprayError as error:
-        digests |= {row["image_id"]: str(error) for row in rows if row["image_id"] not in digests}
-    return {image_id: digest for image_id, digest in digests.items() if image_id in sought.ids}
+        missing = str(error)
+    return {image_id: digests.get(image_id, missing) for image_id in wanted}
 
 
 def _read_part(table: str, output: int, file: Location) -> _Part:
