@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import md5
 from pathlib import Path
@@ -242,6 +243,55 @@ class TestTars:
         assert read(reader, members[5:7])[0] == {row["image_id"]: wanted[row["image_id"]] for row in members[5:7]}
         found = [outcome.row for outcome in reader.read(rows) if isinstance(outcome, Found)]
         assert read(reader, found) == (wanted, []), "a place is enough to look at an image again"
+
+    def test_names_that_are_not_utf8_and_names_that_stand_twice(self, tmp_path):
+        options = {"format": tarfile.GNU_FORMAT, "encoding": "latin-1"}
+        tar = write_tar(tmp_path / "x.tar", {"caf\u00e9.png": b"\x89PNG1"}, **options)
+        with tarfile.open(tar, "a") as file:
+            for content in (b"\x89PNG2", b"\x89PNG3"):
+                info = tarfile.TarInfo("2.png")
+                info.size = len(content)
+                file.addfile(info, io.BytesIO(content))
+        reader, rows = listed(tar)
+        wanted = {f"{tar}#caf\\xe9.png": b"\x89PNG1", f"{tar}#2.png": b"\x89PNG2"}
+        images, (told,) = read(reader, rows)
+        assert images == wanted
+        assert told.members.num_rows == 3, "who plans counts the third as a duplicate"
+        assert read(reader, as_members(reader, rows)[:2]) == (wanted, [])
+
+    @pytest.mark.parametrize("left", [-512, -1, 0, 1, 40, 1000])
+    def test_cut_off_within_a_member_or_a_header(self, tmp_path, left):
+        tar = write_tar(tmp_path / "x.tar", {f"{i}.png": b"\x89PNG" * 500 for i in range(3)})
+        with tarfile.open(tar) as file:
+            os.truncate(tar, file.getmembers()[2].offset_data + left)
+        reader, rows = listed(tar)
+        images, (told,) = read(reader, rows)
+        if left < 0:
+            assert list(images) == [f"{tar}#0.png", f"{tar}#1.png"]
+            assert isinstance(told, TarUnreadable) and "damaged" in told.message
+        else:
+            assert list(images.values()) == [b"\x89PNG" * 500] * 2 + ["truncated"]
+            assert told.members.num_rows == 3
+            error = error_of(reader, as_members(reader, rows)[2])
+            assert (error.kind, error.certain) == ("truncated", False)
+
+    def test_what_is_no_tar_and_what_is_spoilt(self, tmp_path):
+        tar = write_tar(tmp_path / "x.tar", FILES)
+        content = Path(tar).read_bytes()
+        with tarfile.open(tar) as file:
+            offset = file.getmembers()[1].offset
+        for spoilt, number in (
+            (content[:offset] + b"\xff" * 512 + content[offset + 512 :], 1),
+            (b"no tar" * 500, 0),
+            (b"", 0),
+        ):
+            Path(tar).write_bytes(spoilt)
+            images, (event,) = read(*listed(tar))
+            assert (len(images), type(event)) == (number, TarUnreadable)
+            assert "damaged, or no tar" in event.message
+        write_tar(Path(tar), {})
+        images, (told,) = read(*listed(tar))
+        assert (images, told.members.num_rows) == ({}, 0)
 
     def test_skipped_and_unwanted_ones(self, tmp_path):
         tar = write_tar(tmp_path / "x.tar", FILES)
@@ -549,9 +599,12 @@ class TestObjectStores:
         reader, rows = photos
         proxy.only = r"[02468]\.jpg"
         proxy.set_rates({"read.503": 1})
-        threading.Timer(2, lambda: proxy.set_rates({})).start()
         notices = []
-        images, _ = read(replace(reader, concurrency=16), rows, (), notices.append)
+        reading = ThreadPoolExecutor(1).submit(read, replace(reader, concurrency=16), rows, (), notices.append)
+        while proxy.injected["read.503"] < 40:
+            time.sleep(0.05)
+        proxy.set_rates({})
+        images, _ = reading.result()
         assert list(images.values()) == [b"%d" % i for i in range(16)]
         assert notices and all("asks to slow down" in text for text in notices)
         assert byte_reader._throttle.limit < 16
