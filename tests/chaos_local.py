@@ -8,6 +8,7 @@ import io
 import os
 import random
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -24,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from capray.captioning import writer
 from capray.captioning.job import caption
+from capray.captioning.units import Unit
 from capray.config import CaptionConfig
 from capray.errors import CaprayError
 from tests.chaos_driver import EXPIRY_SECONDS, Driver, Order, short_lease
@@ -67,6 +69,7 @@ class World:
 
     def __init__(self, folder: Path, with_store: bool):
         self.folder = folder
+        sys.path.insert(0, str(Path(__file__).parent / "faults"))  # Child processes load it.
         self.model = make_model(folder / "model", seed=0)
         self.first, self.second = (self._photos(seed) for seed in (1, 2))
         self.undisturbed: dict[bytes, str] = {}
@@ -322,7 +325,7 @@ def shard_mended(round: Round) -> None:
     round.lay(layout, round.world.first)
     round.wanted = round.digests()
     (name, data), good = getattr(round, f"_{layout}")(round.world.second, list(round.world.second)), round.wanted
-    other = f"{round.root}/in/other{Path(name).suffix}"
+    other = f"{round.root}/in/z-other{Path(name).suffix}"
     if layout == "table":
         table = pq.read_table(io.BytesIO(data))
         ids = pa.array([f"other {image_id}" for image_id in table["image_id"].to_pylist()])
@@ -341,31 +344,26 @@ def shard_mended(round: Round) -> None:
 
 
 def _mount(round: Round, is_empty: bool, is_long: bool) -> None:
+    """The input's folder goes away while a process, which has read files of this input only, captions it."""
     round.lay("objects", round.world.first)
     round.wanted = round.digests()
+    round.settings["patience_seconds"] = 1.0 if is_long else PATIENCE_SECONDS
     place, aside = Path(round.input), Path(f"{round.input} away")
-    back = threading.Event()
-
-    def restore() -> None:
-        if is_empty:
-            place.rmdir()
-        aside.rename(place)
-        back.set()
-
-    def unmount() -> None:
-        place.rename(aside)
-        if is_empty:
-            place.mkdir()
-        if not is_long:
-            threading.Timer(2, restore).start()
-
-    executor = round.at_block(unmount)
+    driver = round.drive(block_seconds=0.05)
+    assert driver.await_blocks(round.rng.randint(1, 6)), driver.text()
+    round.strike()
+    place.rename(aside)
+    if is_empty:
+        place.mkdir()
     if is_long:
-        assert round.run(executor, patience_seconds=0.5) == 75, round.messages[-1]
-        restore()
+        assert round.wait(driver) == 75, driver.text()
     else:
-        assert round.run(executor) == 0, round.messages[-1]
-        assert back.is_set()
+        time.sleep(2)
+    if is_empty:
+        place.rmdir()
+    aside.rename(place)
+    if not is_long:
+        assert round.wait(driver) == 0, driver.text()
 
 
 @kind("mount-dropped", "the input's mount away for 2 s", "folder")
@@ -391,7 +389,11 @@ def endless_decode(round: Round) -> None:
     round.wanted = round.digests()
     (hanging,) = (image_id for image_id in round.wanted if image_id.endswith(".png"))
     round.failed = {hanging: "crashed"}
-    assert round.run(LocalExecutor(isolated=True, decode_seconds=1.0)) == 0, round.messages[-1]
+
+    def is_isolated(unit: Unit) -> bool:
+        return hanging in unit.places["image_id"].to_pylist()
+
+    assert round.run(LocalExecutor(is_isolated=is_isolated, decode_seconds=1.0)) == 0, round.messages[-1]
     round.strike()
 
 

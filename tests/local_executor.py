@@ -36,7 +36,8 @@ class LocalExecutor:
         captioner: makes what captions BLOCK rows: a stand-in, or ``CaptioningActor`` for real captions.
         num_threads: units fetched at once.
         decode_seconds: an image that takes longer to decode is given up.
-        isolated: fetch each unit in a process of its own; when it dies, again in another one, carefully. As Ray does.
+        is_isolated: whether to fetch a unit in a process of its own and, when that dies, carefully in another one; as Ray
+            does.
         before_unit, after_block: called with the number of a unit that will be fetched, or of a block that was captioned.
     """
 
@@ -45,12 +46,12 @@ class LocalExecutor:
         captioner: Callable[[CaptioningSettings], Captioner] | None = None,
         num_threads: int = 2,
         decode_seconds: float = 60.0,
-        isolated: bool = False,
+        is_isolated: Callable[[Unit], bool] = lambda unit: False,
         before_unit: Hook = lambda number: None,
         after_block: Hook = lambda number: None,
     ):
         self.captioner = captioner or StandIn
-        self.num_threads, self.decode_seconds, self.isolated = num_threads, decode_seconds, isolated
+        self.num_threads, self.decode_seconds, self.is_isolated = num_threads, decode_seconds, is_isolated
         self.before_unit, self.after_block = before_unit, after_block
         self.num_units = self.num_blocks = self.num_captioned = 0
         self.told: list[str] = []
@@ -68,10 +69,10 @@ class LocalExecutor:
         self, work: Work, fetcher: Fetcher, settings: CaptioningSettings
     ) -> Generator[Iterator[pa.Table | None]]:
         with mock.patch.object(cluster, "post_notice", self._take_notice):
-            yield self._blocks(work, replace(fetcher, decode_seconds=self.decode_seconds), self.captioner(settings))
+            yield self._blocks(work, self._bounded(fetcher), self.captioner(settings))
 
     def look(self, places: list[Row], node: str, fetcher: Fetcher) -> None:
-        self._looks.append(self._pool().submit(fetcher.look, places))
+        self._looks.append(self._pool().submit(self._bounded(fetcher).look, places))
 
     def looks(self) -> list[Look]:
         done = [future for future in self._looks if future.done()]
@@ -86,6 +87,9 @@ class LocalExecutor:
             self._threads.shutdown(wait=False, cancel_futures=True)
             self._threads = None
 
+    def _bounded(self, fetcher: Fetcher) -> Fetcher:
+        return replace(fetcher, decode_seconds=self.decode_seconds)
+
     def _pool(self) -> ThreadPoolExecutor:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.num_threads, "fetch")
@@ -94,11 +98,11 @@ class LocalExecutor:
     def _blocks(self, work: Work, fetcher: Fetcher, captioner: Captioner) -> Iterator[pa.Table | None]:
         units = (unit for file in work.files for unit in read_units(file))
         under_way: deque[Future[list[pa.Table]]] = deque()
-        fetch = self._fetch_isolated if self.isolated else self._fetch
         while True:
             while len(under_way) < self.num_threads and (unit := next(units, None)) is not None:
                 self.before_unit(self.num_units)
                 self.num_units += 1
+                fetch = self._fetch_isolated if self.is_isolated(unit) else self._fetch
                 under_way.append(self._pool().submit(fetch, fetcher, unit))
             if not under_way:
                 return

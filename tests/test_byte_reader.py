@@ -27,7 +27,7 @@ from capray import storage
 from capray.errors import StorageError, TryAgain
 from capray.images import ImageError
 from capray.inputs import byte_reader as reading
-from capray.inputs.byte_reader import open_stream, read_image
+from capray.inputs.byte_reader import Stream, read_image
 from capray.inputs.versions import VersionChanged
 from capray.storage import locate, read_bytes, write_atomic
 from tests.proxy import FaultyProxy
@@ -56,6 +56,10 @@ NAMES = [
     "sub/deep/c.jpg",
 ]
 S3_NAMES = [*NAMES, "a//b.jpg", "s3://x/y.jpg", "\x01.jpg"]
+
+
+def open_stream(uri: str, start: int = 0, chunk_bytes: int = 8 * MIB) -> io.BufferedReader:
+    return io.BufferedReader(Stream(uri, start, chunk_bytes), chunk_bytes)
 
 
 @pytest.fixture

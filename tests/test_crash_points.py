@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -148,24 +149,25 @@ def test_every_write_on_s3(world, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_every_write_in_a_folder(world, tmp_path, monkeypatch):
-    """A file is written under another name, synced and renamed: before each renaming the power fails."""
+def test_every_kind_of_write_in_a_folder(world, tmp_path, monkeypatch):
+    """A file is written under another name, synced and renamed: before the first renaming of each kind the power fails."""
     out = tmp_path / "out"
-    states: list[Files] = []
+    states: dict[str, Files] = {}
     replace = os.replace
 
     def replaced(source, target) -> None:
         if str(target).startswith(str(out)):
             files = read_files(out)
             temporary = str(Path(source).relative_to(out))
-            states.append(files | {temporary: files[temporary][: len(files[temporary]) // 2]})
+            kind = Path(target).parent.name + re.match(r"[a-z]*", Path(target).name)[0]
+            states.setdefault(kind, files | {temporary: files[temporary][: len(files[temporary]) // 2]})
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", replaced)
     world.run(str(out))
     monkeypatch.undo()
-    assert len(states) > 12
-    for files in states:
+    assert len(states) >= 6
+    for files in states.values():
         world.look(files)
         world.run(write_files(files, out))
         world.check(str(out))

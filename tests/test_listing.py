@@ -257,7 +257,7 @@ class TestResume:
         )
 
     def test_settings_at_their_defaults_do_not_tell_listings_apart(self):
-        """So that one survives an upgrade to a version with further settings. The digest is that of the first such version."""
+        """So that one survives an upgrade to a version with further settings. The digest is of the first such version."""
         digest = _digest_of(CaptionConfig(input="/in", output="/out", model="m", include=("*.jpg",)))
         assert digest == "db1d967ce57d07d5074a568e97c1b5e60bd75638d802e544a5e01aae4f1c7d12"
 

@@ -295,8 +295,14 @@ class TestUnits:
 
     @pytest.mark.parametrize(
         ("kind", "rows", "size", "blocks"),
-        [("object", 8, 1, 2), ("row", 9, None, 3), ("tar", 1, 0, 1), ("tar", 1, None, 1)]
-        + [("tar", 1, 9 * MIN_IMAGE_BYTES, 3), ("tar", 1, 2**50, MAX_TAR_BLOCKS)],
+        [
+            ("object", 8, 1, 2),
+            ("row", 9, None, 3),
+            ("tar", 1, 0, 1),
+            ("tar", 1, None, 1),
+            ("tar", 1, 9 * MIN_IMAGE_BYTES, 3),
+            ("tar", 1, 2**50, MAX_TAR_BLOCKS),
+        ],
     )
     def test_how_many_blocks_it_gives_is_known_beforehand(self, kind, rows, size, blocks):
         places = rows_of([{"image_id": f"{i}", "kind": kind, "size": size} for i in range(rows)])

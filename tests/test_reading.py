@@ -26,6 +26,7 @@ from capray.images import ImageError
 from capray.inputs import byte_reader, open_sources
 from capray.inputs import witnesses as witnesses_module
 from capray.inputs.base import Changed, Failed, Found, TarMembers, TarUnreadable
+from capray.inputs.byte_reader import Stream
 from capray.inputs.places import PLACES, Row
 from capray.inputs.reading import Reader
 from capray.inputs.throttle import Throttle
@@ -428,7 +429,8 @@ class TestMounts:
             read(replace(reader, patience_seconds=0.5), rows)
 
     def test_away_in_the_middle_of_a_tar(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("capray.inputs.reading.CHUNK_BYTES", 1024)
+        read_next = Stream._next
+        monkeypatch.setattr(Stream, "_next", lambda stream, num_bytes: read_next(stream, min(num_bytes, 1024)))
         mount = Mount(tmp_path / "mnt")
         tar = write_tar(tmp_path / "mnt" / "x.tar", FILES)
         reader, rows = listed(tar)

@@ -90,6 +90,12 @@ class Fixture:
             Output(folder), RUN, part_rows, part_seconds, self.writes, newest_failure, clock=self.clock
         )
 
+    def add(self, table: pa.Table) -> None:
+        """Add rows, and wait until what they cut is published."""
+        self.writer.add(table)
+        self.wait()
+        self.writer.tick()
+
     def wait(self) -> None:
         """Until what is published in the background is there, or refused."""
         wait([self.writer._publishing] if self.writer._publishing else [])
@@ -219,9 +225,7 @@ class TestRefusedPublishing:
     def test_nothing_is_published_and_the_rows_are_kept(self, job):
         job.writes.error = CaprayError("lost the lease")
         with pytest.raises(CaprayError, match="lost the lease"):
-            job.writer.add(captions("a", "b", "c"))
-            job.wait()
-            job.writer.tick()
+            job.add(captions("a", "b", "c"))
         with pytest.raises(CaprayError):
             job.writer.flush()
         assert (job.parts(), job.writer.num_captions) == ([], 0)
@@ -247,9 +251,7 @@ class TestRefusedPublishing:
 
         job.writes.before = full
         with pytest.raises(StorageError):
-            job.writer.add(results(captioned("a"), failed("b"), captioned("c")))
-            job.wait()
-            job.writer.tick()
+            job.add(results(captioned("a"), failed("b"), captioned("c")))
         assert (job.parts(), job.parts("failures")) == ([["a", "c"]], [])
         job.writes.before = lambda location: None
         job.writer.flush()

@@ -165,7 +165,7 @@ class Lease:
         It does until ``publish_seconds`` after the last confirmed renewal began; later the lease is renewed first. Nobody
         takes a lease over (but with ``steal``) before ``expiry_seconds``: the time between the two is the margin. A process
         frozen for longer after ``check`` returned still sends its write when it wakes up, and no check of its own could
-        prevent that: ids captioned by both runs are then removed by ``plan.remove_duplicates``.
+        prevent that: ids captioned by both runs are then removed by ``Settled.remove_duplicates``.
 
         Raises:
             LeaseHeldError: the lease is lost.

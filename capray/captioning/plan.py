@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["ATTEMPTS_PER_RUN", "Plan", "Unit", "Wanted", "Work", "block_rows_of", "num_blocks", "read_units"]
 
 
+CHUNKS_AT_ONCE = 10
+"""Chunks of the listing whose ids are sorted together."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """How many images are wanted, how many further rows of the inputs repeat one, and how many captions are of tables or
@@ -148,23 +152,31 @@ class Plan:
             )
             if chunks is None:
                 chunks = [*self.listing.chunks(), *self.listing.member_chunks()]
-            new = [self._take_in(file) for file in chunks if file.path not in self._chunks]
-            self._chunks |= {chunk.file.path: chunk for chunk in new}
+            new = self._take_in([file for file in chunks if file.path not in self._chunks])
             self._update_containers(given_up)
             yield new
 
-    def _take_in(self, file: Location) -> _Chunk:
+    def _take_in(self, files: list[Location]) -> list[_Chunk]:
+        new: list[_Chunk] = []
+        for begin in range(0, len(files), CHUNKS_AT_ONCE):
+            batches = (batch for file in files[begin : begin + CHUNKS_AT_ONCE] for batch in self._rows(file, new))
+            self._connection.register("taken", pa.RecordBatchReader.from_batches(_TAKEN, batches))
+            # Sorted, so that a slice of the hashes lies together.
+            self._connection.execute(
+                f"INSERT INTO listed SELECT position, {ID} AS id, container, is_tar FROM taken ORDER BY id"
+            )
+            self._connection.unregister("taken")
+        self._chunks |= {chunk.file.path: chunk for chunk in new}
+        return new
+
+    def _rows(self, file: Location, taken: list[_Chunk]) -> Iterator[pa.RecordBatch]:
+        """The rows of a chunk as _TAKEN; the chunk is added to those ``taken``."""
         rows = pq.ParquetFile(pa.BufferReader(read_bytes(file)))
         number = rows.metadata.num_rows
         self.settled.check_room(number)
         begin = rows.read_row_group(0, columns=["position"])["position"][0].as_py()
-        names = ["position", "input", "image_id", "kind", "container"]
-        batches = (self._taken(batch) for batch in rows.iter_batches(columns=names))
-        reader = pa.RecordBatchReader.from_batches(_TAKEN, batches)
-        self._connection.register("taken", reader)
-        self._connection.execute(f"INSERT INTO listed SELECT position, {ID}, container, is_tar FROM taken")
-        self._connection.unregister("taken")
-        return _Chunk(file, begin, begin + number)
+        yield from map(self._taken, rows.iter_batches(columns=["position", "input", "image_id", "kind", "container"]))
+        taken.append(_Chunk(file, begin, begin + number))
 
     def _taken(self, rows: pa.RecordBatch) -> pa.RecordBatch:
         is_tar = pc.equal(rows["kind"], "tar")  # ty: ignore[missing-attribute]
@@ -316,9 +328,3 @@ def _row_groups(chunks: list[_Chunk], wanted: np.ndarray) -> Iterator[tuple[int,
             if wanted[at:end].any():
                 yield at, file.read_row_group(group)
             at = end
-
-
-def remove_duplicates(output: Output, write: Write) -> int:
-    """What ``Settled.remove_duplicates`` does."""
-    with Settled(output, "") as settled:
-        return settled.remove_duplicates(write)

@@ -23,7 +23,7 @@ from capray.captioning.actor import CaptioningSettings
 from capray.captioning.failure_limits import SUDDEN_WINDOW, FailureLimits
 from capray.captioning.fetching import Fetcher, Look
 from capray.captioning.lease import Lease
-from capray.captioning.plan import ATTEMPTS_PER_RUN, Plan, Work, block_rows_of, remove_duplicates
+from capray.captioning.plan import ATTEMPTS_PER_RUN, Plan, Work, block_rows_of
 from capray.captioning.record import RunRecord, Summary
 from capray.captioning.rows import events_of, table_of
 from capray.captioning.second_looks import AS_TRANSIENT, SecondLooks
@@ -135,9 +135,8 @@ class Run:
         return self.summary
 
     def _begin(self) -> None:
-        if num := remove_duplicates(self.output, self.write):
+        if num := self.settled.remove_duplicates(self.write):
             self.display.say(f"{num:,} captions stood twice, from a run that was frozen: removed from the newer parts")
-        self.settled.refresh()
         self.summary.captioned_before = self.settled.num_captions
         if self.listing.resumed_at is not None:
             listed_at = datetime.fromtimestamp(self.listing.resumed_at, UTC)
@@ -145,6 +144,8 @@ class Run:
                 f"going on with the listing begun at {listed_at:%Y-%m-%d %H:%M} UTC ({self.listing.num_rows:,} images so "
                 "far); --relist lists anew"
             )
+        for remark in self.listing.remarks:
+            self.display.say(remark)
 
     @cached_property
     def writer(self) -> PartWriter:
@@ -429,7 +430,7 @@ class Run:
     def _account(self) -> None:
         """Remove what stands twice, account for every id, and say what could not be read."""
         self.writer.flush()
-        remove_duplicates(self.output, self.write)
+        self.settled.remove_duplicates(self.write)
         wanted = self.plan.count_wanted()
         if not wanted.images and not self._tar_attempts and not self.listing.faults:
             split = f" in split {self.config.split!r}" if self.config.split else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -31,8 +32,9 @@ ATTEMPTS_PER_RUN = 2
 BYTES_PER_ID = 64
 """Temporary space for each id that is wanted or done, at most: rows, and what DuckDB spills."""
 SLICE_IDS = 10_000_000
-"""Ids that are joined or grouped at once, by a slice of their hashes, so that hardly anything is spilled."""
-_PARTS_AT_ONCE = 100
+"""Ids that are joined or grouped at once, by a slice of their hashes, so that hardly anything is spilled. They are sorted in
+some such numbers as they come in, so that a slice reads little else."""
+_PARTS_AT_ONCE = 200
 
 ID = "md5_number(image_id)"
 TAR = "CASE WHEN contains(lower(image_id), '.tar#') THEN hash(split_part(lower(image_id), '.tar#', 1)) END"
@@ -109,7 +111,7 @@ class Settled:
         for begin in range(0, len(parts), _PARTS_AT_ONCE):
             batch = parts[begin : begin + _PARTS_AT_ONCE]
             columns = f"{ID}, {TAR}, {self._num_parts} + file_index{others}"
-            sql = f"INSERT INTO {table} SELECT {columns} FROM {parquet_files(batch)}"
+            sql = f"INSERT INTO {table} SELECT {columns} FROM {parquet_files(batch)} ORDER BY 1"
             (num_ids,) = first_row(self.connection, sql)
             self._parts |= dict(enumerate(batch, self._num_parts))
             self._num_parts += len(batch)
@@ -134,8 +136,9 @@ class Settled:
 
     def slices(self, num_ids: int) -> list[str]:
         """SQL conditions that divide ids into slices of at most SLICE_IDS, if they are ``num_ids``."""
-        bits = max(0, (num_ids - 1) // SLICE_IDS).bit_length()
-        return [f"(id >> {128 - bits}) = {number}" for number in range(2**bits)] if bits else ["true"]
+        number = max(1, -(-num_ids // SLICE_IDS))
+        bounds = [i * 2**128 // number for i in range(number + 1)]
+        return [f"id BETWEEN {begin}::UHUGEINT AND {end - 1}::UHUGEINT" for begin, end in pairwise(bounds)]
 
     def remove_duplicates(self, write: Write) -> int:
         """Remove ids that stand in two caption parts from the newer part, replacing it under its name; how many there were.

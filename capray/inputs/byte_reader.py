@@ -109,13 +109,6 @@ def read_range(uri: str, start: int, end: int, version: str = "", patience: Pati
     return _fetch(uri, start, end, version, patience).data if end > start else b""
 
 
-def open_stream(
-    uri: str, start: int = 0, chunk_bytes: int = CHUNK_BYTES, version: str = "", patience: Patience | None = None
-) -> io.BufferedReader:
-    """A buffered ``Stream``."""
-    return io.BufferedReader(Stream(uri, start, chunk_bytes, version, patience), buffer_size=chunk_bytes)
-
-
 class Stream(io.RawIOBase):
     """The object at ``uri`` as a file that is read in ranges of at most ``chunk_bytes``, from byte ``start`` on, all of one
     version: the one given, or that of the first answer.

@@ -7,7 +7,6 @@ each answer of a container is of the version that was listed. Knows nothing of d
 from __future__ import annotations
 
 import hashlib
-import io
 import tarfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterator
@@ -21,7 +20,7 @@ from capray.config import ImageLimits
 from capray.errors import CaprayError, DataError, StorageError
 from capray.images import ImageError
 from capray.inputs.base import Changed, Event, Failed, Found, InputReading, Source, TarMembers, TarUnreadable
-from capray.inputs.byte_reader import CHUNK_BYTES, Patience, Stream, ignore, read_image, read_range
+from capray.inputs.byte_reader import Patience, Stream, ignore, read_image, read_range
 from capray.inputs.places import MEMBERS, Row
 from capray.inputs.tables import opened_parquet
 from capray.inputs.tars import HEADER_BYTES, images_of, member_in, opened, split_key
@@ -202,7 +201,7 @@ class Reader:
             wanted[split_key(row["member"])[0]][row["member"]].append(row)
         stream = _stream(rows[0], patience)
         is_cut = False
-        with opened(rows[0]["container"], _buffered(stream)) as tar:
+        with opened(rows[0]["container"], stream) as tar:
             images = images_of(tar, self.limits.max_image_bytes)
             for key, of_key in groupby(images, lambda image: split_key(image[0].name)[0]):
                 names, other = wanted.get(key, {}), None
@@ -231,7 +230,7 @@ class Reader:
         stream = _stream(tar_row, patience)
         members: list[Row] = []
         seen: set[str] = set()
-        with opened(uri, _buffered(stream)) as tar:
+        with opened(uri, stream) as tar:
             for member, data, whole in images_of(tar, self.limits.max_image_bytes):
                 image_id = f"{uri}#{member.name}"
                 if not selection.has(image_id):
@@ -266,10 +265,6 @@ def _place_key(row: Row) -> tuple:
 
 def _stream(row: Row, patience: Patience) -> Stream:
     return Stream(row["container"], version=row["version"] or "", patience=patience)
-
-
-def _buffered(stream: Stream) -> io.BufferedReader:
-    return io.BufferedReader(stream, CHUNK_BYTES)
 
 
 def _as_member(row: Row, member: tarfile.TarInfo, version: str) -> Row:

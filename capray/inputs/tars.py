@@ -24,6 +24,7 @@ from capray.storage import Entry, Location, locate
 HEADER_BYTES = 16 * 2**10
 """As many bytes hold the header of any member, its long name included."""
 _PEEK_BYTES = 4096
+_OPTIONS: Any = {"mode": "r:", "encoding": "utf-8", "errors": "backslashreplace"}
 _SUFFIXES = frozenset(("jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "heic"))
 _SIGNS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\x00", b"MM\x00*")
 _BRANDS = (b"ftypavif", b"ftypheic", b"ftypmif1")
@@ -107,7 +108,7 @@ def _first_suffix(uri: str) -> tuple[str, str]:
     """What the name of the tar's first image ends with, as a sidecar tells only keys; and the tar's version. Reads headers,
     up to that image's."""
     stream = Stream(uri)
-    with opened(uri, io.BufferedReader(stream, _PEEK_BYTES)) as tar:
+    with opened(uri, stream, _PEEK_BYTES) as tar:
         for member in tar:
             suffix = split_key(member.name)[1]
             if suffix.rpartition(".")[2].lower() in _SUFFIXES:
@@ -123,16 +124,16 @@ def split_key(member: str) -> tuple[str, str]:
 
 
 @contextmanager
-def opened(uri: str, file: io.BufferedIOBase | None = None) -> Generator[tarfile.TarFile]:
-    """The tar at ``uri``, read in large pieces; as ``file``, where one is given.
+def opened(uri: str, stream: Stream | None = None, buffer_bytes: int = CHUNK_BYTES) -> Generator[tarfile.TarFile]:
+    """The tar at ``uri``, or in a ``stream`` of it, read in pieces of ``buffer_bytes``.
 
     Raises:
         DataError: it is no tar, or damaged.
         ImageError: it cannot be read.
     """
-    file = file or io.BufferedReader(Stream(uri), CHUNK_BYTES)
+    file = io.BufferedReader(stream or Stream(uri), buffer_bytes)
     try:
-        with file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
+        with file, tarfile.open(fileobj=file, **_OPTIONS) as tar:
             yield tar
     except tarfile.TarError as error:
         raise DataError(f"{uri!r} is damaged, or no tar: {error}") from error
@@ -141,7 +142,7 @@ def opened(uri: str, file: io.BufferedIOBase | None = None) -> Generator[tarfile
 def member_in(data: bytes) -> tarfile.TarInfo | None:
     """The member whose header ``data`` begins with; None when it begins with none."""
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
+        with tarfile.open(fileobj=io.BytesIO(data), **_OPTIONS) as tar:
             return tar.next()
     except tarfile.TarError:
         return None

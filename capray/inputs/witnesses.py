@@ -18,6 +18,7 @@ from capray.errors import TryAgain
 OPEN_SECONDS = 10.0
 """A witness that does not open within them is away."""
 POLL_SECONDS = 5.0
+NOTICE_SECONDS = 60.0
 _MAX_FOLDERS = 10_000
 _PER_DEVICE = 8
 
@@ -73,7 +74,7 @@ class Witnesses:
         names = (*self.of(path), *given)
         if not names or self.opening(path, given):
             return False
-        deadline = time.monotonic() + seconds
+        deadline, told_at = time.monotonic() + seconds, -NOTICE_SECONDS
         with self._waiting:  # One asks; the others find out when it has.
             while not self.opening(path, given):
                 what = f"{names[0]}, which was there before, cannot be opened: its mount or disk is away"
@@ -82,7 +83,9 @@ class Witnesses:
                         f"{what}, and has been for {seconds:g} s: mount it on every node (or put the file back) and run the "
                         "same command again; nothing was recorded against its images"
                     )
-                notify(f"waiting: {what}")
+                if time.monotonic() - told_at >= NOTICE_SECONDS:
+                    notify(f"waiting: {what}")
+                    told_at = time.monotonic()
                 time.sleep(min(POLL_SECONDS, max(0.01, deadline - time.monotonic())))
         return True
 
