@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from capray.captioning.plan import Plan, Work, read_units
@@ -52,24 +53,17 @@ def uri(number: int) -> str:
 
 def write_parts(output: Output, ids: list[str]) -> None:
     """Captions of ``ids`` as a job publishes them."""
+    texts = pa.array([f"a photo of thing {i}" for i in range(997)])
+    row = {"sha256": b"\0" * 32, "model_id": "m", "run_id": "r", "finished": True, "alternatives": []}
     for number, begin in enumerate(range(0, len(ids), PART_ROWS)):
-        part = ids[begin : begin + PART_ROWS]
-        rows = len(part)
-        values = {
-            "image_id": part,
-            "uri": part,
-            "caption": [f"a photo of thing {i % 997}" for i in range(rows)],
-            "alternatives": [[]] * rows,
-            "sha256": [b"\0" * 32] * rows,
-            "model_id": ["m"] * rows,
-            "run_id": ["r"] * rows,
-        }
+        part = pa.array(ids[begin : begin + PART_ROWS])
+        values = {"image_id": part, "uri": part, "caption": texts.take(pa.array(np.arange(len(part)) % 997))}
         columns = [
-            pa.array(values[field.name], field.type)
+            values[field.name]
             if field.name in values
-            else pa.repeat(pa.scalar(1, pa.int64()), rows).cast(field.type)
-            if not pa.types.is_boolean(field.type)
-            else pa.repeat(pa.scalar(True), rows)
+            else pa.repeat(pa.scalar(row[field.name], field.type), len(part))
+            if field.name in row
+            else pa.repeat(pa.scalar(1, pa.int64()), len(part)).cast(field.type)
             for field in CAPTIONS
         ]
         table = pa.table(columns, schema=CAPTIONS)

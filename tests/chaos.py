@@ -88,7 +88,11 @@ def play_local(kinds: list[str], rounds: int, seed: int, folder: Path, rows: dic
     chosen = [chaos_local.KINDS[kind] for kind in kinds if kind in chaos_local.KINDS]
     if not chosen:
         return
-    places = [(kind, kind.places[number % len(kind.places)], number) for kind in chosen for number in range(rounds)]
+    places = [
+        (kind, kind.places[(position + position // 2 + number) % len(kind.places)], number)
+        for position, kind in enumerate(chosen)
+        for number in range(rounds)
+    ]
     world = chaos_local.World(folder, with_store=any(place == "bucket" for _, place, _ in places))
     try:
         for kind, place, number in places:

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -166,16 +167,11 @@ class Round:
     # What a round is made of.
 
     def lay(self, layout: str, photos: Photos, order: Iterable[str] | None = None) -> None:
-        """Write the input: ``objects``, or a ``table``, ``tar`` or ``manifest`` with the photos in an order."""
+        """Write the input: ``objects``, or a ``table``, ``tars`` or ``manifest`` with the photos in an order."""
         order = list(order or photos)
-        if layout == "objects":
-            for name in order:
-                self.write(f"{self.root}/in/{name}", photos[name])
-            self.input = f"{self.root}/in"
-            return
-        name, data = {"table": self._table, "tar": self._tar, "manifest": self._manifest}[layout](photos, order)
-        self.write(f"{self.root}/in/{name}", data)
-        self.input = f"{self.root}/in/{name}" if layout == "manifest" else f"{self.root}/in"
+        for name, data in getattr(self, f"_{layout}")(photos, order).items():
+            self.write(f"{self.root}/in/{name}", data)
+        self.input = f"{self.root}/in/list.parquet" if layout == "manifest" else f"{self.root}/in"
 
     def run(self, executor: LocalExecutor | None = None, **settings) -> int:
         """The command, in this process; its exit code."""
@@ -254,35 +250,43 @@ class Round:
 
         return s3fs.S3FileSystem(endpoint_url=self.world.endpoint, use_listings_cache=False)
 
-    def _table(self, photos: Photos, order: list[str]) -> tuple[str, bytes]:
-        buffer = io.BytesIO()
-        table = pa.table({"image_id": order, "image": [photos[name] for name in order]})
-        pq.write_table(table, buffer, row_group_size=7)
-        return "table.parquet", buffer.getvalue()
+    def _objects(self, photos: Photos, order: list[str]) -> Photos:
+        return {name: photos[name] for name in order}
 
-    def _tar(self, photos: Photos, order: list[str]) -> tuple[str, bytes]:
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as tar:
-            for name in order:
-                member = tarfile.TarInfo(name)
-                member.size = len(photos[name])
-                tar.addfile(member, io.BytesIO(photos[name]))
-        return "shard.tar", buffer.getvalue()
+    def _table(self, photos: Photos, order: list[str]) -> dict[str, bytes]:
+        return {"table.parquet": parquet({"image_id": order, "image": [photos[name] for name in order]})}
 
-    def _manifest(self, photos: Photos, order: list[str]) -> tuple[str, bytes]:
+    def _tars(self, photos: Photos, order: list[str]) -> dict[str, bytes]:
+        """Four shards; which one a photo lies in does not follow from the order."""
+        tars = {}
+        for number in range(4):
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as tar:
+                for name in [name for name in order if zlib.crc32(name.encode()) % 4 == number]:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(photos[name])
+                    tar.addfile(member, io.BytesIO(photos[name]))
+            tars[f"{number}.tar"] = buffer.getvalue()
+        return tars
+
+    def _manifest(self, photos: Photos, order: list[str]) -> dict[str, bytes]:
         """A table of ids and URIs; the files are named after their bytes."""
         uris = []
         for name in order:
             uris.append(f"{self.root}/photos/{hashlib.md5(photos[name]).hexdigest()}.jpg")
             self.write(uris[-1], photos[name])
-        buffer = io.BytesIO()
-        pq.write_table(pa.table({"image_id": order, "uri": uris}), buffer)
-        return "list.parquet", buffer.getvalue()
+        return {"list.parquet": parquet({"image_id": order, "uri": uris})}
+
+
+def parquet(columns: dict[str, list]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer, row_group_size=7)
+    return buffer.getvalue()
 
 
 # The input is rewritten.
 
-LAYOUTS = ("table", "tar", "manifest", "objects")
+LAYOUTS = ("table", "tars", "manifest", "objects")
 
 
 def _rewritten(layout: str, is_during: bool) -> Play:
@@ -321,22 +325,17 @@ for _layout in LAYOUTS:
 
 @kind("shard-mended", "a corrupt shard, mended after a run that said so")
 def shard_mended(round: Round) -> None:
-    layout = round.rng.choice(["table", "tar"])
+    layout = round.rng.choice(["table", "tars"])
     round.lay(layout, round.world.first)
-    round.wanted = round.digests()
-    (name, data), good = getattr(round, f"_{layout}")(round.world.second, list(round.world.second)), round.wanted
-    other = f"{round.root}/in/z-other{Path(name).suffix}"
-    if layout == "table":
-        table = pq.read_table(io.BytesIO(data))
-        ids = pa.array([f"other {image_id}" for image_id in table["image_id"].to_pylist()])
-        buffer = io.BytesIO()
-        pq.write_table(table.set_column(0, "image_id", ids), buffer)
-        data = buffer.getvalue()
-    round.write(other, b"\0" * 100 if layout == "table" else b"no tar" * 300)
-    assert round.run() == 1 and "other" in round.messages[-1], round.messages[-1]
+    good = round.digests()
+    name = "z-other.parquet" if layout == "table" else "z-other.tar"
+    other = {f"other {name}": data for name, data in round.world.second.items()}
+    (data, *_) = getattr(round, f"_{layout}")(other, list(other)).values()
+    round.write(f"{round.root}/in/{name}", b"\0" * 100 if layout == "table" else b"no tar" * 300)
+    assert round.run() == 1 and name in round.messages[-1], round.messages[-1]
     round.strike()
     assert round.captioned() == set(good), "what could be read was captioned"
-    round.write(other, data)
+    round.write(f"{round.root}/in/{name}", data)
     round.wanted = round.digests()
 
 

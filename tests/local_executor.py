@@ -8,20 +8,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import pyarrow as pa
 
 from capray import cluster
-from capray.captioning.actor import CaptioningSettings
-from capray.captioning.fetching import Fetcher, Look
+from capray.captioning.fetching import Decode, Fetcher, Look
 from capray.captioning.isolation import Crashed, Isolated
 from capray.captioning.rows import results_schema, table_of, with_table
-from capray.captioning.stream import Pool
 from capray.captioning.units import Unit, Work, read_units
 from capray.inputs.places import Row
+
+if TYPE_CHECKING:  # A child process that fetches loads no torch.
+    from capray.captioning.actor import CaptioningSettings
+    from capray.captioning.stream import Pool
 
 Captioner = Callable[[pa.Table], pa.Table]
 Hook = Callable[[int], None]
@@ -36,8 +39,8 @@ class LocalExecutor:
         captioner: makes what captions BLOCK rows: a stand-in, or ``CaptioningActor`` for real captions.
         num_threads: units fetched at once.
         decode_seconds: an image that takes longer to decode is given up.
-        is_isolated: whether to fetch a unit in a process of its own and, when that dies, carefully in another one; as Ray
-            does.
+        is_isolated: which units to fetch in a process of their own and, when that dies, carefully in another one, as Ray
+            does. When not given, nothing is fetched in another process, second looks neither: that takes its time.
         before_unit, after_block: called with the number of a unit that will be fetched, or of a block that was captioned.
     """
 
@@ -46,7 +49,7 @@ class LocalExecutor:
         captioner: Callable[[CaptioningSettings], Captioner] | None = None,
         num_threads: int = 2,
         decode_seconds: float = 60.0,
-        is_isolated: Callable[[Unit], bool] = lambda unit: False,
+        is_isolated: Callable[[Unit], bool] | None = None,
         before_unit: Hook = lambda number: None,
         after_block: Hook = lambda number: None,
     ):
@@ -62,6 +65,8 @@ class LocalExecutor:
 
     @property
     def pool(self) -> Pool:
+        from capray.captioning.stream import Pool
+
         return Pool(1, 1, 0.0, 1)
 
     @contextmanager
@@ -69,10 +74,10 @@ class LocalExecutor:
         self, work: Work, fetcher: Fetcher, settings: CaptioningSettings
     ) -> Generator[Iterator[pa.Table | None]]:
         with mock.patch.object(cluster, "post_notice", self._take_notice):
-            yield self._blocks(work, self._bounded(fetcher), self.captioner(settings))
+            yield self._blocks(work, self._adapted(fetcher), self.captioner(settings))
 
     def look(self, places: list[Row], node: str, fetcher: Fetcher) -> None:
-        self._looks.append(self._pool().submit(self._bounded(fetcher).look, places))
+        self._looks.append(self._pool().submit(self._adapted(fetcher).look, places))
 
     def looks(self) -> list[Look]:
         done = [future for future in self._looks if future.done()]
@@ -87,8 +92,10 @@ class LocalExecutor:
             self._threads.shutdown(wait=False, cancel_futures=True)
             self._threads = None
 
-    def _bounded(self, fetcher: Fetcher) -> Fetcher:
-        return replace(fetcher, decode_seconds=self.decode_seconds)
+    def _adapted(self, fetcher: Fetcher) -> Fetcher:
+        if self.is_isolated is not None:
+            return replace(fetcher, decode_seconds=self.decode_seconds)
+        return _Careless(**{each.name: getattr(fetcher, each.name) for each in fields(fetcher) if each.init})
 
     def _pool(self) -> ThreadPoolExecutor:
         if self._threads is None:
@@ -102,7 +109,7 @@ class LocalExecutor:
             while len(under_way) < self.num_threads and (unit := next(units, None)) is not None:
                 self.before_unit(self.num_units)
                 self.num_units += 1
-                fetch = self._fetch_isolated if self.is_isolated(unit) else self._fetch
+                fetch = self._fetch_isolated if self.is_isolated and self.is_isolated(unit) else self._fetch
                 under_way.append(self._pool().submit(fetch, fetcher, unit))
             if not under_way:
                 return
@@ -134,6 +141,13 @@ class LocalExecutor:
     def _take_notice(self, run_id: str, text: str) -> None:
         self.told.append(text)
         self._notices.append(text)
+
+
+class _Careless(Fetcher):
+    """Decodes in this process whatever it is asked."""
+
+    def _decoder(self, careful: bool) -> AbstractContextManager[Decode]:
+        return super()._decoder(careful=False)
 
 
 class _Fetching:

@@ -216,9 +216,15 @@ class TestRemaining:
         write_captions(output, ["a"])
         with (
             planning(output, ["a"]) as plan,
-            pytest.raises(StorageError, match="1 ids need up to .* set TMPDIR"),
+            pytest.raises(StorageError, match="^1 ids need up to .* set TMPDIR"),
         ):
             plan.remaining(2)
+
+    def test_a_chunk_that_cannot_be_read(self, output):
+        with planning(output, ["a"]) as plan:
+            Path(plan.listing.chunks()[0].path).unlink()
+            with pytest.raises(StorageError, match="^reading .*: not found"):
+                plan.remaining(2)
 
     def test_ids_are_looked_at_slice_by_slice(self, output, monkeypatch):
         monkeypatch.setattr("capray.captioning.settled.SLICE_IDS", 60)

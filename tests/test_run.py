@@ -19,7 +19,7 @@ from capray.captioning.job import caption
 from capray.captioning.record import Summary
 from capray.captioning.stream import Stalled
 from capray.config import CaptionConfig
-from capray.errors import CaprayError, Interrupted, StorageError, TryAgain
+from capray.errors import Interrupted, StorageError, TryAgain
 from capray.inputs import files, listing
 from tests.conftest import write_photos
 from tests.local_executor import LocalExecutor
@@ -277,7 +277,7 @@ class TestWhatChanges:
     def test_what_changes_again_and_again_is_a_fault_of_this_run(self, job):
         self.table(job, seed=0)
         seeds = iter(range(1, 1000))
-        with pytest.raises(CaprayError, match="changes again and again"):
+        with pytest.raises(TryAgain, match="changes again and again"):
             job.run(LocalExecutor(num_threads=1, before_unit=lambda number: self.table(job, next(seeds))))
         job.run()
         assert len(read_parts(str(job.output), "captions")) == 40

@@ -28,7 +28,7 @@ from capray.config import CaptionConfig, Decoding, TrainConfig, VerifyConfig
 from capray.images import load
 from capray.model.checkpoint import load_captioner
 from capray.output.verify import verify
-from tests.oracle import check_exactly_once, read_parts
+from tests.oracle import check_exactly_once, digests, read_parts
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VERSIONS = sorted(path.name for path in FIXTURES.glob("v*"))
@@ -65,10 +65,12 @@ class HalfDone:
 
     Attributes:
         command: the one that began it.
+        captions: by SHA-256, what the old version says of an image.
     """
 
     def __init__(self, world: World, name: str, copy: Path, leased: bool = False):
         self.expected = world.expected["outputs"][name]
+        self.captions = {bytes.fromhex(digest): text for digest, text in world.expected["captions"].items()}
         original = str(world.home / "out" / name)
         self.output = copy / "out"
         shutil.copytree(original, self.output)
@@ -88,12 +90,10 @@ class HalfDone:
     def finish(self) -> None:
         """The same command does the rest, and the whole is what an undisturbed run of the old version gave."""
         assert cli.run(self.command) == 0
-        captions, kinds = self.expected["captions"], self.expected["failures"]
-        check_exactly_once(str(self.output), {*captions, *kinds}, captions)
-        failures = read_parts(str(self.output), "failures")
-        assert {row["image_id"]: row["error_type"] for row in failures} == kinds
-        num_rows = len(failures) + len(read_parts(str(self.output), "captions"))
-        assert num_rows == len(captions) + len(kinds), "what was done is not done again"
+        wanted = digests(*self.inputs)
+        check_exactly_once(str(self.output), wanted, self.captions, self.expected["failed"])
+        num_rows = sum(len(read_parts(str(self.output), table)) for table in ("captions", "failures"))
+        assert num_rows == len(wanted), "what was done is not done again"
         parts = self.parts()
         assert parts.items() >= self.before.items(), "parts of the old version stay as they are"
         assert not self.lease.exists()
@@ -176,6 +176,7 @@ TIMES = ("train_seconds", "train_images_per_second", "val_images_per_second")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_training_half_done_goes_on_as_if_it_had_never_been_stopped(world, ray_cluster):
     history = world.home / "training" / "history.json"
     (first,) = json.loads(history.read_text())["epochs"]
@@ -211,7 +212,7 @@ def test_the_captioner_captions_as_it_did(world):
     captioner, model_id = load_captioner(str(world.home / "captioner"))
     pixels = [load(photo.read_bytes(), captioner.architecture)[0] for photo in world.photos]
     found = captioner.caption(captioner.encode_all(pixels), Decoding(**world.expected["decoding"]))
-    assert len({best.caption for best, *_ in found}) > 1, "they would not tell one image from another"
+    assert len({best.caption for best, *_ in found}) > 3, "they would not tell one image from another"
     for (best, *_), wanted in zip(found, world.expected["captioner"], strict=True):
         assert (model_id, best.caption) == (wanted["model_id"], wanted["caption"])
         assert (best.log_prob, best.score) == pytest.approx((wanted["log_prob"], wanted["score"]), abs=1e-3)

@@ -157,14 +157,18 @@ class Plan:
             yield new
 
     def _take_in(self, files: list[Location]) -> list[_Chunk]:
+        self.settled.check_room(self.listing.num_rows - sum(chunk.end - chunk.begin for chunk in self._chunks.values()))
         new: list[_Chunk] = []
         for begin in range(0, len(files), CHUNKS_AT_ONCE):
-            batches = (batch for file in files[begin : begin + CHUNKS_AT_ONCE] for batch in self._rows(file, new))
-            self._connection.register("taken", pa.RecordBatchReader.from_batches(_TAKEN, batches))
-            # Sorted, so that a slice of the hashes lies together.
-            self._connection.execute(
-                f"INSERT INTO listed SELECT position, {ID} AS id, container, is_tar FROM taken ORDER BY id"
+            batches = _Batches(
+                batch for file in files[begin : begin + CHUNKS_AT_ONCE] for batch in self._rows(file, new)
             )
+            self._connection.register("taken", pa.RecordBatchReader.from_batches(_TAKEN, batches))
+            with batches.errors():
+                # Sorted, so that a slice of the hashes lies together.
+                self._connection.execute(
+                    f"INSERT INTO listed SELECT position, {ID} AS id, container, is_tar FROM taken ORDER BY id"
+                )
             self._connection.unregister("taken")
         self._chunks |= {chunk.file.path: chunk for chunk in new}
         return new
@@ -172,11 +176,9 @@ class Plan:
     def _rows(self, file: Location, taken: list[_Chunk]) -> Iterator[pa.RecordBatch]:
         """The rows of a chunk as _TAKEN; the chunk is added to those ``taken``."""
         rows = pq.ParquetFile(pa.BufferReader(read_bytes(file)))
-        number = rows.metadata.num_rows
-        self.settled.check_room(number)
         begin = rows.read_row_group(0, columns=["position"])["position"][0].as_py()
         yield from map(self._taken, rows.iter_batches(columns=["position", "input", "image_id", "kind", "container"]))
-        taken.append(_Chunk(file, begin, begin + number))
+        taken.append(_Chunk(file, begin, begin + rows.metadata.num_rows))
 
     def _taken(self, rows: pa.RecordBatch) -> pa.RecordBatch:
         is_tar = pc.equal(rows["kind"], "tar")  # ty: ignore[missing-attribute]
@@ -313,6 +315,29 @@ _TAKEN = pa.schema(
 _CONTAINERS = pa.schema(
     [("number", pa.int32()), ("since", pa.int64()), ("is_read", pa.bool_()), ("changed_at", pa.float64())]
 )
+
+
+class _Batches:
+    """Batches for DuckDB, which tells what they raise in words of its own."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch]):
+        self._batches = batches
+        self._error: Exception | None = None
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        try:
+            yield from self._batches
+        except Exception as error:
+            self._error = error
+            raise
+
+    @contextmanager
+    def errors(self) -> Generator[None]:
+        """Raise what the batches have raised, as it was."""
+        try:
+            yield
+        except Exception as error:
+            raise self._error or error from None
 
 
 def _row_groups(chunks: list[_Chunk], wanted: np.ndarray) -> Iterator[tuple[int, pa.Table]]:

@@ -361,6 +361,7 @@ class Run:
                 finals.append(row)
         if finals:
             self.writer.add_failures(finals)
+            self._recent_finals.extend((self.num_done, row | {"kind": row["error_type"]}) for row in finals)
         self.summary.second_looks = self.looks.num_taken
 
     def _await_second_looks(self) -> None:
@@ -452,7 +453,8 @@ class Run:
         summary.left = lost + len(untried) + (not self.listing.is_complete)
         if faults:
             some = "; ".join(f"{uri}: {reason}" for uri, reason in list(faults.items())[:5])
-            raise CaprayError(
+            passes_by_itself = faults.keys() <= self._faults.keys()
+            raise (TryAgain if passes_by_itself else CaprayError)(
                 f"all else is done, but {len(faults)} files of the input cannot be read: {some}; mend them and run the same "
                 "command again, or leave them out with --exclude"
             )

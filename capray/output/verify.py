@@ -36,6 +36,7 @@ from capray.inputs.byte_reader import read_image
 from capray.inputs.places import PLACES, Row
 from capray.inputs.reading import Reader
 from capray.inputs.tars import images_of, members_of, opened
+from capray.inputs.versions import VersionChanged
 from capray.output import Output, duckdb_path, first_row, open_duckdb, require_output
 from capray.progress import ProgressDisplay, duration
 from capray.storage import Location, exists, list_names, locate, read_bytes
@@ -633,8 +634,10 @@ def _read_by_uri(place: str, drawn: list[_Drawn]) -> _Digests:
                 if not members:
                     break
         missing = "it is not there"
-    except (CaprayError, ImageError) as error:
-        missing = error.message if isinstance(error, ImageError) else str(error)
+    except ImageError as error:
+        missing = error.message
+    except (CaprayError, VersionChanged) as error:
+        missing = str(error)
     return digests | dict.fromkeys(members.values(), missing)
 
 
@@ -643,6 +646,8 @@ def _digest(uri: str, limit: int) -> bytes | str | None:
         data = read_image(uri, limit)
     except ImageError as error:
         return f"{error.kind}: {error.message}"
+    except CaprayError as error:
+        return str(error)
     return hashlib.sha256(data).digest() if len(data) <= limit else None
 
 
