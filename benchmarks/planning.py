@@ -136,7 +136,7 @@ def plan_all(source: str, output: Output, figures: Figures) -> None:
     listing = Listing(output, "run", open_sources(config.inputs, config.subset(SourceSettings)), config, write_atomic)
     with Settled(output, "run") as settled, listing, watched(settled.folder, figures):
         plan = Plan(output, "run", listing, settled, write_atomic)
-        settled.refresh()
+        settled.remove_duplicates(write_atomic)
         taken = planned = 0
         while not (listing.is_complete and taken == len(listing.chunks())):
             more = listing.wait(taken, 0.2)
@@ -147,6 +147,7 @@ def plan_all(source: str, output: Output, figures: Figures) -> None:
                 take(plan.fresh(chunks[taken:], BLOCK_ROWS))
                 taken = len(chunks)
         figures.planned = time.perf_counter() - started
+        settled.remove_duplicates(write_atomic)
         wanted = plan.count_wanted()
         figures.lost, _ = plan.unaccounted()
         plan.current_failures()

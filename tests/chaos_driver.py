@@ -15,11 +15,15 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import pyarrow as pa
+
 from capray.captioning import job, lease, writer
+from capray.captioning.actor import CaptioningSettings
 from capray.captioning.job import caption
+from capray.captioning.rows import table_of
 from capray.config import CaptionConfig
 from capray.errors import CaprayError
-from tests.local_executor import LocalExecutor
+from tests.local_executor import LocalExecutor, StandIn
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
@@ -130,13 +134,9 @@ def _carry_out(order: Order) -> None:
             os.dup2(log.fileno(), number)
     os.environ.update(order.environment)
 
-    def after_block(number: int) -> None:
-        temporary = order.folder / "figures.new"
-        temporary.write_text(f"{number} {executor.num_captioned}")
-        temporary.replace(order.folder / "figures")
-        time.sleep(order.block_seconds)
-
-    executor = LocalExecutor(after_block=after_block)
+    executor = LocalExecutor(
+        lambda settings: _Counting(settings, order.folder), after_block=lambda number: time.sleep(order.block_seconds)
+    )
     with ExitStack() as patches:
         patches.enter_context(short_lease(order.is_shared))
         if order.stop_at:
@@ -149,6 +149,23 @@ def _carry_out(order: Order) -> None:
             code = error.exit_code
     sys.stdout.flush()
     os._exit(code)
+
+
+class _Counting(StandIn):
+    """Keeps the numbers of blocks and images in a file."""
+
+    def __init__(self, settings: CaptioningSettings, folder: Path):
+        super().__init__(settings)
+        self.folder, self.num_blocks, self.num_images = folder, 0, 0
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        results = super().__call__(block)
+        self.num_blocks += 1
+        self.num_images += table_of(results)["error_type"].null_count
+        temporary = self.folder / "figures.new"
+        temporary.write_text(f"{self.num_blocks} {self.num_images}")
+        temporary.replace(self.folder / "figures")
+        return results
 
 
 @contextmanager

@@ -300,7 +300,7 @@ def _rewritten(layout: str, is_during: bool) -> Play:
             round.lay(layout, world.second, reordered)
 
         if is_during:
-            round.run(round.at_block(rewrite))
+            assert round.run(round.at_block(rewrite)) == 0, round.messages[-1]
             after = round.digests()
             round.wanted = {image_id: before[image_id] | after[image_id] for image_id in before}
             return

@@ -107,7 +107,8 @@ class Run:
         self._recent_finals: deque[tuple[int, Row]] = deque(maxlen=MAX_RECENT_FINALS)
         self._witness_looks: deque[Look] = deque()
         self._changed: set[tuple[int, str]] = set()
-        self._tar_attempts: Counter[str] = Counter()
+        self._tried_tars: set[str] = set()
+        self._unread_tars: Counter[str] = Counter()
         self._faults: dict[str, str] = {}
         self._faults_of_tars: dict[str, str] = {}
         self._last_notices = 0.0
@@ -191,15 +192,17 @@ class Run:
 
     def _work_off(self) -> None:
         """Attempt once more what is neither captioned nor settled as failed."""
-        for _ in range(MAX_PASSES if self.config.limit is None else MAX_WAVES + MAX_PASSES):
+        passes_left = MAX_PASSES if self.config.limit is None else MAX_WAVES + MAX_PASSES
+        while passes_left:
             self._await_second_looks()
             if self._room_left() == 0:
                 return
-            given_up = {uri for uri, count in self._tar_attempts.items() if count >= ATTEMPTS_PER_RUN}
+            given_up = {uri for uri, count in self._unread_tars.items() if count >= ATTEMPTS_PER_RUN}
             work = self.plan.remaining(self.block_rows, self._room_left(), frozenset(given_up | self._faults.keys()))
             if not work.num_units:
                 return
             self._caption(work, "once more:")
+            passes_left -= not self._changed  # What is listed anew is bounded by the listing.
             if not self.listing.is_complete:
                 self._follow_listing()
 
@@ -310,8 +313,9 @@ class Run:
             else:
                 self._faults[event.container] = "it changes again and again while it is read"
             return
-        self._tar_attempts[event.container] += 1
+        self._tried_tars.add(event.container)
         if isinstance(event, TarUnreadable):
+            self._unread_tars[event.container] += 1
             self._faults_of_tars[event.container] = event.message
         elif isinstance(event, TarMembers):
             self.listing.add_members(event)
@@ -433,7 +437,7 @@ class Run:
         self.writer.flush()
         self.settled.remove_duplicates(self.write)
         wanted = self.plan.count_wanted()
-        if not wanted.images and not self._tar_attempts and not self.listing.faults:
+        if not wanted.images and not self._tried_tars and not self.listing.faults:
             split = f" in split {self.config.split!r}" if self.config.split else ""
             raise ConfigError(f"there are no images at {', '.join(map(repr, self.config.inputs))}{split}")
         summary = self.summary
@@ -449,7 +453,7 @@ class Run:
                 f"{lost} images have neither a caption nor a failure after {summary.passes} passes: "
                 f"{', '.join(names)}{' …' if lost > len(names) else ''}; run the same command again"
             )
-        untried = [uri for uri in unread if uri not in self._tar_attempts]
+        untried = [uri for uri in unread if uri not in self._tried_tars]
         summary.left = lost + len(untried) + (not self.listing.is_complete)
         if faults:
             some = "; ".join(f"{uri}: {reason}" for uri, reason in list(faults.items())[:5])

@@ -149,8 +149,8 @@ class Settled:
         doubled: set[int] = set()
         for condition in self.slices(self.num_captions):
             rows = self.connection.execute(f"""
-                SELECT DISTINCT unnest(parts) FROM (
-                    SELECT list(part) AS parts FROM captioned WHERE {condition} GROUP BY id HAVING count(*) > 1
+                SELECT DISTINCT part FROM captioned WHERE {condition} AND id IN (
+                    SELECT id FROM captioned WHERE {condition} GROUP BY id HAVING count(*) > 1
                 )
             """).fetchall()
             doubled |= {number for (number,) in rows}
