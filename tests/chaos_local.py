@@ -3,6 +3,7 @@ moment, and the same command is run until it ends well."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL.PngImagePlugin import PngInfo
 
+from capray import storage
 from capray.captioning import writer
 from capray.captioning.job import caption
 from capray.captioning.units import Unit
@@ -420,7 +422,7 @@ def disk_full(round: Round) -> None:
 
         def fill() -> None:
             with filler.open("wb", buffering=0) as file, suppress(OSError):
-                while True:
+                for _ in range(4096):
                     file.write(b"x" * 512)
 
         assert round.run(round.at_block(fill)) != 0
@@ -434,10 +436,19 @@ def disk_full(round: Round) -> None:
 
 @contextmanager
 def _small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of a megabyte."""
+    """A file system of a megabyte; without the right to mount one, a folder that is full as long as it holds ``filler``."""
     folder.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
-    assert not mounted.returncode, f"needs the right to mount a file system: {mounted.stderr.decode()}"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        replace_file = storage._replace_file
+
+        def replace(*arguments) -> None:
+            if (folder / "filler").exists():
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace_file(*arguments)
+
+        with mock.patch.object(storage, "_replace_file", replace):
+            yield folder
+        return
     try:
         yield folder
     finally:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from capray.captioning.settled import ATTEMPTS_PER_RUN, ID, TAR, Settled
+from capray.captioning.settled import ATTEMPTS_PER_RUN, ID, TAR, Settled, insert
 from capray.captioning.units import Unit, UnitFiles, Work, Write, block_rows_of, num_blocks, read_units
 from capray.inputs.listing import NEVER, Listing
 from capray.output import Output, duckdb_errors, first_row, parquet_files
@@ -110,7 +110,7 @@ class Plan:
                         SELECT id, min(position) AS position FROM counted WHERE NOT is_tar AND {condition} GROUP BY id
                     ) ANTI JOIN captioned USING (id) ANTI JOIN failed USING (id)""")
                 count, first = count + number, first + (positions or [])
-        return count, [self._id_at(position) for position in sorted(first)[:limit]]
+        return count, self._ids_at(sorted(first)[:limit])
 
     def unread_tars(self) -> list[str]:
         """The tars whose members are not known."""
@@ -160,16 +160,10 @@ class Plan:
         self.settled.check_room(self.listing.num_rows - sum(chunk.end - chunk.begin for chunk in self._chunks.values()))
         new: list[_Chunk] = []
         for begin in range(0, len(files), CHUNKS_AT_ONCE):
-            batches = _Batches(
-                batch for file in files[begin : begin + CHUNKS_AT_ONCE] for batch in self._rows(file, new)
-            )
-            self._connection.register("taken", pa.RecordBatchReader.from_batches(_TAKEN, batches))
-            with batches.errors():
-                # Sorted, so that a slice of the hashes lies together.
-                self._connection.execute(
-                    f"INSERT INTO listed SELECT position, {ID} AS id, container, is_tar FROM taken ORDER BY id"
-                )
-            self._connection.unregister("taken")
+            batches = (batch for file in files[begin : begin + CHUNKS_AT_ONCE] for batch in self._rows(file, new))
+            # Sorted, so that a slice of the hashes lies together.
+            sql = f"INSERT INTO listed SELECT position, {ID} AS id, container, is_tar FROM incoming ORDER BY id"
+            insert(self._connection, sql, _TAKEN, batches)
         self._chunks |= {chunk.file.path: chunk for chunk in new}
         return new
 
@@ -221,10 +215,14 @@ class Plan:
             WHERE position >= coalesce(since, 0) AND NOT (is_tar AND coalesce(is_read, false))
         """)
 
-    def _id_at(self, position: int) -> str:
-        (chunk,) = (chunk for chunk in self._chunks.values() if chunk.begin <= position < chunk.end)
-        ids = pq.read_table(pa.BufferReader(read_bytes(chunk.file)), columns=["image_id"])["image_id"]
-        return ids[position - chunk.begin].as_py()
+    def _ids_at(self, positions: list[int]) -> list[str]:
+        ids: dict[int, str] = {}
+        for chunk in self._chunks.values():
+            inside = [position for position in positions if chunk.begin <= position < chunk.end]
+            if inside:
+                column = pq.read_table(pa.BufferReader(read_bytes(chunk.file)), columns=["image_id"])["image_id"]
+                ids |= {position: column[position - chunk.begin].as_py() for position in inside}
+        return [ids[position] for position in positions]
 
     # What is to be done.
 
@@ -315,29 +313,6 @@ _TAKEN = pa.schema(
 _CONTAINERS = pa.schema(
     [("number", pa.int32()), ("since", pa.int64()), ("is_read", pa.bool_()), ("changed_at", pa.float64())]
 )
-
-
-class _Batches:
-    """Batches for DuckDB, which tells what they raise in words of its own."""
-
-    def __init__(self, batches: Iterator[pa.RecordBatch]):
-        self._batches = batches
-        self._error: Exception | None = None
-
-    def __iter__(self) -> Iterator[pa.RecordBatch]:
-        try:
-            yield from self._batches
-        except Exception as error:
-            self._error = error
-            raise
-
-    @contextmanager
-    def errors(self) -> Generator[None]:
-        """Raise what the batches have raised, as it was."""
-        try:
-            yield
-        except Exception as error:
-            raise self._error or error from None
 
 
 def _row_groups(chunks: list[_Chunk], wanted: np.ndarray) -> Iterator[tuple[int, pa.Table]]:

@@ -120,8 +120,8 @@ class RunRecord:
 
     def write(self) -> None:
         """Write the record as things stand."""
-        record = {**asdict(self._summary()), **self._about, "updated_at": datetime.now(UTC).isoformat()}
         with self._lock:
+            record = {**asdict(self._summary()), **self._about, "updated_at": datetime.now(UTC).isoformat()}
             self._write(self.place, json.dumps(record, indent=2).encode())
 
     def keep_traceback(self, error: BaseException) -> str | None:

@@ -189,6 +189,8 @@ class Run:
                 return
             rows, rate = self.listing.num_rows, self.listing.keys_per_second
             self._watch(f"{rows:,} images listed  {rate:,.0f}/s", "listing")
+            if more:
+                time.sleep(0.2)  # `wait` returns at once.
 
     def _work_off(self) -> None:
         """Attempt once more what is neither captioned nor settled as failed."""
@@ -202,7 +204,8 @@ class Run:
             if not work.num_units:
                 return
             self._caption(work, "once more:")
-            passes_left -= not self._changed  # What is listed anew is bounded by the listing.
+            if not self._changed:  # How often a container is listed anew has a limit of its own.
+                passes_left -= 1
             if not self.listing.is_complete:
                 self._follow_listing()
 
@@ -391,8 +394,7 @@ class Run:
         Raises:
             TryAgain: it is not; what was recorded against images is superseded.
         """
-        failed = len(self._recent_finals)
-        self.display.say(f"{failed:,} images failed in a row: looking at images that could be read before")
+        self.display.say("images fail all of a sudden: looking at images that could be read before")
         wanted = {witness.place["image_id"]: witness.sha256 for witness in self._witnesses}
         self.executor.look([witness.place for witness in self._witnesses], "", self.fetcher)
         deadline = time.monotonic() + WITNESS_SECONDS
@@ -426,8 +428,8 @@ class Run:
         )
         self.writer.flush()
         raise TryAgain(
-            f"{len(self._recent_finals):,} images failed all of a sudden ({self.limits.example}), and {message}: mend the "
-            "disk, mount or device and run the same command again; nothing final was recorded against these images"
+            f"images failed all of a sudden ({self.limits.example}), and {message}: mend the disk, "
+            " mount or device and run the same command again; nothing final was recorded against these images"
         )
 
     # The account.
@@ -449,18 +451,23 @@ class Run:
         faults |= {uri: self._faults_of_tars[uri] for uri in unread if uri in self._faults_of_tars}
         lost, names = self.plan.unaccounted()
         if self._room_left() != 0 and lost and not self._faults:
-            raise CaprayError(
+            raise TryAgain(
                 f"{lost} images have neither a caption nor a failure after {summary.passes} passes: "
                 f"{', '.join(names)}{' …' if lost > len(names) else ''}; run the same command again"
             )
-        untried = [uri for uri in unread if uri not in self._tried_tars]
-        summary.left = lost + len(untried) + (not self.listing.is_complete)
+        unread = [uri for uri in unread if uri not in faults]
+        summary.left = lost + len(unread) + (not self.listing.is_complete)
         if faults:
             some = "; ".join(f"{uri}: {reason}" for uri, reason in list(faults.items())[:5])
             passes_by_itself = faults.keys() <= self._faults.keys()
             raise (TryAgain if passes_by_itself else CaprayError)(
                 f"all else is done, but {len(faults)} files of the input cannot be read: {some}; mend them and run the same "
                 "command again, or leave them out with --exclude"
+            )
+        if unread and self._room_left() is None:
+            raise TryAgain(
+                f"{len(unread)} tars were not read to their ends after {summary.passes} passes: "
+                f"{', '.join(unread[:10])}{' …' if len(unread) > 10 else ''}; run the same command again"
             )
         self.limits.check_any()
 
@@ -496,8 +503,7 @@ class Run:
     def _summary(self) -> Summary:
         """The summary as things stand."""
         summary = self.summary
-        if summary.passes:
-            writer = self.writer
+        if writer := self.__dict__.get("writer"):  # Built by the run's own thread only; the heartbeat asks here too.
             summary.captions, summary.failures, summary.parts = (
                 writer.num_captions,
                 dict(writer.failures),
@@ -520,7 +526,7 @@ class Run:
                 self.writer.flush()
         with suppress(CaprayError):
             self.record.write()
-        if not is_stopped and (place := self.record.keep_traceback(error)):
+        if not is_stopped and not isinstance(error, ConfigError) and (place := self.record.keep_traceback(error)):
             self.display.say(f"how it came to this is in {place}")
 
 

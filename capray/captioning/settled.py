@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -20,9 +24,9 @@ import pyarrow.parquet as pq
 
 from capray.captioning.units import Write
 from capray.errors import StorageError
-from capray.output import Output, duckdb_errors, first_row, open_duckdb, parquet_files
-from capray.storage import Location, read_bytes
-from capray.tables import FINAL_FAILURES, encode_parquet
+from capray.output import Output, first_row, open_duckdb
+from capray.storage import Location, read_bytes, storage_errors
+from capray.tables import FAILURES, FINAL_FAILURES, encode_parquet
 
 if TYPE_CHECKING:
     import duckdb
@@ -35,6 +39,7 @@ SLICE_IDS = 10_000_000
 """Ids that are joined or grouped at once, by a slice of their hashes, so that hardly anything is spilled. They are sorted in
 some such numbers as they come in, so that a slice reads little else."""
 _PARTS_AT_ONCE = 200
+_NUM_READERS = 16
 
 ID = "md5_number(image_id)"
 TAR = "CASE WHEN contains(lower(image_id), '.tar#') THEN hash(split_part(lower(image_id), '.tar#', 1)) END"
@@ -101,21 +106,25 @@ class Settled:
         captions, failures = self.output.parts(self.output.captions), self.output.parts(self.output.failures)
         there, known = {part.path for part in (*captions, *failures)}, {part.path for part in self._parts.values()}
         self._forget([number for number, part in self._parts.items() if part.path not in there])
-        with duckdb_errors(f"reading the parts of {self.output.root.uri}"):
-            self._read("captioned", [part for part in captions if part.path not in known])
-            self._read(
-                "failed", [part for part in failures if part.path not in known], ", error_type, failed_at, run_id"
-            )
+        self._read("captioned", [part for part in captions if part.path not in known])
+        self._read(
+            "failed", [part for part in failures if part.path not in known], ("error_type", "failed_at", "run_id")
+        )
 
-    def _read(self, table: str, parts: list[Location], others: str = "") -> None:
+    def _read(self, table: str, parts: list[Location], others: tuple[str, ...] = ()) -> None:
+        names = ("image_id", *others)
+        columns = ", ".join((f"{ID} AS id", TAR, "part", *others))
+        schema = pa.schema([*(FAILURES.field(name) for name in names), ("part", pa.int32())])
         for begin in range(0, len(parts), _PARTS_AT_ONCE):
-            batch = parts[begin : begin + _PARTS_AT_ONCE]
-            columns = f"{ID}, {TAR}, {self._num_parts} + file_index{others}"
-            sql = f"INSERT INTO {table} SELECT {columns} FROM {parquet_files(batch)} ORDER BY 1"
-            (num_ids,) = first_row(self.connection, sql)
-            self._parts |= dict(enumerate(batch, self._num_parts))
-            self._num_parts += len(batch)
-            self.check_room(num_ids * (len(parts) - begin - len(batch)) // len(batch))
+            numbered = dict(enumerate(parts[begin : begin + _PARTS_AT_ONCE], self._num_parts))
+            with ThreadPoolExecutor(_NUM_READERS) as pool:
+                tables = _ahead(pool, [partial(_numbered, *item, names) for item in numbered.items()])
+                batches = (batch for table in tables for batch in table.cast(schema).to_batches())
+                sql = f"INSERT INTO {table} SELECT {columns} FROM incoming ORDER BY id"
+                num_ids = insert(self.connection, sql, schema, batches)
+            self._parts |= numbered
+            self._num_parts += len(numbered)
+            self.check_room(num_ids * (len(parts) - begin - len(numbered)) // len(numbered))
 
     def _forget(self, numbers: list[int]) -> None:
         """Let go of what was read of parts that are gone or replaced."""
@@ -169,3 +178,49 @@ class Settled:
         self._forget(replaced)
         self.refresh()
         return removed
+
+
+def _numbered(number: int, part: Location, names: tuple[str, ...]) -> pa.Table:
+    """The columns ``names`` of a part, and its number."""
+    with storage_errors(f"reading {part.uri}"):
+        try:
+            # Without a cache two ranges are read: the footer, and the columns.
+            with part.fs.open(part.path, "rb", cache_type="none") as file:
+                table = pq.read_table(file, columns=list(names), use_threads=False, pre_buffer=True)
+        except pa.ArrowInvalid as error:
+            raise StorageError(f"{part.uri!r} is damaged: {error}") from error
+    return table.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), table.num_rows))
+
+
+def _ahead(pool: ThreadPoolExecutor, calls: list[Callable[[], pa.Table]]) -> Iterator[pa.Table]:
+    """What ``calls`` return, in order, as many being made at once as the pool has threads."""
+    running: deque[Future[pa.Table]] = deque()
+    for call in calls:
+        running.append(pool.submit(call))
+        if len(running) == _NUM_READERS:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+def insert(
+    connection: duckdb.DuckDBPyConnection, sql: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
+) -> int:
+    """Run an INSERT from the table ``incoming`` of ``batches``, and raise what they raise as it is, not in DuckDB's words;
+    how many rows it was."""
+    errors = []
+
+    def passed_on() -> Iterator[pa.RecordBatch]:
+        try:
+            yield from batches
+        except Exception as error:
+            errors.append(error)
+            raise
+
+    connection.register("incoming", pa.RecordBatchReader.from_batches(schema, passed_on()))
+    try:
+        return first_row(connection, sql)[0]
+    except Exception as error:
+        raise errors[0] if errors else error from None
+    finally:
+        connection.unregister("incoming")

@@ -7,6 +7,7 @@ means.
 from __future__ import annotations
 
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -170,7 +171,7 @@ class RayExecutor:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         others = sorted(cluster.alive_nodes() - {node})
-        strategy = NodeAffinitySchedulingStrategy(others[0], soft=True) if others else "DEFAULT"
+        strategy = NodeAffinitySchedulingStrategy(random.choice(others), soft=True) if others else "DEFAULT"
         task = ray.remote(look_again).options(num_cpus=FETCH_CPUS, scheduling_strategy=strategy)
         self._looks.append(task.remote(fetcher, places))
 
@@ -239,6 +240,11 @@ def _streamed(data: Any) -> Generator[Iterator[pa.Table | None]]:
     finally:
         stop.set()
         reader.join(2)
+        execution = (
+            data._current_executor
+        )  # Ray ends an execution by no public name; one that gives nothing more would stay.
+        if reader.is_alive() and execution is not None:
+            execution.shutdown(force=True)
 
 
 def _told(error: BaseException) -> CaprayError:
@@ -252,5 +258,12 @@ def _told(error: BaseException) -> CaprayError:
     return kind(f"captioning failed: {what}")
 
 
-_PASSING = ("OutOfMemoryError", "OutOfDiskError", "NodeDiedError", "ObjectLostError", "WorkerCrashedError")
+_PASSING = (
+    "OutOfMemoryError",
+    "OutOfDiskError",
+    "NodeDiedError",
+    "ObjectLostError",
+    "WorkerCrashedError",
+    "ActorDiedError",
+)
 """In the names of Ray's errors: faults of the cluster, not of the job."""

@@ -348,7 +348,7 @@ class Listing:
             self._waiting.put((key, replace(self._units[key])))
         if not self._is_listing:
             self._is_listing = True
-            targets = [self._list] * min(NUM_LISTERS, max(4, len(self._open)))
+            targets = [self._list] * NUM_LISTERS
             self._threads = [threading.Thread(target=target, daemon=True) for target in (*targets, self._collect)]
             for thread in self._threads:
                 thread.start()

@@ -147,6 +147,7 @@ class Reader:
     def _table_rows(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[Outcome]:
         reading = self.inputs[rows[0]["input"]]
         assert reading.id_column is not None and reading.image_column is not None
+        rows = sorted(rows, key=lambda row: (row["row_group"], row["row"]))
         file = opened_parquet(_stream(rows[0], patience))
         for group, of_group in groupby(rows, lambda row: row["row_group"]):
             if group >= file.num_row_groups:
