@@ -267,14 +267,9 @@ class TestTars:
             os.truncate(tar, file.getmembers()[2].offset_data + left)
         reader, rows = listed(tar)
         images, (told,) = read(reader, rows)
-        if left < 0:
-            assert list(images) == [f"{tar}#0.png", f"{tar}#1.png"]
-            assert isinstance(told, TarUnreadable) and "damaged" in told.message
-        else:
-            assert list(images.values()) == [b"\x89PNG" * 500] * 2 + ["truncated"]
-            assert told.members.num_rows == 3
-            error = error_of(reader, as_members(reader, rows)[2])
-            assert (error.kind, error.certain) == ("truncated", False)
+        assert list(images) == [f"{tar}#0.png", f"{tar}#1.png"]
+        assert isinstance(told, TarUnreadable)
+        assert ("damaged" if left < 0 else "cut off within 2.png") in told.message
 
     def test_what_is_no_tar_and_what_is_spoilt(self, tmp_path):
         tar = write_tar(tmp_path / "x.tar", FILES)

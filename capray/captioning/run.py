@@ -171,12 +171,13 @@ class Run:
         taken = planned = waves = 0
         while True:
             self._wait_for_wave(taken, planned if waves < MAX_WAVES - 1 else None)
-            is_complete, chunks = self.listing.is_complete, self.listing.chunks()
+            chunks = self.listing.chunks()
             fresh, taken = chunks[taken:], len(chunks)
             if fresh and self._room_left() != 0:
                 waves, planned = waves + 1, self.listing.num_rows
                 self._caption(self.plan.fresh(fresh, self.block_rows, self._room_left()), "captioning")
-            if self._room_left() == 0 or (is_complete and taken == len(self.listing.chunks())):
+            # A pass may have found that there is more to list.
+            if self._room_left() == 0 or (self.listing.is_complete and taken == len(self.listing.chunks())):
                 return
 
     def _wait_for_wave(self, taken: int, planned: int | None) -> None:
@@ -201,7 +202,7 @@ class Run:
                 return
             given_up = {uri for uri, count in self._unread_tars.items() if count >= ATTEMPTS_PER_RUN}
             work = self.plan.remaining(self.block_rows, self._room_left(), frozenset(given_up | self._faults.keys()))
-            if not work.num_units:
+            if not work.num_units and self.listing.is_complete:
                 return
             self._caption(work, "once more:")
             if not self._changed:  # How often a container is listed anew has a limit of its own.
@@ -464,6 +465,8 @@ class Run:
                 f"all else is done, but {len(faults)} files of the input cannot be read: {some}; mend them and run the same "
                 "command again, or leave them out with --exclude"
             )
+        if self._room_left() is None and not self.listing.is_complete:
+            raise TryAgain("not all was listed: run the same command again")
         if unread and self._room_left() is None:
             raise TryAgain(
                 f"{len(unread)} tars were not read to their ends after {summary.passes} passes: "

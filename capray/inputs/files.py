@@ -5,6 +5,7 @@ A prefix is listed level by level until there are prefixes enough to list side b
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -111,11 +112,13 @@ class Images(Source):
 
 
 def _stat(path: str) -> os.stat_result | None:
-    """None for a link to nowhere, which is listed and will be missing."""
+    """None for a link to nowhere or to itself, which is listed and will be missing."""
     try:
         return os.stat(path)
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return None
+        raise
 
 
 def _parts(folder: str) -> list[str]:

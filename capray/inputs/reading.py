@@ -234,6 +234,8 @@ class Reader:
         with opened(uri, stream) as tar:
             for member, data, whole in images_of(tar, self.limits.max_image_bytes):
                 image_id = f"{uri}#{member.name}"
+                if not whole and member.size <= self.limits.max_image_bytes:
+                    raise DataError(f"{uri!r} is cut off within {member.name}")
                 if not selection.has(image_id):
                     continue
                 row = _as_member(tar_row | {"image_id": image_id, "uri": image_id}, member, stream.version)
