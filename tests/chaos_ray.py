@@ -103,12 +103,13 @@ class World:
         undisturbed.check()
         self.undisturbed = captions_by_bytes(undisturbed.output)
 
-    def start(self, output: str, num_actors: int) -> subprocess.Popen:
+    def start(self, output: str, num_actors: int, log: Path) -> subprocess.Popen:
         command = [sys.executable, "-m", "capray", "caption", f"{self.bucket}/photos", output, "--model", self.model]
         command += ["--batch-size", str(BATCH_SIZE), "--num-actors", str(num_actors)]
         command += ["--part-rows", str(PART_ROWS), "--part-seconds", "5"]
         command += ["--second-look-seconds", "1", "--patience-seconds", "20"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with log.open("w") as file:
+            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
     def num_captioned(self) -> int:
         """Images captioned so far, published or not."""
@@ -145,6 +146,7 @@ class Round:
     place: str
     rng: random.Random
     drivers: list[subprocess.Popen] = field(default_factory=list)
+    logs: list[Path] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
     struck: int | None = None
     redone: int = 0
@@ -193,14 +195,15 @@ class Round:
             assert 75 in self.codes, f"with all devices sick it ended with {self.codes}: {text}"
 
     def start(self) -> subprocess.Popen:
-        self.drivers.append(self.world.start(self.output, 2 if "sick" in self.kind else 1))
+        log = self.world.folder / f"{self.kind}-{self.number}-{len(self.drivers)}.log"
+        self.drivers.append(self.world.start(self.output, 2 if "sick" in self.kind else 1, log))
+        self.logs.append(log)
         return self.drivers[-1]
 
     def wait(self) -> str:
-        """The output of all drivers, when they have ended."""
-        texts = [driver.communicate(timeout=300)[0] for driver in self.drivers[len(self.codes) :]]
-        self.codes += [driver.returncode for driver in self.drivers[len(self.codes) :]]
-        return "\n".join(texts)
+        """The output of the last driver, when it has ended."""
+        self.codes.append(self.drivers[-1].wait(timeout=300))
+        return self.logs[-1].read_text()
 
     def heal(self) -> None:
         """The store and the devices work again."""
