@@ -28,6 +28,7 @@ from capray.errors import StorageError, TryAgain
 from capray.images import ImageError
 from capray.inputs import byte_reader as reading
 from capray.inputs.byte_reader import Stream, read_image
+from capray.inputs.throttle import Throttle
 from capray.inputs.versions import VersionChanged
 from capray.storage import locate, read_bytes, write_atomic
 from tests.proxy import FaultyProxy
@@ -148,6 +149,12 @@ def kind_of(uri, max_bytes=1000) -> str:
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def unthrottled(monkeypatch):
+    """No test reads as slowly as a store has asked for in another."""
+    monkeypatch.setattr(reading, "_throttle", Throttle())
 
 
 class TestOutcomes:
