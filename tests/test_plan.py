@@ -4,7 +4,7 @@ import datetime
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def write_failures(output: Output, failures: list[tuple[str, str]], run: str = E
 
 
 @contextmanager
-def planning(output: Output, *chunks: list[str] | pa.Table, retry_failed: bool = False) -> Iterator[Plan]:
+def planning(output: Output, *chunks: list[str] | pa.Table, retry_failed: bool = False) -> Generator[Plan]:
     """A plan of a listing that holds ``chunks``: of ids, or of rows."""
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder, "listed.txt")
@@ -219,6 +219,17 @@ class TestRemaining:
             pytest.raises(StorageError, match="^1 ids need up to .* set TMPDIR"),
         ):
             plan.remaining(2)
+
+    def test_temporary_space_of_a_killed_run_is_given_back(self, output, tmp_path, monkeypatch):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setattr("capray.captioning.settled._LOCKING_SECONDS", -1)
+        killed = tmp_path / "capray-ids-killed"
+        killed.mkdir()
+        (killed / "lock").touch()
+        with Settled(output, NOW) as running, Settled(output, NOW):
+            assert not killed.exists()
+            assert Path(running.folder).exists()
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_chunk_that_cannot_be_read(self, output):
         with planning(output, ["a"]) as plan:

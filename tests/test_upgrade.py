@@ -121,12 +121,16 @@ def renewed(lease: Path) -> Iterator[dict[str, Any]]:
     claim = json.loads(lease.read_text()) | {"host": "another-node", "boot": "of another-node"}
     over = threading.Event()
 
+    def write() -> None:
+        claim["sequence"] += 1
+        lease.with_suffix(".new").write_text(json.dumps(claim))
+        os.replace(lease.with_suffix(".new"), lease)
+
     def renew() -> None:
         while not over.wait(0.2):
-            claim["sequence"] += 1
-            lease.with_suffix(".new").write_text(json.dumps(claim))
-            os.replace(lease.with_suffix(".new"), lease)
+            write()
 
+    write()
     thread = threading.Thread(target=renew)
     thread.start()
     try:

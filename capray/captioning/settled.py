@@ -9,14 +9,18 @@ Knows nothing of the inputs, and nothing of when what is not settled is attempte
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -40,6 +44,9 @@ SLICE_IDS = 10_000_000
 some such numbers as they come in, so that a slice reads little else."""
 _PARTS_AT_ONCE = 200
 _NUM_READERS = 16
+_PREFIX = "capray-ids-"
+_LOCKING_SECONDS = 60
+"""How old a temporary folder is at least that nobody holds the lock of: a younger one may be about to be locked."""
 
 ID = "md5_number(image_id)"
 TAR = "CASE WHEN contains(lower(image_id), '.tar#') THEN hash(split_part(lower(image_id), '.tar#', 1)) END"
@@ -63,7 +70,7 @@ class Settled:
         self._stack = ExitStack()
 
     def __enter__(self) -> Settled:
-        self.folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="capray-"))
+        self.folder = self._stack.enter_context(_temporary_folder())
         self.connection: duckdb.DuckDBPyConnection = self._stack.enter_context(
             open_duckdb(f"{self.folder}/spill", self.output.root, database=f"{self.folder}/ids.duckdb")
         )
@@ -178,6 +185,20 @@ class Settled:
         self._forget(replaced)
         self.refresh()
         return removed
+
+
+@contextmanager
+def _temporary_folder() -> Generator[str]:
+    """A folder for this process, which may become large. Those that killed processes have left are removed: nobody holds
+    the locks in them."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/lock"):
+        with suppress(OSError), lock.open() as file:
+            if time.time() - os.fstat(file.fileno()).st_mtime > _LOCKING_SECONDS:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder, open(f"{folder}/lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield folder
 
 
 def _numbered(number: int, part: Location, names: tuple[str, ...]) -> pa.Table:
