@@ -49,7 +49,7 @@ def connect() -> None:
     import ray.data
 
     # A few images keep one actor busy: no fault of the user's.
-    warnings.filterwarnings("ignore", "The minimum number of concurrent actors", UserWarning)
+    warnings.filterwarnings("ignore", "The m(in|ax)imum number of concurrent (actors|tasks)", UserWarning)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # for own_error

@@ -54,6 +54,7 @@ def ray_cluster(s3: str) -> Iterator[None]:
     import ray
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")  # Its 15 s are not enough on a busy machine.
     here = Path(__file__).parent
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here / "faults"), os.environ.get("PYTHONPATH", "")])
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
