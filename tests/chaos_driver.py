@@ -17,16 +17,17 @@ from unittest import mock
 
 import pyarrow as pa
 
-from capray.captioning import job, lease, writer
+from capray.captioning import job, lease, lease_file, writer
 from capray.captioning.actor import CaptioningSettings
 from capray.captioning.job import caption
 from capray.captioning.rows import table_of
 from capray.config import CaptionConfig
 from capray.errors import CaprayError
+from capray.inputs import witnesses
 from tests.local_executor import LocalExecutor, StandIn
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__])
+_CONTEXT.set_forkserver_preload([__name__, "tests.chaos"])
 EXPIRY_SECONDS = 2.0
 
 
@@ -139,6 +140,9 @@ def _carry_out(order: Order) -> None:
     )
     with ExitStack() as patches:
         patches.enter_context(short_lease(order.is_shared))
+        patches.enter_context(mock.patch.object(witnesses, "POLL_SECONDS", 0.2))
+        # SeaweedFS takes seconds to show each process that it honours conditions.
+        patches.enter_context(mock.patch.object(lease_file.SharedObject, "probe"))
         if order.stop_at:
             patches.enter_context(_stopping(order.stop_at))
         try:

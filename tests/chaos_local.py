@@ -33,11 +33,11 @@ from capray.config import CaptionConfig
 from capray.errors import CaprayError
 from tests.chaos_driver import EXPIRY_SECONDS, Driver, Order, short_lease
 from tests.conftest import SeaweedFS, image_bytes, make_model, write_photos
-from tests.local_executor import LocalExecutor
+from tests.local_executor import LocalExecutor, models_loaded_once
 from tests.oracle import Digests, captions_by_bytes, check_exactly_once, digests, read_parts
 from tests.proxy import FaultyProxy
 
-NUM_PHOTOS = 40
+NUM_PHOTOS = 28
 MAX_RUNS = 8
 PARTITION_SECONDS = 3.0
 PATIENCE_SECONDS = 20.0
@@ -88,6 +88,8 @@ class World:
             self.environment = self.store.environment | {"AWS_ENDPOINT_URL": self.proxy.endpoint}
             self.bucket = self.store.make_bucket("capray-chaos")
             os.environ.update(self.environment)
+        self._stack = ExitStack()
+        self._stack.enter_context(models_loaded_once())
         for seed in (1, 2):
             caption(self.config(str(folder / f"photos-{seed}"), str(folder / f"undisturbed-{seed}")), LocalExecutor())
             self.undisturbed |= captions_by_bytes(str(folder / f"undisturbed-{seed}"))
@@ -108,6 +110,7 @@ class World:
         }
 
     def close(self) -> None:
+        self._stack.close()
         if self.endpoint:
             self.proxy.__exit__(None, None, None)
             self.store.stop()
@@ -217,7 +220,7 @@ class Round:
     def strike(self) -> None:
         self.struck = self.struck if self.struck is not None else len(self.captioned())
 
-    def at_block(self, action: Callable[[], None], low: int = 1, high: int = 6) -> LocalExecutor:
+    def at_block(self, action: Callable[[], None], low: int = 1, high: int = 5) -> LocalExecutor:
         """An executor that calls ``action`` once, after a block drawn by chance."""
         at = self.rng.randint(low, high)
 
@@ -306,7 +309,7 @@ def _rewritten(layout: str, is_during: bool) -> Play:
             after = round.digests()
             round.wanted = {image_id: before[image_id] | after[image_id] for image_id in before}
             return
-        round.run(limit=round.rng.randint(4, 30))
+        round.run(limit=round.rng.randint(4, 20))
         done = round.captioned()
         round.strike()
         rewrite()
@@ -351,7 +354,7 @@ def _mount(round: Round, is_empty: bool, is_long: bool) -> None:
     round.settings["patience_seconds"] = 1.0 if is_long else PATIENCE_SECONDS
     place, aside = Path(round.input), Path(f"{round.input} away")
     driver = round.drive(block_seconds=0.05)
-    assert driver.await_blocks(round.rng.randint(1, 6)), driver.text()
+    assert driver.await_blocks(round.rng.randint(1, 5)), driver.text()
     round.strike()
     place.rename(aside)
     if is_empty:
@@ -491,7 +494,7 @@ def slow_down(round: Round) -> None:
         undo.callback(proxy.set_rates, {})
         proxy.only = r"photo-\d*[02468]\.jpg"
         proxy.set_rates({"read.503": 1.0})
-        threading.Timer(4, proxy.set_rates, [{}]).start()
+        threading.Timer(2, proxy.set_rates, [{}]).start()
         assert round.run() == 0, round.messages[-1]
     assert proxy.injected["read.503"] > before
     round.strike()
@@ -529,7 +532,7 @@ def _signalled(round: Round, number: int, is_at_once: bool = False) -> None:
     round.lay("objects", round.world.first)
     round.wanted = round.digests()
     driver = round.drive(block_seconds=0.02)
-    assert driver.await_blocks(round.rng.randint(1, 6)), driver.text()
+    assert driver.await_blocks(round.rng.randint(1, 5)), driver.text()
     round.strike()
     driver.send(number)
     other = round.drive() if is_at_once else None

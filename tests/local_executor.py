@@ -8,8 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields, replace
+from functools import cache
 from typing import TYPE_CHECKING
 from unittest import mock
 
@@ -25,6 +26,18 @@ from capray.inputs.places import Row
 if TYPE_CHECKING:  # A child process that fetches loads no torch.
     from capray.captioning.actor import CaptioningSettings
     from capray.captioning.stream import Pool
+
+
+@contextmanager
+def models_loaded_once() -> Generator[None]:
+    """Runs in this process load a model, and caption its canary, only once."""
+    from capray.captioning import job
+
+    with ExitStack() as patches:
+        for name in ("load_captioner", "canary_score"):
+            patches.enter_context(mock.patch.object(job, name, cache(getattr(job, name))))
+        yield
+
 
 Captioner = Callable[[pa.Table], pa.Table]
 Hook = Callable[[int], None]

@@ -13,23 +13,20 @@ import re
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
 
-from capray.captioning import job, lease_file
+from capray.captioning import lease_file
 from capray.captioning.job import caption
 from capray.captioning.record import Summary
 from capray.config import CaptionConfig
 from capray.errors import CaprayError
 from capray.storage import locate
 from tests.conftest import make_model, write_photos
-from tests.local_executor import LocalExecutor
+from tests.local_executor import LocalExecutor, models_loaded_once
 from tests.model_store import Fault, ModelFileSystem, Store
 from tests.oracle import captions_by_bytes, check_exactly_once, digests
 
@@ -89,9 +86,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Iterator[World]:
-    with ExitStack() as patches:
-        for name in ("load_captioner", "canary_score"):
-            patches.enter_context(mock.patch.object(job, name, cache(getattr(job, name))))
+    with models_loaded_once():
         world = World(tmp_path_factory.mktemp("world"))
         place = str(tmp_path_factory.mktemp("undisturbed"))
         world.run(place)

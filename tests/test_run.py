@@ -22,7 +22,7 @@ from capray.config import CaptionConfig
 from capray.errors import Interrupted, StorageError, TryAgain
 from capray.inputs import files, listing
 from tests.conftest import write_photos
-from tests.local_executor import LocalExecutor
+from tests.local_executor import LocalExecutor, models_loaded_once
 from tests.oracle import check_exactly_once, current_failures, digests, read_parts
 
 
@@ -53,6 +53,12 @@ class Job:
 @pytest.fixture
 def job(tmp_path, model) -> Job:
     return Job(tmp_path, model)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models_once():
+    with models_loaded_once():
+        yield
 
 
 def at_block(number: int, action) -> LocalExecutor:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -82,6 +83,12 @@ class Summary:
         return "\n".join([*lines, *(f"  note: {note}" for note in notes), f"tables in {self.output}"])
 
 
+@cache
+def _versions() -> dict[str, str]:
+    names = {name: version(name) for name in _VERSIONS}
+    return {"capray": __version__, "python": platform.python_version()} | names
+
+
 class RunRecord:
     """Writes ``runs/<run_id>.json``, as a context every HEARTBEAT_SECONDS.
 
@@ -102,8 +109,7 @@ class RunRecord:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "ray_job": own_ray_job(),
-            "versions": {"capray": __version__, "python": platform.python_version()}
-            | {name: version(name) for name in _VERSIONS},
+            "versions": _versions(),
             "started_at": datetime.now(UTC).isoformat(),
         }
         self._lock = threading.Lock()
