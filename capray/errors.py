@@ -43,7 +43,11 @@ class StorageError(CaprayError):
     """Storage that cannot be reached, read or written."""
 
 
-class WriteUnanswered(StorageError, TryAgain):
+class StorageUnavailable(StorageError, TryAgain):
+    """Storage that does not answer for now, or no longer takes credentials that have expired."""
+
+
+class WriteUnanswered(StorageUnavailable):
     """A write that may have happened or not: no answer in time, a broken connection, an error inside the store."""
 
 

@@ -22,7 +22,7 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from capray.deadlines import now, within
-from capray.errors import CaprayError, ConfigError, DataError, StorageError, WriteUnanswered
+from capray.errors import CaprayError, ConfigError, DataError, StorageError, StorageUnavailable, WriteUnanswered
 
 S3_OPTIONS = {
     "use_listings_cache": False,
@@ -42,6 +42,9 @@ _S3_SCHEMES = ("s3", "s3a")
 
 _S3FS_ATTEMPTS = 2
 """s3fs repeats what botocore has repeated, for answers that break off; five times, or 25 when reading, if left alone."""
+
+EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+"""What S3 calls credentials that were good and are no longer."""
 
 _MAX_PUT_BYTES = 5 * 10**9
 """S3 takes no more in one PUT."""
@@ -102,7 +105,8 @@ def is_s3(location: Location) -> bool:
 
 @contextmanager
 def storage_errors(doing: str) -> Generator[None]:
-    """Turn what the filesystems raise while ``doing`` something into a StorageError that says so."""
+    """Turn what the filesystems raise while ``doing`` something into a StorageError that says so; a StorageUnavailable
+    where the same may work later."""
     try:
         yield
     except (CaprayError, KeyboardInterrupt):
@@ -110,16 +114,20 @@ def storage_errors(doing: str) -> Generator[None]:
     except FileNotFoundError as error:
         raise StorageError(f"{doing}: not found ({error})") from error
     except PermissionError as error:
+        if _answer_of(error).get("Error", {}).get("Code") in EXPIRED_CODES:
+            raise StorageUnavailable(f"{doing}: {error}: renew the credentials and run the same command again") from error
         raise StorageError(f"{doing}: permission denied ({error})") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(f"{doing}: no space left ({error.strerror}): make room and try again") from error
-        raise StorageError(f"{doing}: {error}") from error
+        kind = StorageUnavailable if _is_unanswered(error) else StorageError
+        raise kind(f"{doing}: {error}") from error
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "s3fs", "aiohttp"):
             raise
         hint = "; set AWS credentials (environment, profile or role)" if "Credential" in type(error).__name__ else ""
-        raise StorageError(f"{doing}: {error}{hint}") from error
+        kind = StorageUnavailable if _is_unanswered(error) else StorageError
+        raise kind(f"{doing}: {error}{hint}") from error
 
 
 @contextmanager
@@ -138,10 +146,15 @@ def _is_unanswered(error: Exception) -> bool:
     """Whether ``error`` is no refusal by the store: what botocore's retries ended with, or the deadline."""
     if isinstance(error, TimeoutError | ConnectionError):
         return True
-    if "HTTPClientError" in (base.__name__ for base in type(error).__mro__):
+    if {"HTTPClientError", "ConnectionError"} & {base.__name__ for base in type(error).__mro__}:
         return True
-    status = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    status = _answer_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return status >= 500 and status != 501
+
+
+def _answer_of(error: Exception) -> dict[str, Any]:
+    """S3's answer that s3fs, or botocore, made ``error`` of."""
+    return getattr(error.__cause__, "response", None) or getattr(error, "response", None) or {}
 
 
 def file_version(about: os.stat_result) -> str:

@@ -290,6 +290,20 @@ class TestErrors:
         with pytest.raises(StorageError, match="reading s3://.*/x: permission denied"):
             read_bytes(type(place)(place.uri, fs, place.path))
 
+    @pytest.mark.parametrize(
+        ("fault", "exit_code"),
+        [("503", 75), ("reset", 75), ("expired", 75), ("expired_403", 75), ("denied", 1)],
+    )
+    def test_what_passes_is_told_from_what_does_not(self, s3, proxy, fault, exit_code):
+        place = locate(f"{s3}/kept.bin")
+        write_atomic(place, b"bytes")
+        proxy.set_rates({f"read.{fault}": 1})
+        with pytest.raises(StorageError, match=r"reading .*kept\.bin") as caught:
+            read_bytes(place)
+        assert caught.value.exit_code == exit_code
+        proxy.set_rates({})
+        assert read_bytes(place) == b"bytes"
+
     def test_a_programmers_mistake_goes_through(self, tmp_path):
         with pytest.raises(TypeError):
             write_atomic(locate(str(tmp_path / "a")), "text")

@@ -31,7 +31,7 @@ from capray.captioning.settled import Settled
 from capray.captioning.stream import Executor, Stalled
 from capray.captioning.writer import FencedWrites, PartWriter
 from capray.config import CaptionConfig, Decoding, ImageLimits, Preprocessing
-from capray.errors import CaprayError, ConfigError, Interrupted, TryAgain
+from capray.errors import CaprayError, ConfigError, DataError, Interrupted, TryAgain
 from capray.inputs import Source
 from capray.inputs.base import Changed, Event, TarMembers, TarUnreadable
 from capray.inputs.listing import Listing
@@ -109,8 +109,8 @@ class Run:
         self._changed: set[tuple[int, str]] = set()
         self._tried_tars: set[str] = set()
         self._unread_tars: Counter[str] = Counter()
-        self._faults: dict[str, str] = {}
-        self._faults_of_tars: dict[str, str] = {}
+        self._faults: dict[str, CaprayError] = {}
+        self._faults_of_tars: dict[str, CaprayError] = {}
         self._last_notices = 0.0
         self._is_saved = False
 
@@ -315,12 +315,12 @@ class Run:
             if self.listing.relist(event.input, event.container):
                 self.display.say(f"{event.container} has changed since it was listed: listing it again")
             else:
-                self._faults[event.container] = "it changes again and again while it is read"
+                self._faults[event.container] = TryAgain("it changes again and again while it is read")
             return
         self._tried_tars.add(event.container)
         if isinstance(event, TarUnreadable):
             self._unread_tars[event.container] += 1
-            self._faults_of_tars[event.container] = event.message
+            self._faults_of_tars[event.container] = DataError(event.message)
         elif isinstance(event, TarMembers):
             self.listing.add_members(event)
 
@@ -460,8 +460,8 @@ class Run:
         summary.left = lost + len(unread) + (not self.listing.is_complete)
         if faults:
             some = "; ".join(f"{uri}: {reason}" for uri, reason in list(faults.items())[:5])
-            passes_by_itself = faults.keys() <= self._faults.keys()
-            raise (TryAgain if passes_by_itself else CaprayError)(
+            passes_by_itself = all(isinstance(reason, TryAgain) for reason in faults.values())
+            raise (TryAgain if passes_by_itself else DataError)(
                 f"all else is done, but {len(faults)} files of the input cannot be read: {some}; mend them and run the same "
                 "command again, or leave them out with --exclude"
             )

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from capray.config import SourceSettings
-from capray.errors import CaprayError, ConfigError, DataError, StorageError
+from capray.errors import ConfigError, DataError, StorageError, TryAgain
 from capray.images import ImageError
 from capray.inputs.places import PLACES, Kind, Row
 from capray.inputs.versions import VersionChanged
@@ -28,7 +28,7 @@ from capray.storage import Entry, Location, storage_errors
 ROWS_PER_PAGE = 100_000
 
 
-class ContainerChanged(CaprayError):
+class ContainerChanged(TryAgain):
     """A table, manifest, inventory or tar is no longer, or not any more, what it was when its listing began."""
 
     def __init__(self, unit: str):

@@ -30,7 +30,7 @@ from capray.images import ImageError
 from capray.inputs.throttle import Throttle
 from capray.inputs.versions import VersionChanged, check_version, if_match
 from capray.inputs.witnesses import witnesses
-from capray.storage import Location, entry_of, file_version, is_s3, locate, object_version
+from capray.storage import EXPIRED_CODES, Location, entry_of, file_version, is_s3, locate, object_version
 
 CHUNK_BYTES = 8 * 2**20
 BODY_SECONDS = 120.0
@@ -48,7 +48,6 @@ _SLOW_DOWN_SECONDS = 5.0
 
 _NO_NAME_CODES = {"InvalidBucketName", "KeyTooLongError"}
 """What S3 says with status 400 of names that no object can have."""
-_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 _SLOW_DOWN_STATUSES = (429, 503)
 _DENIED_CODES = {"InvalidToken"}
 """What S3 says with status 400 of credentials; the rest comes with 401 or 403."""
@@ -203,7 +202,7 @@ def _fetch(uri: str, start: int, end: int, version: str, patience: Patience | No
             status, code = _answer(error)
             if code == "NoSuchBucket":
                 raise StorageError(f"{uri}: there is no such bucket") from error
-            if code in _EXPIRED_CODES:
+            if code in EXPIRED_CODES:
                 if has_renewed:
                     raise TryAgain(
                         f"reading {uri}: the credentials have expired ({code}): renew them and run the same command again"

@@ -104,7 +104,7 @@ class Listing:
         self.changed: dict[_Key, float] = {}
         self.known_tars: set[_Key] = set()
         self.relisted: set[_Key] = set()
-        self.faults: dict[str, str] = {}
+        self.faults: dict[str, CaprayError] = {}
         self.remarks: list[str] = []
         self.num_rows = self.num_hidden = 0
         self.is_complete = False
@@ -407,7 +407,7 @@ class Listing:
                 self._begin_again(key, None)
                 self._begin([key])
             elif isinstance(page, (ContainerChanged, DataError)):
-                self.faults[key[1]] = str(page)
+                self.faults[key[1]] = page
                 self._open.discard(key)
             elif isinstance(page, Exception):
                 raise page if isinstance(page, CaprayError) else CaprayError(f"listing {key[1]!r}: {page!r}") from page
