@@ -29,9 +29,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from capray.captioning.plan import Plan, Work, read_units
+from capray.captioning.plan import Plan
 from capray.captioning.run import MAX_WAVES, WAVE_GROWTH
 from capray.captioning.settled import Settled
+from capray.captioning.units import Work, read_units
 from capray.config import CaptionConfig, QueryConfig, SourceSettings
 from capray.inputs import open_sources
 from capray.inputs.listing import Listing

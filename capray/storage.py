@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +78,10 @@ class Entry:
     version: str = ""
 
 
+Write = Callable[[Location, bytes], None]
+"""Publishes bytes at a place; ``write_atomic``, or what guards it."""
+
+
 def locate(uri: str) -> Location:
     """The filesystem and path of ``uri``: a local path, ``file://…``, ``s3://…`` or any fsspec URI.
 
@@ -115,7 +119,9 @@ def storage_errors(doing: str) -> Generator[None]:
         raise StorageError(f"{doing}: not found ({error})") from error
     except PermissionError as error:
         if _answer_of(error).get("Error", {}).get("Code") in EXPIRED_CODES:
-            raise StorageUnavailable(f"{doing}: {error}: renew the credentials and run the same command again") from error
+            raise StorageUnavailable(
+                f"{doing}: {error}: renew the credentials and run the same command again"
+            ) from error
         raise StorageError(f"{doing}: permission denied ({error})") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

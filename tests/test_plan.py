@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capray.captioning.plan import ATTEMPTS_PER_RUN, Plan, Work, num_blocks, read_units
-from capray.captioning.settled import Settled
-from capray.captioning.units import MAX_TAR_BLOCKS, MIN_IMAGE_BYTES
+from capray.captioning.plan import Plan
+from capray.captioning.settled import ATTEMPTS_PER_RUN, Settled
+from capray.captioning.units import MAX_TAR_BLOCKS, MIN_IMAGE_BYTES, Work, num_blocks, read_units
 from capray.config import CaptionConfig, SourceSettings
 from capray.errors import StorageError
 from capray.inputs import open_sources

@@ -11,10 +11,11 @@ from capray import cluster
 from capray.captioning.actor import Captioning, CaptioningSettings
 from capray.captioning.fetching import Fetcher
 from capray.captioning.job import check_apart, check_job, with_absolute_paths
-from capray.captioning.plan import Plan, Work, block_rows_of, read_units
+from capray.captioning.plan import Plan
 from capray.captioning.rows import table_of
 from capray.captioning.run import retried_kinds
 from capray.captioning.settled import Settled
+from capray.captioning.units import Work, block_rows_of, read_units
 from capray.config import CaptionConfig, Decoding, ImageLimits, Preprocessing, SourceSettings
 from capray.inputs import Source, open_sources
 from capray.inputs.listing import Listing

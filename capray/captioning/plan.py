@@ -15,17 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from capray.captioning.settled import ATTEMPTS_PER_RUN, ID, TAR, Settled, insert
-from capray.captioning.units import Unit, UnitFiles, Work, Write, block_rows_of, num_blocks, read_units
+from capray.captioning.settled import ID, TAR, Settled, insert
+from capray.captioning.units import UnitFiles, Work
 from capray.inputs.listing import NEVER, Listing
 from capray.output import Output, duckdb_errors, first_row, parquet_files
-from capray.storage import Location, read_bytes
+from capray.storage import Location, Write, read_bytes
 
 if TYPE_CHECKING:
     import duckdb
-
-__all__ = ["ATTEMPTS_PER_RUN", "Plan", "Unit", "Wanted", "Work", "block_rows_of", "num_blocks", "read_units"]
-
 
 CHUNKS_AT_ONCE = 10
 """Chunks of the listing whose ids are sorted together."""

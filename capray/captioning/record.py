@@ -21,9 +21,9 @@ from typing import Any
 
 from capray import __version__
 from capray.captioning.lease import own_ray_job
-from capray.captioning.writer import Write
 from capray.output import Output
 from capray.progress import duration
+from capray.storage import Write
 
 HEARTBEAT_SECONDS = 30.0
 _VERSIONS = ("ray", "torch", "torchvision", "pyarrow", "pillow", "duckdb", "s3fs")
@@ -35,7 +35,8 @@ class Summary:
 
     Attributes:
         images: ids the inputs name, ``duplicates`` further rows that repeat one.
-        left: images and shards known of that a ``limit`` left for the next run.
+        left: images and shards known of that are neither captioned nor settled as failed: those behind a ``limit``.
+        captioned_before: captions of other runs.
         kept: captions of this output whose table or shard has changed since they were made.
     """
 

@@ -23,12 +23,13 @@ from capray.captioning.actor import CaptioningSettings
 from capray.captioning.failure_limits import SUDDEN_WINDOW, FailureLimits
 from capray.captioning.fetching import Fetcher, Look
 from capray.captioning.lease import Lease
-from capray.captioning.plan import ATTEMPTS_PER_RUN, Plan, Work, block_rows_of
+from capray.captioning.plan import Plan
 from capray.captioning.record import RunRecord, Summary
 from capray.captioning.rows import events_of, table_of
 from capray.captioning.second_looks import AS_TRANSIENT, SecondLooks
-from capray.captioning.settled import Settled
+from capray.captioning.settled import ATTEMPTS_PER_RUN, Settled
 from capray.captioning.stream import Executor, Stalled
+from capray.captioning.units import Work, block_rows_of
 from capray.captioning.writer import FencedWrites, PartWriter
 from capray.config import CaptionConfig, Decoding, ImageLimits, Preprocessing
 from capray.errors import CaprayError, ConfigError, DataError, Interrupted, TryAgain
@@ -137,7 +138,7 @@ class Run:
 
     def _begin(self) -> None:
         if num := self.settled.remove_duplicates(self.write):
-            self.display.say(f"{num:,} captions stood twice, from a run that was frozen: removed from the newer parts")
+            self.display.say(_removed(num))
         self.summary.captioned_before = self.settled.num_captions
         if self.listing.resumed_at is not None:
             listed_at = datetime.fromtimestamp(self.listing.resumed_at, UTC)
@@ -438,7 +439,10 @@ class Run:
     def _account(self) -> None:
         """Remove what stands twice, account for every id, and say what could not be read."""
         self.writer.flush()
-        self.settled.remove_duplicates(self.write)
+        num_removed = self.settled.remove_duplicates(self.write)
+        if num_removed:
+            self.display.say(_removed(num_removed))
+            self.summary.captioned_before = self.settled.num_captions - self._summary().captions
         wanted = self.plan.count_wanted()
         if not wanted.images and not self._tried_tars and not self.listing.faults:
             split = f" in split {self.config.split!r}" if self.config.split else ""
@@ -531,6 +535,10 @@ class Run:
             self.record.write()
         if not is_stopped and not isinstance(error, ConfigError) and (place := self.record.keep_traceback(error)):
             self.display.say(f"how it came to this is in {place}")
+
+
+def _removed(num: int) -> str:
+    return f"{num:,} captions stood twice, from a run that was frozen: removed from the newer parts"
 
 
 def retried_kinds(config: CaptionConfig) -> tuple[str, ...]:

@@ -26,10 +26,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capray.captioning.units import Write
 from capray.errors import StorageError
 from capray.output import Output, first_row, open_duckdb
-from capray.storage import Location, read_bytes, storage_errors
+from capray.storage import Location, Write, read_bytes, storage_errors
 from capray.tables import FAILURES, FINAL_FAILURES, encode_parquet
 
 if TYPE_CHECKING:

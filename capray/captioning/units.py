@@ -8,7 +8,7 @@ are not known. Knows nothing of what is to be done, or why.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capray.inputs.places import encode_places
-from capray.storage import Location, read_bytes
+from capray.storage import Location, Write, read_bytes
 
 FILE_ROWS = 50_000
 """Rows and skipped members after which a plan file is written."""
@@ -29,8 +29,6 @@ MIN_IMAGE_BYTES = 8 * 2**10
 MAX_TAR_BLOCKS = 4096
 _NUM_WRITERS = 2
 _DIGESTS = pa.list_(pa.binary(16))
-
-Write = Callable[[Location, bytes], None]
 
 
 @dataclass(frozen=True)

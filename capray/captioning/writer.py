@@ -21,15 +21,13 @@ from capray.captioning.rows import results_schema
 from capray.deadlines import now
 from capray.errors import WriteUnanswered
 from capray.output import Output
-from capray.storage import Location, write_atomic
+from capray.storage import Location, Write, write_atomic
 from capray.tables import FAILURES, captions_schema, encode_parquet
 
 MAX_PART_BYTES = 64 * 2**20
 """Of a part's rows in memory: so that it can be written within the lease's margin."""
 _WRITES = 3
 """How often bytes are sent whose arrival was not confirmed."""
-
-Write = Callable[[Location, bytes], None]
 
 
 class FencedWrites:

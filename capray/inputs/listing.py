@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
@@ -27,7 +27,7 @@ from capray.config import CaptionConfig, SourceSettings
 from capray.errors import CaprayError, DataError
 from capray.inputs.base import ContainerChanged, Page, Source, TarMembers
 from capray.inputs.places import encode_places, places_schema
-from capray.storage import Location, storage_errors
+from capray.storage import Location, Write, storage_errors
 
 NUM_LISTERS = 16
 FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 100_000, 1_000_000
@@ -95,7 +95,7 @@ class Listing:
         run_id: str,
         sources: list[Source],
         config: CaptionConfig,
-        write: Callable[[Location, bytes], None],
+        write: Write,
         relist: bool = False,
     ):
         self.plan, self.sources, self.write = output.plan, sources, write
