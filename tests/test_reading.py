@@ -384,7 +384,7 @@ class TestTars:
         images, _ = read(reader, names)
         assert [images[name] == content for name, content in FILES.items()] == [True] * 5 + [False] * 3
         errors = [outcome.error for outcome in reader.read(names) if isinstance(outcome, Failed)]
-        assert [(error.kind, error.certain) for error in errors] == [("truncated", False)] * 3
+        assert [(error.kind, error.certain) for error in errors] == [("unreadable_storage", True)] * 3
 
 
 class TestMounts:

@@ -85,6 +85,22 @@ def test_all_is_captioned_once_and_then_nothing_is_left_to_do(job):
     assert again.current_failures == {"not_an_image": 1}
 
 
+def test_a_tar_with_a_sidecar_that_was_cut_is_captioned_whole_when_it_is_mended(job):
+    write_tars(job.input, 1, 10)
+    tar = job.input / "000.tar"
+    whole = tar.read_bytes()
+    pq.write_table(pa.table({"key": [f"photo-{i:04d}" for i in range(10)]}), tar.with_suffix(".parquet"))
+    with tarfile.open(tar) as file:
+        os.truncate(tar, file.getmembers()[6].offset_data + 10)
+    first = job.run()
+    assert (first.captions, first.current_failures) == (6, {"unreadable_storage": 4})
+    tar.write_bytes(whole)
+    second = job.run()
+    assert (second.captions, second.current_failures) == (4, {})
+    tar.with_suffix(".parquet").unlink()
+    job.check()
+
+
 class TestWaves:
     @pytest.fixture
     def passes(self, monkeypatch) -> list[int]:

@@ -191,7 +191,7 @@ class Reader:
             return Failed(row, self._too_large(member.size))
         if not whole:
             message = f"the tar ends within this member: {len(data)} of {member.size} bytes"
-            return Failed(row, ImageError("truncated", message))
+            return Failed(row, ImageError("unreadable_storage", message))
         return Found(row, data)
 
     def _named(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[Outcome]:
@@ -220,7 +220,7 @@ class Reader:
         container = rows[0]["container"]
         error = ImageError("missing", f"{container} has no such member", certain=True)
         if is_cut:
-            error = ImageError("truncated", f"{container} ends before this member")
+            error = ImageError("unreadable_storage", f"{container} ends before this member")
         for row in (row for names in wanted.values() for of_name in names.values() for row in of_name):
             yield Failed(row, error)
 
