@@ -41,6 +41,7 @@ bench:  ## Print the benchmarks' figures beside their references
 	uv run python benchmarks/captioning.py
 	uv run python benchmarks/writer.py
 	uv run python benchmarks/planning.py
+	uv run python benchmarks/streaming.py
 	uv run python benchmarks/verification.py
 	uv run python benchmarks/recipes.py
 	uv run python benchmarks/training.py

@@ -1,10 +1,10 @@
-"""Blocks per second that Ray carries through the job's operators when nothing is read, decoded or captioned, and the CPU time
-that each costs the driver's machine: how far one driver reaches.
+"""Blocks per second that Ray carries through the job's operators when nothing is read, decoded or captioned, and the CPU
+time that each costs the driver's machine: how far one driver reaches.
 
     uv run python benchmarks/streaming.py [--blocks 2000] [--block-rows 64] [--side 224]
 
-Blocks hold as many bytes as real ones. The CPU time is that of the driver's process, the raylet and the GCS server, apart from
-that of the workers, which a cluster has elsewhere.
+Blocks hold as many bytes as real ones. The CPU time is that of the driver's process, the raylet and the GCS server, apart
+from that of the workers, which a cluster has elsewhere.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(stream, "CaptioningActor", BlankActor),
-        mock.patch.object(stream, "transfer_model", lambda *_: None),
+        mock.patch.object(stream, "transfer_model", return_value=None),
     ):
         work = plan(locate(folder), args.blocks * args.block_rows, args.block_rows)
         executor = RayExecutor(config, "benchmark", print)
