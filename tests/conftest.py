@@ -36,6 +36,12 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests begin, so that none is left for the end, which runs alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def flickr8k() -> Path:
     """The real Flickr8k, where it is at hand."""
@@ -55,6 +61,7 @@ def ray_cluster(s3: str) -> Iterator[None]:
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")  # Its 15 s are not enough on a busy machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Its 15 leave workers waiting for the tests beside them.
     here = Path(__file__).parent
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here / "faults"), os.environ.get("PYTHONPATH", "")])
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -261,7 +261,9 @@ class Plan:
                 tars[where[what]] = True
         for chunk in chunks:
             inside[chunk.begin - first : chunk.end - first] = True
-        return images & inside, tars & inside
+        images &= inside
+        tars &= inside
+        return images, tars
 
     def _first_tars(self, tars: pa.Table, room: int | None) -> pa.Table:
         """As many of ``tars`` as hold some ``room`` images; one, while it is not known how large images are."""
