@@ -1,4 +1,7 @@
-"""The captioning job on Ray: exactly once, resumable, one bad image costing one row."""
+"""The captioning job with a real captioner: exactly once, resumable, one bad image costing one row.
+
+What Ray has a part in runs on Ray; the rest with the same actor in this process (``LocalExecutor``).
+"""
 
 import io
 import json
@@ -19,6 +22,7 @@ import s3fs
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from capray.captioning.actor import CaptioningActor
 from capray.captioning.job import caption
 from capray.config import CaptionConfig, EvaluateConfig
 from capray.errors import CaprayError, ConfigError, OutputConflictError, StorageError
@@ -31,9 +35,17 @@ from tests.oracle import check_exactly_once, read_parts
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(300)]
 
 
-def run(source, output, model, executor=None, **settings):
+def config_of(source, output, model, **settings) -> CaptionConfig:
     settings = {"num_actors": 1, "batch_size": 4, "beam_size": 2, "max_length": 6, "second_look_seconds": 1, **settings}
-    return caption(CaptionConfig(input=str(source), output=str(output), model=model, **settings), executor)
+    return CaptionConfig(input=str(source), output=str(output), model=model, **settings)
+
+
+def run(source, output, model, **settings):
+    return caption(config_of(source, output, model, **settings), LocalExecutor(CaptioningActor))
+
+
+def run_on_ray(source, output, model, **settings):
+    return caption(config_of(source, output, model, **settings))
 
 
 @pytest.fixture
@@ -60,7 +72,7 @@ def test_a_folder_with_bad_images(tmp_path, photos, model):
     bad = bad_images(tmp_path / "photos")
     (tmp_path / "photos" / ".hidden").write_bytes(b"left out")
     output = tmp_path / "out"
-    summary = run(tmp_path / "photos", output, model, max_image_pixels=80_000)
+    summary = run_on_ray(tmp_path / "photos", output, model, max_image_pixels=80_000)
 
     captions = check_exactly_once(str(output), photos | set(bad), failed=bad)
     assert set(captions) == photos
@@ -127,7 +139,7 @@ def test_s3_in_and_out_gives_the_same_captions(tmp_path, photos, model, s3):
     for file in Path(model).iterdir():
         fs.put_file(str(file), f"{s3}/model/{file.name}")
     run(tmp_path / "photos", tmp_path / "local", model)
-    summary = run(f"{s3}/photos", f"{s3}/out", f"{s3}/model")
+    summary = run_on_ray(f"{s3}/photos", f"{s3}/out", f"{s3}/model")
 
     assert summary.current_failures == {"truncated": 1}
     fs.get(f"{s3}/out", str(tmp_path / "fetched"), recursive=True)
@@ -153,7 +165,7 @@ def test_images_that_kill_their_process_cost_a_row_each(tmp_path, model):
     decoding, captioning = tmp_path / "photos" / "photo-0007-a.png", tmp_path / "photos" / "photo-0023-a.png"
     decoding.write_bytes(image_bytes(pnginfo=mark))
     captioning.write_bytes(image_bytes(Image.new("RGB", (32, 32), (255, 0, 255))))
-    summary = run(tmp_path / "photos", tmp_path / "out", model)
+    summary = run_on_ray(tmp_path / "photos", tmp_path / "out", model)
     crashing = {str(decoding): "crashed", str(captioning): "crashed"}
     captions = check_exactly_once(str(tmp_path / "out"), photos | crashing.keys(), failed=crashing)
     assert set(captions) == photos
@@ -179,7 +191,7 @@ def test_tar_shards_and_a_folder_into_one_output(tmp_path, photos, model):
     limited = run(shards, tmp_path / "out", model, also=(str(tmp_path / "photos"),), limit=4)
     assert limited.captions >= 4
     assert limited.left > 0
-    summary = run(shards, tmp_path / "out", model, also=(str(tmp_path / "photos"),))
+    summary = run_on_ray(shards, tmp_path / "out", model, also=(str(tmp_path / "photos"),))
     rows = read_parts(str(tmp_path / "out"), "captions")
     assert len(rows) == len({row["image_id"] for row in rows}) == 22
     assert {row["image_id"] for row in rows} == wanted
@@ -217,7 +229,7 @@ def test_a_manifest_with_kept_columns_and_attention(tmp_path, photos, model):
 def test_shards_share_the_work_exactly(tmp_path, photos, model):
     parts = []
     for i in (1, 2):
-        run(tmp_path / "photos", tmp_path / f"out{i}", model, LocalExecutor(), shard=f"{i}/2")
+        run(tmp_path / "photos", tmp_path / f"out{i}", model, shard=f"{i}/2")
         parts.append({row["image_id"] for row in read_parts(str(tmp_path / f"out{i}"), "captions")})
     assert parts[0] | parts[1] == photos
     assert not parts[0] & parts[1]
@@ -231,13 +243,13 @@ def test_too_many_bad_images_stop_the_job(tmp_path, model):
     for i in range(150):
         (folder / f"text-{i}.jpg").write_text("no image")
     with pytest.raises(CaprayError, match=r"images failed, above --max-bad-images 0\.4: not an image"):
-        run(folder, tmp_path / "out", model, LocalExecutor(), batch_size=16, max_bad_images=0.4)
+        run(folder, tmp_path / "out", model, batch_size=16, max_bad_images=0.4)
     assert read_parts(str(tmp_path / "out"), "failures"), "what was done is kept"
 
 
 class TestRefusals:
     def test_another_model(self, tmp_path, photos, model):
-        run(tmp_path / "photos", tmp_path / "out", model, LocalExecutor())
+        run(tmp_path / "photos", tmp_path / "out", model)
         other = make_model(tmp_path / "other", seed=1)
         with pytest.raises(OutputConflictError, match="was written by model"):
             run(tmp_path / "photos", tmp_path / "out", other)
@@ -284,7 +296,7 @@ def test_when_everything_fails_the_job_stops(tmp_path, model):
     for i in range(300):
         (folder / f"{i}.jpg").write_text("no image")
     with pytest.raises(CaprayError, match="images all failed, .* as not_an_image: not an image"):
-        run(folder, tmp_path / "out", model, LocalExecutor(), batch_size=16)
+        run(folder, tmp_path / "out", model, batch_size=16)
     (record,) = (tmp_path / "out" / "_capray" / "runs").glob("*.json")
     assert json.loads(record.read_text())["status"] == "failed"
     assert "the first" in record.with_suffix(".traceback.txt").read_text()
@@ -319,7 +331,7 @@ def test_an_actor_killed_in_the_middle_loses_nothing(tmp_path, model):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    summary = run(tmp_path / "photos", output, model, batch_size=2, part_rows=4, beam_size=40, max_length=200)
+    summary = run_on_ray(tmp_path / "photos", output, model, batch_size=2, part_rows=4, beam_size=40, max_length=100)
     killer.join()
     assert killed
     assert summary.status == "complete"
@@ -336,7 +348,7 @@ def start_cli(*arguments: str) -> subprocess.Popen:
 def test_a_driver_told_to_stop_publishes_what_it_holds_and_is_taken_up_again(tmp_path, model):
     photos = set(write_photos(tmp_path / "photos", 60))
     output = tmp_path / "out"
-    settings = ["--batch-size", "2", "--beam-size", "40", "--max-length", "200", "--num-actors", "1"]
+    settings = ["--batch-size", "2", "--beam-size", "40", "--max-length", "100", "--num-actors", "1"]
     command = ["caption", tmp_path / "photos", output, "--model", model, *settings]
     first = start_cli(*command, "--part-rows", "4")
     wait_for(lambda: parts_of(output) >= 2 or first.poll() is not None)
@@ -348,7 +360,7 @@ def test_a_driver_told_to_stop_publishes_what_it_holds_and_is_taken_up_again(tmp
     assert "the same command goes on" in text
     assert "Traceback" not in text
 
-    summary = run(tmp_path / "photos", output, model, batch_size=2, beam_size=40, max_length=200)
+    summary = run(tmp_path / "photos", output, model, batch_size=2, beam_size=40, max_length=100)
     assert summary.captioned_before == before
     assert summary.captions == 60 - before
     assert set(check_exactly_once(str(output), photos)) == photos
@@ -381,20 +393,20 @@ def test_a_full_disk_ends_the_job_with_one_message_and_keeps_what_is_there(tmp_p
     photos = set(write_photos(tmp_path / "photos", 24))
     output, filler = small_disk / "out", small_disk / "filler"
 
-    def fill():
-        wait_for(lambda: parts_of(output) >= 1)
-        with filler.open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(b"x" * 512)
+    def fill(block):
+        if parts_of(output) and not filler.exists():
+            with filler.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(b"x" * 512)
 
-    threading.Thread(target=fill, daemon=True).start()
+    config = config_of(tmp_path / "photos", output, model, part_rows=4)
     with pytest.raises(StorageError, match="No space left"):
-        run(tmp_path / "photos", output, model, part_rows=4, beam_size=40, max_length=200)
+        caption(config, LocalExecutor(CaptioningActor, after_block=fill))
     kept = {row["image_id"] for row in read_parts(str(output), "captions")}
     assert 0 < len(kept) < 24
 
     filler.unlink()
-    summary = run(tmp_path / "photos", output, model, beam_size=40, max_length=200)
+    summary = run(tmp_path / "photos", output, model)
     assert summary.captioned_before == len(kept)
     assert set(check_exactly_once(str(output), photos)) == photos
 
