@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 
 from capray.config import CocoConfig
-from capray.datasets.fetching import KARPATHY_URL, Archive, fetch, karpathy_archive
-from capray.datasets.karpathy import find_karpathy, read_karpathy
+from capray.datasets.archives import Archive, fetch
+from capray.datasets.karpathy import KARPATHY_URL, find_karpathy, karpathy_archive, read_karpathy
 from capray.datasets.layout import find_file, find_folder, open_folder, photos_in, read_json
 from capray.datasets.samples import Prepared
 from capray.datasets.selection import Listing, prepare_listing

@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 
 from capray.config import Flickr30kConfig
-from capray.datasets.fetching import KARPATHY_URL
-from capray.datasets.karpathy import find_karpathy, read_karpathy
+from capray.datasets.karpathy import KARPATHY_URL, find_karpathy, read_karpathy
 from capray.datasets.layout import (
     find_file,
     find_photos,

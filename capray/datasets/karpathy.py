@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from capray.datasets.archives import Archive
 from capray.datasets.layout import find_file, read_json
 from capray.errors import DataError
 from capray.storage import Location
 
+KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 """The split of the Samples table for each of Karpathy's."""
 
@@ -28,6 +30,15 @@ class Karpathy:
     splits: dict[str, list[str]] = field(default_factory=lambda: {split: [] for split in ("train", "dev", "test")})
     coco_ids: dict[str, Any] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
+
+
+def karpathy_archive(dataset: str) -> Archive:
+    """The archive, of which only the JSON of ``dataset`` is unpacked. Size and SHA-256 as TensorFlow Datasets registers them
+    (`url_checksums/coco_captions.txt`)."""
+    name = f"dataset_{dataset}.json"
+    places = (name, *(f"{folder}/{name}" for folder in _FOLDERS if folder))
+    checksum = "sha256:4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817"
+    return Archive(KARPATHY_URL, places, name, 36_745_453, checksum)
 
 
 def find_karpathy(raw: Location, dataset: str) -> Location | None:
