@@ -27,7 +27,7 @@ from capray import storage
 from capray.errors import StorageError, TryAgain
 from capray.images import ImageError
 from capray.inputs import byte_reader as reading
-from capray.inputs.byte_reader import Stream, read_image
+from capray.inputs.byte_reader import Patience, Stream, read_image
 from capray.inputs.throttle import Throttle
 from capray.inputs.versions import VersionChanged
 from capray.storage import locate, read_bytes, write_atomic
@@ -355,6 +355,35 @@ class TestFaults:
             started = time.monotonic()
             assert {digest(future.result()) for future in waiting} == {digest(b"1" * 1000)}
             assert time.monotonic() - started < 20
+
+
+class TestAStoreThatIsAway:
+    @pytest.fixture
+    def uri(self, put, proxy, configure) -> str:
+        configure(attempts=2)
+        uri = put("x.jpg", b"1" * 1000)
+        assert len(read_image(uri, 1000)) == 1000
+        return uri
+
+    @pytest.mark.parametrize("fault", ["reset", "500"])
+    def test_is_waited_for(self, uri, proxy, fault):
+        told: list[str] = []
+        proxy.set_rates({f"read.{fault}": 1})
+        threading.Timer(3, proxy.set_rates, [{}]).start()
+        assert len(read_image(uri, 1000, Patience(30, notify=told.append))) == 1000
+        assert [text.partition(" of ")[0] for text in told] == ["waiting: the store"]
+
+    def test_for_longer_stops_the_job_with_nothing_recorded(self, uri, proxy):
+        proxy.set_rates({"read.reset": 1})
+        with pytest.raises(TryAgain, match="does not answer, and has not for 0.5 s: run the same command again"):
+            read_image(uri, 1000, Patience(0.5))
+
+    def test_is_told_from_an_object_that_never_comes(self, uri, proxy):
+        proxy.only = "x.jpg"
+        proxy.set_rates({"read.reset": 1})
+        with pytest.raises(ImageError) as caught:
+            read_image(uri, 1000, Patience(30))
+        assert caught.value.kind == "unreadable_storage"
 
 
 class TestStream:

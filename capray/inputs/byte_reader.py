@@ -27,6 +27,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_befo
 from capray.deadlines import within
 from capray.errors import StorageError, TryAgain
 from capray.images import ImageError
+from capray.inputs.stores import wait_for_answer
 from capray.inputs.throttle import Throttle
 from capray.inputs.versions import VersionChanged, check_version, if_match
 from capray.inputs.witnesses import witnesses
@@ -94,7 +95,7 @@ def read_image(uri: str, max_bytes: int, patience: Patience | None = None) -> by
     Raises:
         ImageError: of kind missing, archived, denied or unreadable_storage.
         StorageError: there is no such bucket.
-        TryAgain: a mount is away for longer than ``patience``, or credentials have expired and cannot be renewed.
+        TryAgain: a mount or store is away for longer than ``patience``, or credentials have expired and cannot be renewed.
     """
     return _fetch(uri, 0, max_bytes + 1, "", patience).data
 
@@ -213,6 +214,12 @@ def _fetch(uri: str, start: int, end: int, version: str, patience: Patience | No
             if patience is not None:
                 if status in _SLOW_DOWN_STATUSES and time.monotonic() - began < patience.seconds:
                     time.sleep(random.uniform(0.2, 1) * min(_SLOW_DOWN_SECONDS, patience.seconds))
+                    continue
+                is_unanswered = (
+                    is_s3(place) and failure.kind == "unreadable_storage" and (status is None or status >= 500)
+                )
+                if is_unanswered and (wait_for_answer(place, patience.seconds, patience.notify) or not has_confirmed):
+                    has_confirmed = True
                     continue
                 if place.is_local and (failure.kind == "unreadable_storage" or not failure.certain):
                     has_waited = witnesses.wait_for(place.path, patience.witnesses, patience.seconds, patience.notify)
