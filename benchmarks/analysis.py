@@ -20,7 +20,7 @@ from verification import write
 from capray.config import QueryConfig, ReportConfig
 from capray.output import Output, first_row
 from capray.query.answers import run_query
-from capray.report.output import report_output
+from capray.report.output_report import report_output
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -143,7 +143,7 @@ def main() -> None:
     lengths = [len(row) - 1 for row in rows]
 
     def ours() -> torch.Tensor:
-        sums = loss_sums(captioner, captioner.recall(grids), batch, label_smoothing=0.1)
+        sums = loss_sums(captioner, captioner.memory_of_cached_grid(grids), batch, label_smoothing=0.1)
         return sums.objective / batch.num_tokens + sums.regulariser / batch.num_captions
 
     def theirs() -> torch.Tensor:

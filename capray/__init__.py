@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from capray.model.checkpoint import load_captioner as load_captioner
     from capray.output import Output as Output
     from capray.query.answers import run_query as run_query
-    from capray.report.training import report_training as report_training
+    from capray.report.training_report import report_training as report_training
     from capray.training.job import train as train
 
 __version__ = "0.1.0"
@@ -56,7 +56,7 @@ _PLACES = {
     "capray.model.checkpoint": ("load_captioner",),
     "capray.output": ("Output",),
     "capray.query.answers": ("run_query",),
-    "capray.report.training": ("report_training",),
+    "capray.report.training_report": ("report_training",),
     "capray.training.job": ("train",),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}

@@ -205,8 +205,8 @@ def query(config: Annotated[QueryConfig, Flat]) -> None:
 @app.command
 def report(config: Annotated[ReportConfig, Flat]) -> None:
     """Make one page about a captioning output or a training: counts, curves, failures, captions with pictures."""
-    from capray.report.output import report_output
-    from capray.report.training import report_training
+    from capray.report.output_report import report_output
+    from capray.report.training_report import report_training
 
     print(report_training(config) if config.training is not None else report_output(config))
 
@@ -291,7 +291,7 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.exit_code)
     except cyclopts.CycloptsError as error:
         cause = error.__cause__
-        return _fail(settings.explain(cause) if isinstance(cause, ValidationError) else str(error), 2)
+        return _fail(settings.describe_error(cause) if isinstance(cause, ValidationError) else str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:

@@ -61,7 +61,7 @@ class Settings(BaseModel):
         try:
             return cls(**merged)
         except ValidationError as error:
-            raise ConfigError(explain(error)) from error
+            raise ConfigError(describe_error(error)) from error
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
@@ -102,7 +102,7 @@ def read_yaml(path: str | Path, model: type[Settings]) -> dict[str, Any]:
     return values
 
 
-def explain(error: ValidationError) -> str:
+def describe_error(error: ValidationError) -> str:
     """A pydantic error as one line for a user: the setting, what is wrong, and the value it had."""
     lines = []
     for problem in error.errors():

@@ -22,7 +22,7 @@ from capray.output import Output
 from capray.query.answers import run_query
 from capray.storage import check_empty
 from capray.training.job import train
-from capray.training.reading import read_text
+from capray.training.sample_stream import read_text
 from capray.vocabulary import tokenise
 
 MARGIN = 0.10

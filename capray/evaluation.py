@@ -1,4 +1,4 @@
-"""Scoring a captioning output against a Samples table, and how well the captioner foretells the references there."""
+"""Scoring a captioning output against a Samples table, and how well the captioner predicts the references there."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def _score_captioner(config: EvaluateConfig, model: str, model_ids: set[str], ev
     from capray.model.accuracy import accuracy_figures, accuracy_sums
     from capray.model.checkpoint import load_captioner
     from capray.model.loss import collate
-    from capray.registry import find_model
+    from capray.tracking.registry import find_model
 
     folder = find_model(model, config.tracking_uri)
     captioner, model_id = load_captioner(folder, "cuda" if torch.cuda.is_available() else "cpu")

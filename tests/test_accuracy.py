@@ -49,7 +49,7 @@ def test_free_running_goes_the_way_of_greedy_search(talkative):
     assert len(lengths) > 1, "captions that end at different steps are wanted here"
 
 
-def test_its_own_caption_is_foretold_and_what_follows_its_end_is_not(talkative):
+def test_its_own_caption_is_predicted_and_what_follows_its_end_is_not(talkative):
     memory = memory_of(talkative, 4)
     captions = talkative.caption(memory, Decoding(beam_size=1, max_length=12, allow_unk=True))
     for i, (hypothesis,) in enumerate(captions):

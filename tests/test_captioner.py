@@ -167,7 +167,7 @@ def test_beam_of_one_is_greedy():
 def test_pooling_after_projecting_equals_projecting_after_pooling():
     captioner = make(pool_grid=7)
     grid = torch.randn(2, captioner.encoder.dim, 4, 4)
-    memory = captioner.remember(grid)
+    memory = captioner.memory_of_grid(grid)
     pooled = torch.nn.functional.adaptive_avg_pool2d(grid, 7).flatten(2).transpose(1, 2)
     torch.testing.assert_close(memory.grid_BPD, pooled)
     torch.testing.assert_close(memory.keys_BPA, captioner.decoder.attention.project(pooled), atol=1e-5, rtol=1e-4)

@@ -9,8 +9,8 @@ import torch
 
 from capray.config import Decoding
 from capray.errors import CheckpointError
+from capray.model.captioner_files import model_id_of
 from capray.model.checkpoint import load_captioner, save_captioner
-from capray.model.layout import model_id_of
 
 
 @pytest.fixture

@@ -219,7 +219,7 @@ def test_an_image_without_references(tmp_path, captions):
 
 
 class TestCaptioner:
-    """`model`: how well the captioner foretells the references, over the images themselves."""
+    """`model`: how well the captioner predicts the references, over the images themselves."""
 
     @pytest.fixture
     def captioned(self, samples, model, tmp_path) -> str:

@@ -26,7 +26,7 @@ from capray.tables import SAMPLES, encode_parquet
 from capray.training.encoding import build_cache
 from capray.training.features import MANIFEST, Cache, choose_root, identify, read_grids
 from capray.training.job import _digest, train
-from capray.training.reading import read_text
+from capray.training.sample_stream import read_text
 from tests.conftest import in_process
 from tests.test_training import SETTINGS, with_oddities
 

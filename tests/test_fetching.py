@@ -21,7 +21,7 @@ from capray.config import ImageLimits, Preprocessing
 from capray.errors import TryAgain
 from capray.inputs.base import Changed, InputReading, Selection, TarMembers, TarUnreadable
 from capray.inputs.places import PLACES
-from capray.inputs.reading import Reader
+from capray.inputs.reader import Reader
 from tests.conftest import image_bytes, write_photos
 from tests.test_reading import alone, write_tar  # noqa: F401 (a fixture)
 

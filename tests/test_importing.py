@@ -328,7 +328,7 @@ class TestTheSameModel:
         _, decoder, captioner = pair
         grid, _ = scenes(200)
         decoding = Decoding(beam_size=beam_size, length_penalty=0, allow_unk=True, max_length=50)
-        ours = [found[0] for found in captioner.caption(captioner.remember(grid), decoding)]
+        ours = [found[0] for found in captioner.caption(captioner.memory_of_grid(grid), decoding)]
         images = grid.flatten(2).transpose(1, 2).split(1)
         alike = [tutorial_search(decoder, image, beam_size, releases=False) for image in images]
         assert [mine.caption for mine in ours] == [words_of(ids) for ids, _ in alike]

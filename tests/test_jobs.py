@@ -95,11 +95,11 @@ STANDSTILL = {
 
 
 def noise(folder: Path) -> str:
-    """20 training and 1,000 validation images with captions of chance."""
+    """20 training and 150 validation images with captions of chance."""
     rng = np.random.default_rng(0)
     words = ["a", "red", "green", "dog", "runs", "sits", "here", "now"]
     folder.mkdir()
-    for split, number in (("train", 20), ("dev", 1000)):
+    for split, number in (("train", 20), ("dev", 150)):
         rows = [
             {
                 "image_id": f"{split}-{i:04d}",
@@ -134,7 +134,7 @@ def test_submit_train_with_three_workers_who_validate_as_one_does_then_caption_f
             TrainConfig(samples=noisy, output=str(tmp_path / "one"), tracking_uri="none", **STANDSTILL)
         ).metrics
     (three,) = json.loads((training / "history.json").read_text())["epochs"]
-    assert one["val_images"] == three["val_images"] == 1000
+    assert one["val_images"] == three["val_images"] == 150
     assert one["train_images"] == three["train_images"] == 20
     for name in ("val_loss", "val_perplexity", "bleu_1", "bleu_2", "bleu_3", "bleu_4"):
         assert three[name] == pytest.approx(one[name], rel=1e-5), name

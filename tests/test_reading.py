@@ -28,7 +28,7 @@ from capray.inputs import witnesses as witnesses_module
 from capray.inputs.base import Changed, Failed, Found, TarMembers, TarUnreadable
 from capray.inputs.byte_reader import Stream
 from capray.inputs.places import PLACES, Row
-from capray.inputs.reading import Reader
+from capray.inputs.reader import Reader
 from capray.inputs.throttle import Throttle
 from capray.inputs.witnesses import Witnesses
 from tests.test_byte_reader import configure, forget, proxy, put  # noqa: F401 (fixtures)
@@ -652,5 +652,5 @@ class TestThrottle:
 
 def test_what_no_one_thought_of_is_a_container_s_fault(tmp_path, monkeypatch):
     reader, rows = listed(write_table(tmp_path / "x.parquet", ["0", "1"]))
-    monkeypatch.setattr("capray.inputs.reading.opened_parquet", lambda stream: 1 / 0)
+    monkeypatch.setattr("capray.inputs.reader.opened_parquet", lambda stream: 1 / 0)
     assert set(read(reader, rows)[0].values()) == {"unreadable_storage"}

@@ -12,8 +12,8 @@ import pytest
 from capray.config import ReportConfig
 from capray.errors import ConfigError
 from capray.output import Output
-from capray.report.output import report_output
-from capray.report.training import report_training
+from capray.report.output_report import report_output
+from capray.report.training_report import report_training
 from capray.storage import write_atomic
 from capray.tables import encode_parquet
 from tests.conftest import image_bytes, write_photos
@@ -88,7 +88,7 @@ class TestOutput:
         assert "<dt>captions</dt><dd>0" in text
 
     def test_only_so_many_captions_are_in_it(self, output, tmp_path, monkeypatch):
-        monkeypatch.setattr("capray.report.output.NUM_SEARCHABLE", 10)
+        monkeypatch.setattr("capray.report.output_report.NUM_SEARCHABLE", 10)
         write_captions(output, {str(i): "a dog" for i in range(30)})
         text, said = make(output, tmp_path, pictures=2)
         assert "Over 10 captions drawn at random" in text

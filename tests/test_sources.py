@@ -391,7 +391,7 @@ class TestManifests:
     @pytest.mark.parametrize("rows", [1, 3, 10])
     @pytest.mark.parametrize("ending", ["jsonl", "txt"])
     def test_pages_go_on_behind_the_last(self, tmp_path, monkeypatch, rows, ending):
-        monkeypatch.setattr("capray.inputs.tables.ROWS_PER_PAGE", rows)
+        monkeypatch.setattr("capray.inputs.parquet.ROWS_PER_PAGE", rows)
         names = [f"/{i}.jpg" for i in range(10)]
         lines = [json.dumps({"uri": name}) if ending == "jsonl" else name for name in names]
         (tmp_path / f"x.{ending}").write_text("\n".join(lines))
@@ -778,10 +778,10 @@ class TestVersions:
     @pytest.mark.parametrize("store", ["local", "s3"])
     def test_a_container_that_changes_while_it_is_listed(self, tmp_path, monkeypatch, request, name, store):
         """It is read in small pieces here; the same number of rows in another order follows in the middle."""
-        monkeypatch.setattr("capray.inputs.tables.ROWS_PER_PAGE", 100)
+        monkeypatch.setattr("capray.inputs.parquet.ROWS_PER_PAGE", 100)
         monkeypatch.setattr(Stream, "_next", _in_pieces(4000))
-        monkeypatch.setattr("capray.inputs.tables.CHUNK_BYTES", 4000)
-        monkeypatch.setattr("capray.inputs.tables.CSV_BLOCK_BYTES", 10_000)
+        monkeypatch.setattr("capray.inputs.parquet.CHUNK_BYTES", 4000)
+        monkeypatch.setattr("capray.inputs.parquet.CSV_BLOCK_BYTES", 10_000)
         names = [f"/{hashlib.sha256(b'%d' % i).hexdigest()}.jpg" for i in range(2000)]
 
         def write(names: list[str]) -> str:

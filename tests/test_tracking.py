@@ -23,12 +23,12 @@ from capray.captioning.photos import caption_photos
 from capray.config import CaptionConfig, Decoding, TrainConfig
 from capray.errors import CheckpointError, ConfigError, StorageError
 from capray.images import load
+from capray.model.captioner_files import FILES
 from capray.model.checkpoint import load_captioner
-from capray.model.layout import FILES
-from capray.registry import find_model, without_credentials
-from capray.training.flavour import write_model
+from capray.tracking.model_format import write_model
+from capray.tracking.registry import find_model, without_credentials
+from capray.tracking.runs import Points, TextFile, Tracker, shown_settings
 from capray.training.job import train
-from capray.training.tracking import Points, TextFile, Tracker, shown_settings
 from tests.conftest import free_port, in_process, write_photos
 from tests.mlflow_server import MlflowServer
 from tests.oracle import check_exactly_once

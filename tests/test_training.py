@@ -25,12 +25,12 @@ from capray.errors import CheckpointError, ConfigError, DataError, OutputConflic
 from capray.model.captioner import Captioner
 from capray.model.checkpoint import load_captioner
 from capray.model.loss import collate
-from capray.registry import find_model
-from capray.report.training import report_training
+from capray.report.training_report import report_training
 from capray.tables import SAMPLES, encode_parquet
+from capray.tracking.registry import find_model
 from capray.training.job import train
-from capray.training.reading import DECODED, Reading, read_text
-from capray.training.worker import TrainingStep, backward, nothing
+from capray.training.sample_stream import DECODED, Reading, read_text
+from capray.training.worker import TrainingStep, backward, empty_batch
 from capray.vocabulary import Vocabulary
 from tests.conftest import TINY, in_process
 
@@ -62,7 +62,7 @@ def gradients(step, share, counts):
     if share:
         pixels, batch = list(PIXELS[share]), collate([CAPTIONS[i] for i in share], 50)
     else:
-        pixels, batch = nothing(step.module.captioner if hasattr(step, "module") else step.captioner)
+        pixels, batch = empty_batch(step.module.captioner if hasattr(step, "module") else step.captioner)
     backward(step, [(pixels, batch)], counts, CONFIG)
     return {name.removeprefix("module."): p.grad.clone() for name, p in step.named_parameters() if p.grad is not None}
 

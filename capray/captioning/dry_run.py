@@ -20,7 +20,7 @@ from capray.config import CaptionConfig, Decoding, ImageLimits, Preprocessing, S
 from capray.inputs import Source, open_sources
 from capray.inputs.listing import Listing
 from capray.inputs.places import PLACES
-from capray.inputs.reading import Reader
+from capray.inputs.reader import Reader
 from capray.model.checkpoint import load_captioner
 from capray.output import Output, create_view
 from capray.progress import ProgressDisplay, duration

@@ -23,8 +23,8 @@ from capray.images import Decoded, ImageError, decode, fit
 from capray.inputs.byte_reader import read_image
 from capray.output import require_output
 from capray.pages import data_uri, encoded, render
-from capray.registry import find_model
 from capray.storage import locate, write_atomic
+from capray.tracking.registry import find_model
 from capray.vocabulary import without_end
 
 SIDE = 480

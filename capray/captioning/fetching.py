@@ -30,7 +30,7 @@ from capray.errors import TryAgain
 from capray.images import UNCERTAIN, ImageError, load
 from capray.inputs.base import Event, Failed, Found
 from capray.inputs.places import Row
-from capray.inputs.reading import Outcome, Reader
+from capray.inputs.reader import Outcome, Reader
 from capray.storage import locate
 
 DECODE_SECONDS = 60.0

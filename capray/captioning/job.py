@@ -20,9 +20,9 @@ from capray.inputs import Source, open_sources
 from capray.model.checkpoint import load_captioner
 from capray.output import Output
 from capray.progress import ProgressDisplay
-from capray.registry import find_model
 from capray.storage import list_names, locate
 from capray.tables import SCHEMA_VERSION
+from capray.tracking.registry import find_model
 
 
 def caption(config: CaptionConfig, executor: Executor | None = None) -> Summary:

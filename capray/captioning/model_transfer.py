@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-from capray.model.layout import FILES
+from capray.model.captioner_files import FILES
 from capray.storage import exists, locate, read_bytes, write_atomic
 
 

@@ -36,7 +36,7 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
     from capray.inputs.byte_reader import read_image
     from capray.model.captioner import NO_CAPTION, autocast
     from capray.model.checkpoint import load_captioner
-    from capray.registry import find_model
+    from capray.tracking.registry import find_model
 
     for path in paths:
         place = locate(path)

@@ -37,7 +37,7 @@ from capray.inputs import Source
 from capray.inputs.base import Changed, Event, TarMembers, TarUnreadable
 from capray.inputs.listing import Listing
 from capray.inputs.places import Row
-from capray.inputs.reading import Reader
+from capray.inputs.reader import Reader
 from capray.output import Output, first_row
 from capray.progress import ProgressDisplay
 from capray.tables import FINAL_FAILURES

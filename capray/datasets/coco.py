@@ -13,7 +13,7 @@ import re
 from capray.config import CocoConfig
 from capray.datasets.archives import Archive, fetch
 from capray.datasets.karpathy import KARPATHY_URL, find_karpathy, karpathy_archive, read_karpathy
-from capray.datasets.layout import find_file, find_folder, open_folder, photos_in, read_json
+from capray.datasets.raw_folder import find_file, find_folder, open_folder, photos_in, read_json
 from capray.datasets.samples import Prepared
 from capray.datasets.selection import Listing, prepare_listing
 from capray.errors import ConfigError, DataError
@@ -71,7 +71,7 @@ def prepare_coco(config: CocoConfig) -> Prepared:
         assert config.splits is not None
         fetch(ARCHIVES[config.splits], config.raw)
     raw = open_folder(config.raw, "" if config.fetch else " (--fetch downloads COCO there)")
-    splits = config.splits or _judge(raw)
+    splits = config.splits or _splits_of(raw)
     listing = _karpathy(raw, config.restval == "train") if splits == "karpathy" else _official(raw, splits)
     return prepare_listing(listing, config, "coco")
 
@@ -88,7 +88,7 @@ def coco_id(image_id: str) -> int:
     return int(match[1])
 
 
-def _judge(raw: Location) -> str:
+def _splits_of(raw: Location) -> str:
     """Which captions the folder holds."""
     found = [year for year in _YEARS if any(_captions_file(raw, f"{part}{year}") for part in _SPLITS)]
     if find_karpathy(raw, "coco"):

@@ -11,7 +11,7 @@ import re
 
 from capray.config import Flickr30kConfig
 from capray.datasets.karpathy import KARPATHY_URL, find_karpathy, read_karpathy
-from capray.datasets.layout import (
+from capray.datasets.raw_folder import (
     find_file,
     find_photos,
     in_order,

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capray.config import FolderConfig, check_split_name
-from capray.datasets.layout import decode_text, lines_of, open_folder
+from capray.datasets.raw_folder import decode_text, lines_of, open_folder
 from capray.datasets.samples import Prepared
 from capray.datasets.selection import Listing, prepare_listing
 from capray.errors import ConfigError, DataError

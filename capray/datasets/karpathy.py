@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from capray.datasets.archives import Archive
-from capray.datasets.layout import find_file, read_json
+from capray.datasets.raw_folder import find_file, read_json
 from capray.errors import DataError
 from capray.storage import Location
 

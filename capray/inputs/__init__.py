@@ -11,7 +11,7 @@ from capray.config import SourceSettings
 from capray.errors import ConfigError
 from capray.inputs.base import Source, is_hidden
 from capray.inputs.files import Images
-from capray.inputs.tables import MANIFESTS, Inventory, Manifest, Parquet
+from capray.inputs.parquet import MANIFESTS, Inventory, Manifest, Parquet
 from capray.inputs.tars import Tars
 from capray.inputs.versions import entry_at
 from capray.inputs.witnesses import opens
@@ -58,7 +58,7 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
         sample += more
     if not sample:
         raise ConfigError(f"there are no images at {uri!r}: it is empty, or does not exist")
-    kind = settings.input_kind if settings.input_kind != "auto" else _judge(place, sample)
+    kind = settings.input_kind if settings.input_kind != "auto" else _kind_of(place, sample)
     source = _source_of(kind, place, settings, keep, itertools.chain(sample, files))
     if place.is_local and (kind in ("images", "tar") or source.image_column):
         source.witnesses = tuple(
@@ -120,7 +120,7 @@ def _below(place: Location, entry: Entry) -> str:
     return entry.path[len(root) :]
 
 
-def _judge(place: Location, sample: list[Entry]) -> str:
+def _kind_of(place: Location, sample: list[Entry]) -> str:
     """The kind of input, from the names of its first files."""
     names = [entry.path for entry in sample if not is_hidden(_below(place, entry), (".", "_"))]
     if len(sample) == 1 and sample[0].path == place.path:

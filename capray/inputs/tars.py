@@ -17,7 +17,7 @@ from capray.config import SourceSettings
 from capray.errors import DataError
 from capray.inputs.base import Containers, reading_errors, rows_of
 from capray.inputs.byte_reader import CHUNK_BYTES, Stream
-from capray.inputs.tables import _choose, _require, _struct, opened_parquet
+from capray.inputs.parquet import _choose, _require, _struct, opened_parquet
 from capray.inputs.versions import check_version, entry_at
 from capray.storage import Entry, Location, locate
 

@@ -1,4 +1,4 @@
-"""How well a captioner foretells reference captions, as sums per image: perplexity and top-5 accuracies.
+"""How well a captioner predicts reference captions, as sums per image: perplexity and top-5 accuracies.
 
 Axes: B images, K captions of an image, T steps, N scored tokens, V vocabulary, C candidates.
 """

@@ -92,24 +92,24 @@ class Captioner(nn.Module):
     def encode(self, pixels_BHW3: torch.Tensor) -> Memory:
         """The memory of a batch of uint8 images at the encoder's input size, on any device."""
         images = normalise(pixels_BHW3.to(self.device, non_blocking=True), self.architecture)
-        return self.remember(self.encoder(images))
+        return self.memory_of_grid(self.encoder(images))
 
-    def remember(self, grid_BDhw: torch.Tensor) -> Memory:
+    def memory_of_grid(self, grid_BDhw: torch.Tensor) -> Memory:
         """The memory of a native grid. Pooling keeps means and is linear, so the grid is projected before it."""
         grid_BDhw = self.grid_dropout(grid_BDhw)
         size = grid_BDhw.shape[2:]
         grid_BPD = grid_BDhw.flatten(2).transpose(1, 2)
         pool = self.architecture.pool_grid
         if pool is None or tuple(size) == (pool, pool):
-            return self.decoder.remember(grid_BPD)
-        memory = self.decoder.remember(grid_BPD)
+            return self.decoder.memory_of_grid(grid_BPD)
+        memory = self.decoder.memory_of_grid(grid_BPD)
         return Memory(*(_pool(part, size, pool) for part in memory))
 
-    def recall(self, grid_BDhw: torch.Tensor) -> Memory:
+    def memory_of_cached_grid(self, grid_BDhw: torch.Tensor) -> Memory:
         """The memory of native grids that were kept from an earlier encoding (float16), on any device."""
         device = self.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        return self.remember(grid_BDhw.to(self.device, dtype, non_blocking=True))
+        return self.memory_of_grid(grid_BDhw.to(self.device, dtype, non_blocking=True))
 
     def encode_all(self, images: Sequence[np.ndarray]) -> Memory:
         """The memory of images (H, W, 3), uint8, or of kept grids (D, h, w), float16, of any sizes: each size is encoded
@@ -119,7 +119,9 @@ class Captioner(nn.Module):
             by_shape[image.shape].append(i)
         order = [i for group in by_shape.values() for i in group]
         batches = (torch.from_numpy(np.stack([images[i] for i in group])) for group in by_shape.values())
-        memory = Memory.cat([self.encode(b) if b.dtype == torch.uint8 else self.recall(b) for b in batches])
+        memory = Memory.cat(
+            [self.encode(b) if b.dtype == torch.uint8 else self.memory_of_cached_grid(b) for b in batches]
+        )
         if order == list(range(len(images))):
             return memory
         return memory.select(torch.tensor(np.argsort(order), device=self.device))

@@ -16,7 +16,7 @@ import capray
 from capray.config import Architecture
 from capray.errors import CaprayError, CheckpointError, ConfigError
 from capray.model.captioner import Captioner
-from capray.model.layout import CONFIG, FILES, VOCABULARY, WEIGHTS, model_id_of
+from capray.model.captioner_files import CONFIG, FILES, VOCABULARY, WEIGHTS, model_id_of
 from capray.storage import list_names, locate, read_bytes, write_atomic
 from capray.vocabulary import Vocabulary
 

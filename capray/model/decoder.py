@@ -100,7 +100,7 @@ class Decoder(nn.Module):
         nn.init.uniform_(self.output.weight, -0.1, 0.1)
         nn.init.zeros_(self.output.bias)
 
-    def remember(self, grid_BPD: torch.Tensor, keys_BPA: torch.Tensor | None = None) -> Memory:
+    def memory_of_grid(self, grid_BPD: torch.Tensor, keys_BPA: torch.Tensor | None = None) -> Memory:
         """The memory of ``grid_BPD``, with its keys where they were projected before pooling."""
         if keys_BPA is None:
             keys_BPA = self.attention.project(grid_BPD) if self.attention is not None else grid_BPD[..., :0]

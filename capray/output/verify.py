@@ -34,7 +34,7 @@ from capray.inputs import Source, open_sources
 from capray.inputs.base import Changed, Failed, Found, TarUnreadable
 from capray.inputs.byte_reader import read_image
 from capray.inputs.places import PLACES, Row
-from capray.inputs.reading import Reader
+from capray.inputs.reader import Reader
 from capray.inputs.tars import images_of, members_of, opened
 from capray.inputs.versions import VersionChanged
 from capray.output import Output, duckdb_path, first_row, open_duckdb, require_output

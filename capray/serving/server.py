@@ -8,7 +8,7 @@ from typing import Any
 from capray import cluster
 from capray.config import Decoding, ImageLimits, Preprocessing, ServeConfig
 from capray.errors import ConfigError, Interrupted
-from capray.registry import find_model
+from capray.tracking.registry import find_model
 
 
 def build(config: ServeConfig) -> Any:

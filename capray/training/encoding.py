@@ -33,7 +33,7 @@ from capray.training.features import (
     read_grids,
     read_manifest,
 )
-from capray.training.reading import SplitText, read_unit
+from capray.training.sample_stream import SplitText, read_unit
 
 IMAGES_PER_BATCH = 32
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 from capray.config import ImageLimits, Preprocessing, TrainConfig
 from capray.errors import ConfigError, DataError, StorageError
 from capray.storage import Location, exists, find_parquet, is_folder, locate, read_bytes, write_atomic
-from capray.training.reading import DECODED, Chance, SplitText, read_unit, stream
+from capray.training.sample_stream import DECODED, EpochSeed, SplitText, read_unit, stream
 from capray.vocabulary import Vocabulary, tokenise
 
 if TYPE_CHECKING:
@@ -161,14 +161,14 @@ def cached_dataset(
     split: str,
     units: list[tuple[str, int]],
     vocabulary: Vocabulary,
-    chance: Chance | None = None,
+    epoch_seed: EpochSeed | None = None,
 ):
     """As ``reading.dataset``, with the features of ``cache`` in the place of pixels."""
     items = [
         {"path": path, "row_group": group, "file": file} for (path, group), file in zip(units, cache.files, strict=True)
     ]
     settings = {"samples": samples, "split": split, "vocabulary": vocabulary, "folder": cache.folder}
-    return stream(items, _read_cached, settings, chance)
+    return stream(items, _read_cached, settings, epoch_seed)
 
 
 def _read_cached(unit: dict[str, Any], samples: str, split: str, vocabulary: Vocabulary, folder: str) -> pa.Table:

@@ -17,20 +17,20 @@ from capray import cluster
 from capray.config import Augmentation, Decoding, ImageLimits, Preprocessing, TrainConfig
 from capray.datasets.samples import RECORD
 from capray.errors import CaprayError, Interrupted, OutputConflictError
-from capray.model.layout import FILES, model_id_of
+from capray.model.captioner_files import FILES, model_id_of
 from capray.model.word_vectors import WordVectors, read_word_vectors
 from capray.progress import ProgressDisplay
-from capray.registry import is_registered
 from capray.storage import exists, find_parquet, list_names, locate, read_bytes, write_atomic
-from capray.training.board import board_class
+from capray.tracking.model_format import write_model
+from capray.tracking.registry import is_registered
+from capray.tracking.runs import Model, Tracker
 from capray.training.encoding import build_cache
 from capray.training.features import Cache, cached_dataset, choose_root, identify
-from capray.training.flavour import write_model
-from capray.training.layout import HISTORY, SETTINGS
+from capray.training.initial_captioner import Weights, adopt_captioner, build_captioner, build_vocabulary
+from capray.training.metrics_board import board_class
 from capray.training.pictures import pick_pictures
-from capray.training.reading import Chance, SplitText, dataset, read_text
-from capray.training.starting import Weights, adopt_captioner, build_captioner, build_vocabulary
-from capray.training.tracking import Model, Tracker
+from capray.training.sample_stream import EpochSeed, SplitText, dataset, read_text
+from capray.training.training_files import HISTORY, SETTINGS
 from capray.training.worker import is_finished, train_worker
 from capray.vocabulary import Vocabulary, tokenise
 
@@ -184,11 +184,11 @@ def _fit(
     one_caption = config.captions_per_image == "1"
     num_pairs = text.num_images if one_caption else sum(len(captions) for captions in text.captions)
 
-    def data(split: str, text: SplitText, chance: Chance | None = None):
+    def data(split: str, text: SplitText, epoch_seed: EpochSeed | None = None):
         if cache is not None:
-            return cached_dataset(cache.splits[split], config.samples, split, text.units, vocabulary, chance)
+            return cached_dataset(cache.splits[split], config.samples, split, text.units, vocabulary, epoch_seed)
         preprocessing, limits = config.subset(Preprocessing), config.subset(ImageLimits)
-        return dataset(config.samples, split, text.units, vocabulary, preprocessing, limits, chance)
+        return dataset(config.samples, split, text.units, vocabulary, preprocessing, limits, epoch_seed)
 
     limits = config.subset(ImageLimits)
     pictures = pick_pictures(config.samples, config.validation_split, validation.units, limits)
@@ -222,7 +222,7 @@ def _fit(
             failure_config=FailureConfig(config.max_restarts),  # ty: ignore[invalid-argument-type]
         ),
         datasets={
-            "train": data(config.train_split, text, Chance(config.seed, board, config.subset(Augmentation))),
+            "train": data(config.train_split, text, EpochSeed(config.seed, board, config.subset(Augmentation))),
             "validation": data(config.validation_split, validation),
         },
         dataset_config=UnequalShards(),

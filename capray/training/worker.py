@@ -33,16 +33,16 @@ from capray.metrics import corpus_bleu
 from capray.model.accuracy import accuracy_sums
 from capray.model.captioner import Captioner, autocast
 from capray.model.checkpoint import pack
-from capray.model.feeding import feed_own_words, teacher_forcing_ratio
 from capray.model.loss import Batch, LossSums, collate, loss_sums
+from capray.model.scheduled_sampling import feed_own_words, teacher_forcing_ratio
 from capray.storage import locate, write_atomic
+from capray.tracking.runs import Item, Points, TextFile
 from capray.training.features import digest_of
-from capray.training.layout import HISTORY, SAMPLES
+from capray.training.initial_captioner import build_captioner
 from capray.training.optimisation import Optimiser, steps_per_epoch
 from capray.training.pictures import page
-from capray.training.reading import Images, Reading
-from capray.training.starting import build_captioner
-from capray.training.tracking import Item, Points, TextFile
+from capray.training.sample_stream import Images, Reading
+from capray.training.training_files import HISTORY, SAMPLES
 from capray.vocabulary import Vocabulary
 
 CAPTIONER_WEIGHTS = "captioner.pt"
@@ -96,7 +96,7 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def nothing(captioner: Captioner) -> tuple[list[np.ndarray], Batch]:
+def empty_batch(captioner: Captioner) -> tuple[list[np.ndarray], Batch]:
     """A batch of one black image without captions: it moves no gradient but takes part in the exchange of them."""
     width, height = input_size(64, 64, captioner.architecture)
     captions = torch.zeros(1, 1, 1, dtype=torch.long)
@@ -217,7 +217,7 @@ class Worker:
             *counts, num_images, num_busy = reduce_sums(local, self.device)
             if not num_busy:
                 break
-            losses = backward(self.step, batches or [nothing(self.captioner)], counts, config, epoch)
+            losses = backward(self.step, batches or [empty_batch(self.captioner)], counts, config, epoch)
             self.optimiser.step()
             self.progress.step += 1
             sums += [*losses, *local[:2], num_images, counts[1]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from capray.errors import CaprayError
-from capray.training.tracking import Item
+from capray.tracking.runs import Item
 
 
 def board_class():

@@ -10,9 +10,9 @@ from capray.errors import CaprayError, ConfigError
 from capray.pages import data_uri, render
 from capray.report.charts import lines
 from capray.storage import exists, locate, read_bytes, write_atomic
-from capray.training.layout import HISTORY, SAMPLES, SETTINGS
 from capray.training.pictures import pick_pictures
-from capray.training.reading import read_text
+from capray.training.sample_stream import read_text
+from capray.training.training_files import HISTORY, SAMPLES, SETTINGS
 
 CURVES = (
     ("loss", {"train_loss": "training", "val_loss": "validation"}),

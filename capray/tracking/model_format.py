@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import capray
 from capray.config import Decoding
 from capray.model import pyfunc
-from capray.registry import MODEL_DATA
+from capray.tracking.registry import MODEL_DATA
 
 
 def write_model(

@@ -21,8 +21,8 @@ from capray.errors import CaprayError, DataError, StorageError
 from capray.images import ImageError
 from capray.inputs.base import Changed, Event, Failed, Found, InputReading, Source, TarMembers, TarUnreadable
 from capray.inputs.byte_reader import Patience, Stream, ignore, read_image, read_range
+from capray.inputs.parquet import opened_parquet
 from capray.inputs.places import MEMBERS, Row
-from capray.inputs.tables import opened_parquet
 from capray.inputs.tars import HEADER_BYTES, images_of, member_in, opened, split_key
 from capray.inputs.versions import VersionChanged
 from capray.inputs.witnesses import witnesses

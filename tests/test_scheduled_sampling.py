@@ -8,8 +8,8 @@ import torch
 
 from capray.config import Architecture, Feeding
 from capray.model.captioner import Captioner, autocast
-from capray.model.feeding import feed_own_words, teacher_forcing_ratio
 from capray.model.loss import collate, loss_sums
+from capray.model.scheduled_sampling import feed_own_words, teacher_forcing_ratio
 from capray.vocabulary import START, Vocabulary
 from tests.conftest import TINY
 

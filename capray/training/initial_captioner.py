@@ -11,7 +11,7 @@ from capray.errors import ConfigError
 from capray.model.captioner import Captioner
 from capray.model.checkpoint import load_captioner
 from capray.model.word_vectors import WordVectors
-from capray.registry import find_model
+from capray.tracking.registry import find_model
 from capray.vocabulary import Vocabulary
 
 MAY_DIFFER = {*Preprocessing.model_fields, "pool_grid", "grid_dropout", "output_dropout"}

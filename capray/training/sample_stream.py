@@ -76,10 +76,11 @@ def read_text(samples: str, split: str) -> SplitText:
     return SplitText(len(captions), captions, units)
 
 
-class Chance(NamedTuple):
-    """What a pass over the training split draws its order and its augmentation from, besides the seed: the epoch.
+class EpochSeed(NamedTuple):
+    """Seeds shuffling and augmentation from the training's ``seed`` and the epoch.
 
-    ``board`` is an actor whose ``epoch`` tells how many passes are over; a pass must not start before it does.
+    Ray Data runs the same tasks in every pass, so they ask ``board``, an actor, whose ``epoch`` tells how many passes are
+    over; a pass must not start before it does.
     """
 
     seed: int
@@ -94,7 +95,7 @@ def dataset(
     vocabulary: Vocabulary,
     preprocessing: Preprocessing,
     limits: ImageLimits,
-    chance: Chance | None = None,
+    epoch_seed: EpochSeed | None = None,
 ):
     """A Ray Dataset of ``split``, which lies in ``units``, in the DECODED schema, read and decoded in tasks of their own."""
     items = [{"path": path, "row_group": group} for path, group in units]
@@ -105,11 +106,14 @@ def dataset(
         "preprocessing": preprocessing,
         "limits": limits,
     }
-    return stream(items, _read_and_decode, settings, chance)
+    return stream(items, _read_and_decode, settings, epoch_seed)
 
 
 def stream(
-    items: list[dict[str, Any]], read: Callable[..., pa.Table], settings: dict[str, Any], chance: Chance | None = None
+    items: list[dict[str, Any]],
+    read: Callable[..., pa.Table],
+    settings: dict[str, Any],
+    epoch_seed: EpochSeed | None = None,
 ):
     """A Ray Dataset of what ``read`` makes of each of ``items``, with ``settings``, in a task of its own.
 
@@ -124,7 +128,7 @@ def stream(
         _read_item,  # ty: ignore[invalid-argument-type]
         batch_size=1,
         batch_format="pyarrow",
-        fn_kwargs={"items": items, "read": read, "settings": settings, "chance": chance},
+        fn_kwargs={"items": items, "read": read, "settings": settings, "epoch_seed": epoch_seed},
     )
     data.context.execution_options.preserve_order = True
     return data
@@ -135,15 +139,15 @@ def _read_item(
     items: list[dict[str, Any]],
     read: Callable[..., pa.Table],
     settings: dict[str, Any],
-    chance: Chance | None,
+    epoch_seed: EpochSeed | None,
 ) -> pa.Table:
-    if chance is not None:
+    if epoch_seed is not None:
         import ray
 
-        seed = f"{chance.seed} {ray.get(chance.board.epoch.remote())}"
+        seed = f"{epoch_seed.seed} {ray.get(epoch_seed.board.epoch.remote())}"
         items = random.Random(seed).sample(items, len(items))
-        if chance.augmentation.augments:
-            settings = {**settings, "augmentation": chance.augmentation, "seed": seed}
+        if epoch_seed.augmentation.augments:
+            settings = {**settings, "augmentation": epoch_seed.augmentation, "seed": seed}
     return read(items[place["item"][0].as_py()], **settings)
 
 
