@@ -8,7 +8,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from capray.captioning.explanation import explain as explain
     from capray.captioning.job import caption as caption
     from capray.config import Architecture as Architecture
     from capray.config import CaptionConfig as CaptionConfig
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from capray.config import ShapesConfig as ShapesConfig
     from capray.config import TrainConfig as TrainConfig
     from capray.datasets.flickr8k import prepare_flickr8k as prepare_flickr8k
+    from capray.datasets.samples import read_captions as read_captions
     from capray.datasets.samples import read_samples as read_samples
     from capray.datasets.shapes import prepare_shapes as prepare_shapes
     from capray.evaluation import evaluate as evaluate
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from capray.model.checkpoint import load_captioner as load_captioner
     from capray.output import Output as Output
     from capray.query.answers import run_query as run_query
+    from capray.report.explanation import explain as explain
     from capray.report.training_report import report_training as report_training
     from capray.training.job import train as train
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    "capray.captioning.explanation": ("explain",),
+    "capray.report.explanation": ("explain",),
     "capray.captioning.job": ("caption",),
     "capray.config": (
         "Architecture",
@@ -49,7 +50,7 @@ _PLACES = {
         "TrainConfig",
     ),
     "capray.datasets.flickr8k": ("prepare_flickr8k",),
-    "capray.datasets.samples": ("read_samples",),
+    "capray.datasets.samples": ("read_captions", "read_samples"),
     "capray.datasets.shapes": ("prepare_shapes",),
     "capray.evaluation": ("evaluate",),
     "capray.model.captioner": ("Captioner",),

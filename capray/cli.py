@@ -172,7 +172,7 @@ def serve(config: Annotated[ServeConfig, Flat]) -> None:
 @app.command
 def explain(config: Annotated[ExplainConfig, Flat]) -> None:
     """Draw where the captioner looked: a photo with a heat map for each word of its caption."""
-    from capray.captioning.explanation import explain as run
+    from capray.report.explanation import explain as run
 
     print(f"{config.image}\t{run(config).caption}")
 

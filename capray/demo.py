@@ -15,6 +15,7 @@ from rich.console import Console
 
 from capray.captioning.job import caption
 from capray.config import CaptionConfig, DemoConfig, QueryConfig, ShapesConfig, TrainConfig
+from capray.datasets.samples import read_captions
 from capray.datasets.shapes import prepare_shapes
 from capray.errors import CaprayError
 from capray.metrics import corpus_bleu
@@ -22,7 +23,6 @@ from capray.output import Output
 from capray.query.answers import run_query
 from capray.storage import check_empty
 from capray.training.job import train
-from capray.training.sample_stream import read_text
 from capray.vocabulary import tokenise
 
 MARGIN = 0.10
@@ -99,7 +99,7 @@ def _scores(samples: str, tables: str) -> dict[str, float]:
         ).fetchall()
     hypotheses, references = [row[0] for row in rows], [row[1] for row in rows]
     dealt = [*hypotheses[1:], hypotheses[0]]
-    constants = _likely_constants(read_text(samples, "train").captions)
+    constants = _likely_constants(read_captions(samples, "train").captions)
     return {
         "the captioner": _bleu_4(references, hypotheses),
         "the best single caption for all images": max(_bleu_4(references, [c] * len(references)) for c in constants),

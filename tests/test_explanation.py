@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from capray.captioning.explanation import explain, figure, page, region_of
 from capray.captioning.job import caption
 from capray.config import CaptionConfig, ExplainConfig, ImageLimits, Preprocessing
 from capray.errors import CaprayError, ConfigError
 from capray.images import load
 from capray.model.checkpoint import load_captioner
+from capray.report.explanation import explain, figure, page, region_of
 from tests.conftest import image_bytes, write_photos
 
 DECODING = {"beam_size": 2, "max_length": 6}

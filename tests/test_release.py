@@ -35,7 +35,7 @@ def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel):
         cwd=ROOT, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert packed == set(listed.stdout.split())
-    assert "capray/py.typed" in packed and "capray/pages/serve.html" in packed
+    assert "capray/py.typed" in packed and "capray/report/templates/serve.html" in packed
     assert "License-Expression: Apache-2.0" in metadata and "Requires-Python: <3.14,>=3.11" in metadata
 
 
@@ -48,7 +48,7 @@ def test_the_wheel_runs_where_the_clone_is_not(wheel, tmp_path):
     where = {"cwd": tmp_path, "env": {"PYTHONPATH": str(site)}, "capture_output": True, "text": True, "check": True}
     assert subprocess.run([*command, "--version"], **where).stdout.strip() == capray.__version__
     subprocess.run([*command, "prepare", "shapes", "samples", "--num-images", "10"], **where)
-    script = "import capray.pages as p; print(p.__file__); p.render('serve.html', model_id='m', max_bytes=1)"
+    script = "import capray.report.rendering as p; print(p.__file__); p.render('serve.html', model_id='m', max_bytes=1)"
     assert subprocess.run([sys.executable, "-c", script], **where).stdout.startswith(str(site))
 
 

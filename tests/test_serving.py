@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capray.captioning.explanation import explain
 from capray.config import ExplainConfig, ServeConfig
 from capray.errors import ConfigError
+from capray.report.explanation import explain
 from capray.serving.server import start
 from tests.conftest import free_port, image_bytes
 

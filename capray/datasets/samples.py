@@ -1,4 +1,4 @@
-"""Writing the Samples table, what every data set has in common, and reading one split of it as a stream.
+"""Writing the Samples table, what every data set has in common, and reading a split of it.
 
 A data set yields samples split by split; they land in ``<split>-<n>.parquet`` shards, and ``_dataset.json``, written
 last, says that the table is whole and what is in it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, groupby, islice
@@ -95,20 +96,72 @@ def write_samples(samples: Iterable[Sample], output: str, dataset: str, notes: l
     return prepared
 
 
+class SplitText(NamedTuple):
+    """The captions of a split, without its images, and the (file, row group) units that hold it."""
+
+    num_images: int
+    captions: list[list[str]]
+    units: list[tuple[str, int]]
+
+
+def read_captions(samples: str, split: str) -> SplitText:
+    """The captions of every image of ``split``.
+
+    Raises:
+        DataError: the table has other columns, or the split has no images.
+        StorageError: a file cannot be read.
+    """
+    captions: list[list[str]] = []
+    units: list[tuple[str, int]] = []
+    splits: Counter[str] = Counter()
+    for path, group, file in _row_groups(samples):
+        table = file.read_row_group(group, columns=["captions", "split"])
+        splits.update(table["split"].to_pylist())
+        found = table.filter(pc.field("split") == split)["captions"].to_pylist()
+        if found:
+            captions += found
+            units.append((path, group))
+    if not captions:
+        known = ", ".join(f"{name} ({count})" for name, count in sorted(splits.items())) or "none"
+        raise DataError(f"no images in split {split!r} of {samples!r}; its splits: {known}")
+    return SplitText(len(captions), captions, units)
+
+
+def read_unit(samples: str, unit: tuple[str, int], split: str, columns: list[str] = SAMPLES.names) -> pa.Table:
+    """``columns`` (`split` among them) of the rows of ``split`` in one row group of the table."""
+    path, group = unit
+    with storage_errors(f"reading {path}"):
+        table = pq.ParquetFile(path, filesystem=locate(samples).fs).read_row_group(group, columns=columns)
+    return table.filter(pc.field("split") == split)
+
+
 def read_samples(samples: str, split: str, batch_size: int) -> Iterator[list[Sample]]:
     """The samples of ``split``, at most ``batch_size`` at once; other splits' images are not read.
 
     Raises:
+        DataError: the table has other columns.
         StorageError: a file cannot be read.
     """
+    for _, group, file in _row_groups(samples):
+        if split not in file.read_row_group(group, columns=["split"])["split"].unique().to_pylist():
+            continue
+        for batch in file.iter_batches(batch_size, row_groups=[group], columns=SAMPLES.names):
+            rows = batch.filter(pc.field("split") == split).select(SAMPLES.names).to_pylist()
+            if rows:
+                yield [Sample(**row) for row in rows]
+
+
+def _row_groups(samples: str) -> Iterator[tuple[str, int, pq.ParquetFile]]:
+    """The row groups of the table: path, number, and the file they are in."""
     fs = locate(samples).fs
     for entry in find_parquet(samples):
         with storage_errors(f"reading {entry.uri}"):
-            file = pq.ParquetFile(entry.path, filesystem=fs)
+            try:
+                file = pq.ParquetFile(entry.path, filesystem=fs)
+            except pa.ArrowInvalid as error:
+                raise DataError(f"{entry.uri!r} is not Parquet: {error}") from error
+            missing = [name for name in SAMPLES.names if name not in file.schema_arrow.names]
+            if missing:
+                raise DataError(f"{entry.uri!r} is not part of a Samples table: it has no column {missing[0]!r}")
             for group in range(file.num_row_groups):
-                if split not in file.read_row_group(group, columns=["split"])["split"].unique().to_pylist():
-                    continue
-                for batch in file.iter_batches(batch_size, row_groups=[group], columns=SAMPLES.names):
-                    rows = batch.filter(pc.field("split") == split).select(SAMPLES.names).to_pylist()
-                    if rows:
-                        yield [Sample(**row) for row in rows]
+                yield entry.path, group, file

@@ -15,9 +15,9 @@ from capray.errors import ConfigError
 from capray.images import ImageError, decode
 from capray.inputs.byte_reader import read_image
 from capray.output import first_row, require_output
-from capray.pages import data_uri, encoded, render
 from capray.query.views import create_views
 from capray.report.charts import bars, lines
+from capray.report.rendering import data_uri, encoded, render
 from capray.storage import locate, write_atomic
 
 if TYPE_CHECKING:

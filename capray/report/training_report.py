@@ -6,13 +6,13 @@ import json
 from typing import Any
 
 from capray.config import ImageLimits, ReportConfig
+from capray.datasets.samples import read_captions
 from capray.errors import CaprayError, ConfigError
-from capray.pages import data_uri, render
 from capray.report.charts import lines
+from capray.report.rendering import data_uri, render
+from capray.report.training_samples import pick_pictures
 from capray.storage import exists, locate, read_bytes, write_atomic
-from capray.training.pictures import pick_pictures
-from capray.training.sample_stream import read_text
-from capray.training.training_files import HISTORY, SAMPLES, SETTINGS
+from capray.training_files import HISTORY, SAMPLES, SETTINGS
 
 CURVES = (
     ("loss", {"train_loss": "training", "val_loss": "validation"}),
@@ -72,7 +72,7 @@ def _pictures(settings: dict[str, Any], ids: set[str]) -> tuple[dict[str, str], 
         return {}, ""
     try:
         limits = ImageLimits.create({name: settings[name] for name in ImageLimits.model_fields if name in settings})
-        units = read_text(settings["samples"], settings["validation_split"]).units
+        units = read_captions(settings["samples"], settings["validation_split"]).units
         found = pick_pictures(settings["samples"], settings["validation_split"], units, limits)
     except CaprayError as error:
         return {}, f"The pictures cannot be shown: {error}"

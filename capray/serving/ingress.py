@@ -16,10 +16,10 @@ from ray.serve.metrics import Counter
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 import capray
-from capray.captioning.explanation import region_of
 from capray.config import ImageLimits, Preprocessing
 from capray.images import ImageError, load
-from capray.pages import render
+from capray.report.explanation import region_of
+from capray.report.rendering import render
 from capray.vocabulary import without_end
 
 _FORM_BYTES = 64 * 1024

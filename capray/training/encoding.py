@@ -18,6 +18,7 @@ import torch
 
 from capray import cluster
 from capray.config import ImageLimits, Preprocessing, TrainConfig
+from capray.datasets.samples import SplitText, read_unit
 from capray.errors import DataError, Interrupted
 from capray.images import ImageError, load, normalise
 from capray.model.encoder import Encoder
@@ -33,7 +34,6 @@ from capray.training.features import (
     read_grids,
     read_manifest,
 )
-from capray.training.sample_stream import SplitText, read_unit
 
 IMAGES_PER_BATCH = 32
 
@@ -174,7 +174,8 @@ class _Encoding:
         name, folder = item["there"], locate(item["folder"])
         table = read_grids(folder, name) if name else None
         if table is None:
-            rows = read_unit(self.config.samples, item, item["split"], ["image_id", "image", "split"])
+            unit = item["path"], item["row_group"]
+            rows = read_unit(self.config.samples, unit, item["split"], ["image_id", "image", "split"])
             table = self._encode(rows["image_id"], [image.as_py() for image in rows["image"]])
             data = _to_bytes(table)
             name = f"unit-{item['number']:06d}-{hashlib.sha256(data).hexdigest()}.arrow"

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from capray.config import ImageLimits, Preprocessing, TrainConfig
+from capray.datasets.samples import SplitText, read_unit
 from capray.errors import ConfigError, DataError, StorageError
 from capray.storage import Location, exists, find_parquet, is_folder, locate, read_bytes, write_atomic
-from capray.training.sample_stream import DECODED, EpochSeed, SplitText, read_unit, stream
+from capray.training.sample_stream import DECODED, EpochSeed, stream
 from capray.vocabulary import Vocabulary, tokenise
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def cached_dataset(
 
 
 def _read_cached(unit: dict[str, Any], samples: str, split: str, vocabulary: Vocabulary, folder: str) -> pa.Table:
-    table = read_unit(samples, unit, split, ["image_id", "captions", "split"])
+    table = read_unit(samples, (unit["path"], unit["row_group"]), split, ["image_id", "captions", "split"])
     grids = read_grids(locate(folder), unit["file"])
     if grids["image_id"].to_pylist() != table["image_id"].to_pylist():
         raise DataError(f"the feature cache {folder!r} is of other images than {unit['path']!r}: delete it")

@@ -15,11 +15,12 @@ import torch
 
 from capray import cluster
 from capray.config import Augmentation, Decoding, ImageLimits, Preprocessing, TrainConfig
-from capray.datasets.samples import RECORD
+from capray.datasets.samples import RECORD, SplitText, read_captions
 from capray.errors import CaprayError, Interrupted, OutputConflictError
 from capray.model.captioner_files import FILES, model_id_of
 from capray.model.word_vectors import WordVectors, read_word_vectors
 from capray.progress import ProgressDisplay
+from capray.report.training_samples import pick_pictures
 from capray.storage import exists, find_parquet, list_names, locate, read_bytes, write_atomic
 from capray.tracking.model_format import write_model
 from capray.tracking.registry import is_registered
@@ -28,10 +29,9 @@ from capray.training.encoding import build_cache
 from capray.training.features import Cache, cached_dataset, choose_root, identify
 from capray.training.initial_captioner import Weights, adopt_captioner, build_captioner, build_vocabulary
 from capray.training.metrics_board import board_class
-from capray.training.pictures import pick_pictures
-from capray.training.sample_stream import EpochSeed, SplitText, dataset, read_text
-from capray.training.training_files import HISTORY, SETTINGS
+from capray.training.sample_stream import EpochSeed, dataset
 from capray.training.worker import is_finished, train_worker
+from capray.training_files import HISTORY, SETTINGS
 from capray.vocabulary import Vocabulary, tokenise
 
 NOT_IDENTITY = {
@@ -77,8 +77,8 @@ def train(config: TrainConfig) -> TrainResult:
     config = given = _absolute(config)
     previous = _check_output(given)
     tracker = Tracker(config)
-    text = read_text(config.samples, config.train_split)
-    validation = read_text(config.samples, config.validation_split)
+    text = read_captions(config.samples, config.train_split)
+    validation = read_captions(config.samples, config.validation_split)
     weights = None
     if config.init_from is not None:
         config, vocabulary, weights = adopt_captioner(config)

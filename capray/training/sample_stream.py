@@ -6,20 +6,15 @@ Axes: B images, H rows, W columns.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from capray.config import Augmentation, ImageLimits, Preprocessing
-from capray.errors import DataError
+from capray.datasets.samples import read_unit
 from capray.images import ImageError, load
-from capray.storage import find_parquet, locate, storage_errors
-from capray.tables import SAMPLES
 from capray.vocabulary import Vocabulary, tokenise
 
 DECODED = pa.schema(
@@ -34,46 +29,6 @@ DECODED = pa.schema(
 )
 """Images at the encoder's input size (uint8; null where the image could not be decoded), raw captions and word ids. Of a
 feature cache, ``pixels`` are native grids (float16, channels first) and ``height`` and ``width`` theirs."""
-
-
-class SplitText(NamedTuple):
-    """The captions of a split, without its images, and the (file, row group) units that hold it."""
-
-    num_images: int
-    captions: list[list[str]]
-    units: list[tuple[str, int]]
-
-
-def read_text(samples: str, split: str) -> SplitText:
-    """The captions of every image of ``split``.
-
-    Raises:
-        DataError: the table has other columns, or the split has no images.
-    """
-    captions: list[list[str]] = []
-    units: list[tuple[str, int]] = []
-    splits: Counter[str] = Counter()
-    fs = locate(samples).fs
-    for entry in find_parquet(samples):
-        with storage_errors(f"reading {entry.uri}"):
-            try:
-                file = pq.ParquetFile(entry.path, filesystem=fs)
-            except pa.ArrowInvalid as error:
-                raise DataError(f"{entry.uri!r} is not Parquet: {error}") from error
-            missing = [name for name in SAMPLES.names if name not in file.schema_arrow.names]
-            if missing:
-                raise DataError(f"{entry.uri!r} is not part of a Samples table: it has no column {missing[0]!r}")
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=["captions", "split"])
-                splits.update(table["split"].to_pylist())
-                found = table.filter(pc.field("split") == split)["captions"].to_pylist()
-                if found:
-                    captions += found
-                    units.append((entry.path, group))
-    if not captions:
-        known = ", ".join(f"{name} ({count})" for name, count in sorted(splits.items())) or "none"
-        raise DataError(f"no images in split {split!r} of {samples!r}; its splits: {known}")
-    return SplitText(len(captions), captions, units)
 
 
 class EpochSeed(NamedTuple):
@@ -98,7 +53,6 @@ def dataset(
     epoch_seed: EpochSeed | None = None,
 ):
     """A Ray Dataset of ``split``, which lies in ``units``, in the DECODED schema, read and decoded in tasks of their own."""
-    items = [{"path": path, "row_group": group} for path, group in units]
     settings = {
         "samples": samples,
         "split": split,
@@ -106,11 +60,11 @@ def dataset(
         "preprocessing": preprocessing,
         "limits": limits,
     }
-    return stream(items, _read_and_decode, settings, epoch_seed)
+    return stream(units, _read_and_decode, settings, epoch_seed)
 
 
 def stream(
-    items: list[dict[str, Any]],
+    items: list[Any],
     read: Callable[..., pa.Table],
     settings: dict[str, Any],
     epoch_seed: EpochSeed | None = None,
@@ -118,8 +72,8 @@ def stream(
     """A Ray Dataset of what ``read`` makes of each of ``items``, with ``settings``, in a task of its own.
 
     Items are rows and one operator does the rest: Ray's own ``read_parquet`` spends seconds on listing each time it is
-    read again. Blocks keep their order, so that workers get the same ones each time. With ``chance`` the n-th task reads
-    the n-th of the items as the seed and the epoch shuffle them; Ray's own shuffling of blocks knows how often this
+    read again. Blocks keep their order, so that workers get the same ones each time. With an ``epoch_seed`` the n-th task
+    reads the n-th of the items as the seed and the epoch shuffle them; Ray's own shuffling of blocks knows how often this
     dataset was read, not which epoch of a training it is that goes on.
     """
     import ray.data
@@ -136,7 +90,7 @@ def stream(
 
 def _read_item(
     place: pa.Table,
-    items: list[dict[str, Any]],
+    items: list[Any],
     read: Callable[..., pa.Table],
     settings: dict[str, Any],
     epoch_seed: EpochSeed | None,
@@ -151,16 +105,8 @@ def _read_item(
     return read(items[place["item"][0].as_py()], **settings)
 
 
-def read_unit(samples: str, unit: dict[str, Any], split: str, columns: list[str]) -> pa.Table:
-    """``columns`` (`split` among them) of the rows of ``split`` in one row group of the Samples table."""
-    with storage_errors(f"reading {unit['path']}"):
-        file = pq.ParquetFile(unit["path"], filesystem=locate(samples).fs)
-        table = file.read_row_group(unit["row_group"], columns=columns)
-    return table.filter(pc.field("split") == split)
-
-
 def _read_and_decode(
-    unit: dict[str, Any],
+    unit: tuple[str, int],
     samples: str,
     split: str,
     vocabulary: Vocabulary,
@@ -169,7 +115,7 @@ def _read_and_decode(
     augmentation: Augmentation | None = None,
     seed: str = "",
 ) -> pa.Table:
-    table = read_unit(samples, unit, split, SAMPLES.names)
+    table = read_unit(samples, unit, split)
     pixels, heights, widths, words = [], [], [], []
     for image_id, image, captions in zip(*(table[name] for name in ("image_id", "image", "captions")), strict=True):
         tokens = [tokenise(caption) for caption in captions.as_py()]

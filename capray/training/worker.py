@@ -35,14 +35,14 @@ from capray.model.captioner import Captioner, autocast
 from capray.model.checkpoint import pack
 from capray.model.loss import Batch, LossSums, collate, loss_sums
 from capray.model.scheduled_sampling import feed_own_words, teacher_forcing_ratio
+from capray.report.training_samples import page
 from capray.storage import locate, write_atomic
 from capray.tracking.runs import Item, Points, TextFile
 from capray.training.features import digest_of
 from capray.training.initial_captioner import build_captioner
 from capray.training.optimisation import Optimiser, steps_per_epoch
-from capray.training.pictures import page
 from capray.training.sample_stream import Images, Reading
-from capray.training.training_files import HISTORY, SAMPLES
+from capray.training_files import HISTORY, SAMPLES
 from capray.vocabulary import Vocabulary
 
 CAPTIONER_WEIGHTS = "captioner.pt"

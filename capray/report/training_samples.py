@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
 from PIL import Image
 
 from capray.config import ImageLimits
+from capray.datasets.samples import read_unit
 from capray.images import ImageError, decode
-from capray.pages import data_uri, encoded, render
-from capray.storage import locate, storage_errors
+from capray.report.rendering import data_uri, encoded, render
 
 NUM_PICTURES = 8
 SIDE = 256
@@ -21,14 +20,11 @@ SIDE = 256
 def pick_pictures(samples: str, split: str, units: Sequence[tuple[str, int]], limits: ImageLimits) -> dict[str, bytes]:
     """The first NUM_PICTURES images of ``split`` that can be decoded and have captions: small JPEGs by image id."""
     pictures: dict[str, bytes] = {}
-    fs = locate(samples).fs
-    for path, group in units:
-        with storage_errors(f"reading {path}"):
-            table = pq.ParquetFile(path, filesystem=fs).read_row_group(group)
-        for row in table.to_pylist():
+    for unit in units:
+        for row in read_unit(samples, unit, split).to_pylist():
             if len(pictures) == NUM_PICTURES:
                 return pictures
-            if row["split"] != split or not row["captions"]:
+            if not row["captions"]:
                 continue
             try:
                 image = decode(row["image"], limits, at_least=SIDE).image

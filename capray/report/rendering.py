@@ -1,4 +1,4 @@
-"""Pages that hold all they show: HTML from the templates in this folder, with their styles and pictures inside."""
+"""Pages that hold all they show: HTML from the folder `templates`, with their styles and pictures inside."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _environment():
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
-        loader=PackageLoader("capray", "pages"),
+        loader=PackageLoader("capray", "report/templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -22,7 +22,7 @@ from capray.errors import CaprayError, ConfigError
 from capray.images import Decoded, ImageError, decode, fit
 from capray.inputs.byte_reader import read_image
 from capray.output import require_output
-from capray.pages import data_uri, encoded, render
+from capray.report.rendering import data_uri, encoded, render
 from capray.storage import locate, write_atomic
 from capray.tracking.registry import find_model
 from capray.vocabulary import without_end
