@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from capray.config import TrainConfig
+from capray.datasets.samples import read_captions
 from capray.errors import ConfigError, DataError
 from capray.model.encoder import Encoder
 from capray.progress import ProgressDisplay
@@ -26,7 +27,6 @@ from capray.tables import SAMPLES, encode_parquet
 from capray.training.encoding import build_cache
 from capray.training.features import MANIFEST, Cache, choose_root, identify, read_grids
 from capray.training.job import _digest, train
-from capray.training.sample_stream import read_text
 from tests.conftest import in_process
 from tests.test_training import SETTINGS, with_oddities
 
@@ -58,7 +58,7 @@ def build(samples, root) -> Cache:
     """The cache of the train split below ``root``, as a training with these samples has it."""
     config = config_of(samples, feature_cache=str(root))
     encoder = frozen_encoder(config.seed)
-    splits = {"train": read_text(str(samples), "train")}
+    splits = {"train": read_captions(str(samples), "train")}
     return build_cache(str(root), identify(config, encoder, "d"), encoder, config, splits, ProgressDisplay(""))
 
 
@@ -110,7 +110,7 @@ def test_cached_and_uncached_training_agree(samples, tmp_path, capfd):
 class TestRefusals:
     def test_a_damaged_file_ends_the_training(self, samples, tmp_path, ray_cluster):
         config = config_of(samples, feature_cache=str(tmp_path / "cache"))
-        splits = {name: read_text(samples, name) for name in ("train", "dev")}
+        splits = {name: read_captions(samples, name) for name in ("train", "dev")}
         encoder = frozen_encoder(config.seed)
         identity = identify(config, encoder, _digest(samples))
         build_cache(config.feature_cache, identity, encoder, config, splits, ProgressDisplay(""))

@@ -21,6 +21,7 @@ import torch
 from mlflow import MlflowClient
 
 from capray.config import Architecture, ReportConfig, TrainConfig
+from capray.datasets.samples import read_captions
 from capray.errors import CheckpointError, ConfigError, DataError, OutputConflictError
 from capray.model.captioner import Captioner
 from capray.model.checkpoint import load_captioner
@@ -29,7 +30,7 @@ from capray.report.training_report import report_training
 from capray.tables import SAMPLES, encode_parquet
 from capray.tracking.registry import find_model
 from capray.training.job import train
-from capray.training.sample_stream import DECODED, Reading, read_text
+from capray.training.sample_stream import DECODED, Reading
 from capray.training.worker import TrainingStep, backward, empty_batch
 from capray.vocabulary import Vocabulary
 from tests.conftest import TINY, in_process
@@ -176,7 +177,7 @@ class TestRefusals:
     def test_a_table_that_is_none(self, tmp_path):
         pq.write_table(pa.table({"a": [1]}), tmp_path / "a.parquet")
         with pytest.raises(DataError, match="no column 'image_id'"):
-            read_text(str(tmp_path), "train")
+            read_captions(str(tmp_path), "train")
 
     def test_weights_for_another_encoder(self, samples, tmp_path):
         with pytest.raises(ConfigError, match="'tiny' has no published weights"):
