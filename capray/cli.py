@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -244,24 +244,11 @@ def demo(config: Annotated[DemoConfig, Flat] = _DEMO) -> None:
     run(config)
 
 
-CONFIGS: dict[tuple[str, ...], type[Settings]] = {
-    ("prepare", "flickr8k"): Flickr8kConfig,
-    ("prepare", "flickr30k"): Flickr30kConfig,
-    ("prepare", "coco"): CocoConfig,
-    ("prepare", "folder"): FolderConfig,
-    ("prepare", "shapes"): ShapesConfig,
-    ("import", "sgrvinod"): ImportSgrvinodConfig,
-    ("train",): TrainConfig,
-    ("caption",): CaptionConfig,
-    ("serve",): ServeConfig,
-    ("explain",): ExplainConfig,
-    ("evaluate",): EvaluateConfig,
-    ("query",): QueryConfig,
-    ("report",): ReportConfig,
-    ("compact",): CompactConfig,
-    ("verify",): VerifyConfig,
-    ("demo",): DemoConfig,
-}
+def settings_of(command: Sequence[str]) -> type[Settings] | None:
+    """The settings that ``command`` (`["prepare", "coco"]`, say) takes; None for what is no job."""
+    _, apps, _ = app.parse_commands(command)
+    function = apps[-1].default_command
+    return get_type_hints(function).get("config") if function and apps[-1] is not app else None
 
 
 app.meta.suppress_keyboard_interrupt = False
@@ -275,7 +262,7 @@ def launch(
     app.config = ()
     if config is not None:
         command, _, _ = app.parse_commands(tokens)
-        model = CONFIGS.get(tuple(command))
+        model = settings_of(command)
         if model is None:
             raise ConfigError("a configuration file needs a job: capray train --config FILE, say")
         app.config = (cyclopts.config.Dict(read_yaml(config, model), source=config, use_commands_as_keys=False),)
@@ -290,14 +277,36 @@ def run(arguments: Sequence[str]) -> int:
     except CaprayError as error:
         return _fail(str(error), error.exit_code)
     except cyclopts.CycloptsError as error:
-        cause = error.__cause__
-        return _fail(settings.describe_error(cause) if isinstance(cause, ValidationError) else str(error), 2)
+        return _fail(_describe(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
+
+
+def _describe(error: cyclopts.CycloptsError) -> str:
+    """What is wrong with a command line, in the words it is typed in."""
+    cause = error.__cause__
+    if isinstance(cause, ValidationError):
+        return settings.describe_error(cause, _flag)
+    if not isinstance(error, cyclopts.MissingArgumentError):
+        return str(error)
+    command = list(error.command_chain or ())
+    model = settings_of(command)
+    needed = [name for name, field in model.model_fields.items() if field.is_required()] if model else []
+    if model and error.argument and error.argument.name in map(_flag, needed):
+        places = [name.upper() for name in model.positional if name in needed]
+        flags = [f"{_flag(name)} …" for name in needed if name not in model.positional]
+        return (
+            f"something is missing: capray {' '.join([*command, *places, *flags])} (capray {' '.join(command)} --help)"
+        )
+    return str(error)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -102,11 +102,11 @@ def read_yaml(path: str | Path, model: type[Settings]) -> dict[str, Any]:
     return values
 
 
-def describe_error(error: ValidationError) -> str:
-    """A pydantic error as one line for a user: the setting, what is wrong, and the value it had."""
+def describe_error(error: ValidationError, spelled: Callable[[str], str] = str) -> str:
+    """A pydantic error as one line for a user: the setting as it is ``spelled``, what is wrong, and the value it had."""
     lines = []
     for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"])
+        name = spelled(".".join(str(part) for part in problem["loc"])) if problem["loc"] else ""
         reason = problem["msg"].removeprefix("Value error, ")
         reason = reason[:1].lower() + reason[1:]
         if problem["type"] == "missing":
