@@ -117,7 +117,7 @@ class TestMistakes:
             (["train", "s", "o", "--cell", "rnn"], "cell: .*'lstm' or 'gru', not 'rnn'"),
             (["train", "s", "o", "--beam-size", "2", "--n-best", "3"], "n_best 3 is more than beam_size 2"),
             (["train", "s"], "--output is required"),
-            (["train"], "something is missing: capray train SAMPLES OUTPUT ("),
+            (["train"], "something is missing: capray train SAMPLES OUTPUT"),
             (["train", "s", "o", "more"], "more"),
             (["train", "s", "o", "--encoder"], "--encoder requires an argument"),
             (["train", "s", "o", "--mean", "0.5", "0.5"], "--mean requires 3"),
@@ -128,7 +128,7 @@ class TestMistakes:
             (["evaluate", "nowhere", "--references", "r"], "--split is required"),
             (
                 ["prepare", "shapes"],
-                "something is missing: capray prepare shapes OUTPUT (capray prepare shapes --help)",
+                "something is missing: capray prepare shapes OUTPUT",
             ),
             (["prepare", "shapes", "o", "--num-images", "9"], "--num-images: .* 10, not '9'"),
             (["--config", "x.yaml"], "a configuration file needs a job"),
