@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from capray.config import Decoding as Decoding
     from capray.config import EvaluateConfig as EvaluateConfig
     from capray.config import ExplainConfig as ExplainConfig
-    from capray.config import Flickr8kConfig as Flickr8kConfig
     from capray.config import QueryConfig as QueryConfig
     from capray.config import ReportConfig as ReportConfig
-    from capray.config import ShapesConfig as ShapesConfig
     from capray.config import TrainConfig as TrainConfig
     from capray.datasets.flickr8k import prepare_flickr8k as prepare_flickr8k
     from capray.datasets.samples import read_captions as read_captions
     from capray.datasets.samples import read_samples as read_samples
+    from capray.datasets.settings import Flickr8kConfig as Flickr8kConfig
+    from capray.datasets.settings import ShapesConfig as ShapesConfig
     from capray.datasets.shapes import prepare_shapes as prepare_shapes
     from capray.evaluation import evaluate as evaluate
     from capray.model.captioner import Captioner as Captioner
@@ -43,13 +43,12 @@ _PLACES = {
         "Decoding",
         "EvaluateConfig",
         "ExplainConfig",
-        "Flickr8kConfig",
         "QueryConfig",
         "ReportConfig",
-        "ShapesConfig",
         "TrainConfig",
     ),
     "capray.datasets.flickr8k": ("prepare_flickr8k",),
+    "capray.datasets.settings": ("Flickr8kConfig", "ShapesConfig"),
     "capray.datasets.samples": ("read_captions", "read_samples"),
     "capray.datasets.shapes": ("prepare_shapes",),
     "capray.evaluation": ("evaluate",),

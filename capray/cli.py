@@ -20,24 +20,20 @@ import capray
 from capray import config as settings
 from capray.config import (
     CaptionConfig,
-    CocoConfig,
     CompactConfig,
     DemoConfig,
     EvaluateConfig,
     ExplainConfig,
-    Flickr8kConfig,
-    Flickr30kConfig,
-    FolderConfig,
     ImportSgrvinodConfig,
     QueryConfig,
     ReportConfig,
     ServeConfig,
     Settings,
-    ShapesConfig,
     TrainConfig,
     VerifyConfig,
     read_yaml,
 )
+from capray.datasets.settings import CocoConfig, Flickr8kConfig, Flickr30kConfig, FolderConfig, ShapesConfig
 from capray.errors import CaprayError, ConfigError, ImagesFailed, Interrupted
 
 Flat = Parameter(name="*")

@@ -1,4 +1,4 @@
-"""Every setting of every job, on one page, validated.
+"""What all settings have in common, and the settings of every job but those that prepare data sets, validated.
 
 A job's settings are one frozen object. Its fields are the flags of the command line and the keys of the YAML
 file, flat, under the same names; the docstring under a field is its help. Groups that several jobs share are
@@ -8,8 +8,6 @@ base classes, and ``subset`` takes one out of a larger whole.
 from __future__ import annotations
 
 import difflib
-import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -453,7 +451,23 @@ class SourceSettings(Settings):
         return f"{int(part)}/{int(parts)}"
 
 
-class CaptionConfig(ImageLimits, SourceSettings, Decoding):
+class RegistrySettings(Settings):
+    """Where captioners are found by name."""
+
+    tracking_uri: str | None = None
+    """MLflow server that a `models:/` or `runs:/` model is on; MLFLOW_TRACKING_URI when not given."""
+
+
+class CaptionerSettings(RegistrySettings):
+    """The captioner that a cluster captions with."""
+
+    model: str
+    """Captioner: a folder or URI, or one in MLflow: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/ID/captioner`."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the encoder and decoder; auto is bf16 on GPUs and fp32 on CPUs."""
+
+
+class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):
     """Caption every image of a source into Parquet tables, as a resumable Ray Data job."""
 
     positional: ClassVar[tuple[str, ...]] = ("input", "output")
@@ -465,18 +479,12 @@ class CaptionConfig(ImageLimits, SourceSettings, Decoding):
     """Folder or URI for the tables. Without it the arguments are photos, captioned one per line."""
     also: tuple[str, ...] = ()
     """Further inputs, captioned into the same output."""
-    model: str
-    """Captioner: a folder or URI, or one in MLflow: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/ID/captioner`."""
-    tracking_uri: str | None = None
-    """MLflow server that a `models:/` or `runs:/` model is on; MLFLOW_TRACKING_URI when not given."""
 
     keep: tuple[str, ...] = ()
     """Columns of a table, manifest or img2dataset sidecar to carry into the captions, in a struct `source`."""
     attention: bool = False
     """Store the caption's tokens and the attention over the grid at each of them."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the encoder and decoder; auto is bf16 on GPUs and fp32 on CPUs."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Images captioned together by an actor."""
     num_actors: Annotated[int, Field(ge=1)] | None = None
@@ -524,7 +532,7 @@ class CaptionConfig(ImageLimits, SourceSettings, Decoding):
         return (self.input, *self.also)
 
 
-class ExplainConfig(ImageLimits, Decoding):
+class ExplainConfig(RegistrySettings, ImageLimits, Decoding):
     """Show where the captioner looked at each word of a photo's caption."""
 
     positional: ClassVar[tuple[str, ...]] = ("image",)
@@ -543,8 +551,6 @@ class ExplainConfig(ImageLimits, Decoding):
     """Page to write: the photo, whose heat map is that of the word under the pointer."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the encoder and decoder."""
-    tracking_uri: str | None = None
-    """MLflow server that a `models:/` or `runs:/` model is on; MLFLOW_TRACKING_URI when not given."""
 
     @model_validator(mode="after")
     def _of_one_thing(self) -> Self:
@@ -557,13 +563,9 @@ class ExplainConfig(ImageLimits, Decoding):
         return self
 
 
-class ServeConfig(ImageLimits, Decoding):
+class ServeConfig(CaptionerSettings, ImageLimits, Decoding):
     """Caption photos over HTTP, with Ray Serve."""
 
-    model: str
-    """Captioner: a folder or URI, or one in MLflow: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/ID/captioner`."""
-    tracking_uri: str | None = None
-    """MLflow server that a `models:/` or `runs:/` model is on; MLFLOW_TRACKING_URI when not given."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 for all, which lets anybody who reaches this machine in."""
     port: Annotated[int, Field(ge=1, le=65_535)] = 8000
@@ -580,8 +582,6 @@ class ServeConfig(ImageLimits, Decoding):
     """GPUs of a replica; when not given, 1 if the cluster has GPUs."""
     threads_per_replica: Annotated[int, Field(ge=1)] = 1
     """CPUs and threads of a replica."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the encoder and decoder; auto is bf16 on GPUs and fp32 on CPUs."""
     max_requests: Annotated[int, Field(ge=1)] = 256
     """Photos in work at once; more are refused with status 503."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 30
@@ -626,7 +626,7 @@ class CompactConfig(Settings):
     """Rows of a part of the copy."""
 
 
-class EvaluateConfig(ImageLimits):
+class EvaluateConfig(RegistrySettings, ImageLimits):
     """Score the captions of an output against the references of a Samples table."""
 
     positional: ClassVar[tuple[str, ...]] = ("output",)
@@ -650,8 +650,6 @@ class EvaluateConfig(ImageLimits):
     model: str | None = None
     """Captioner whose captions these are, a folder, a URI or `models:/…`: with it come its perplexity and top-5 accuracies
     over the images and references of the split."""
-    tracking_uri: str | None = None
-    """MLflow server that a `models:/` or `runs:/` model is on; MLFLOW_TRACKING_URI when not given."""
     resamples: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
     """Resamples of the bootstrap over images that the 95 % intervals come from; 0 for no intervals."""
     seed: int = 0
@@ -663,162 +661,6 @@ class EvaluateConfig(ImageLimits):
         if metrics == ():
             raise ValueError("name at least one metric")
         return metrics
-
-
-_SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
-
-
-def check_split_name(name: str) -> str:
-    """``name``; raises ValueError if it cannot stand in a file's name."""
-    if not _SPLIT_NAME.fullmatch(name):
-        raise ValueError(f"a split's name is letters, digits, '_', '-' and '.', not {name!r}")
-    return name
-
-
-class PrepareSettings(Settings):
-    """What every data set's preparation shares: from where, to where, which images, in which splits."""
-
-    positional: ClassVar[tuple[str, ...]] = ("raw", "output")
-
-    raw: str
-    """Folder or URI of the data set."""
-    output: str
-    """Folder or URI for the Samples table."""
-    first: Annotated[int, Field(ge=1)] | None = None
-    """Only the first N images, in the order of the caption file, that are there and have captions."""
-    split_fractions: str | None = None
-    """Divide the images anew instead of by the data set's own splits, which then need not be there:
-    `train=0.8,test=0.2`. A hash of the image id decides, so an image stays in its split whatever else is prepared; the
-    sizes meet the fractions up to chance."""
-
-    @field_validator("split_fractions")
-    @classmethod
-    def _fractions_of_the_whole(cls, text: str | None) -> str | None:
-        if text is not None:
-            _parse_fractions(text)
-        return text
-
-    @property
-    def fractions(self) -> dict[str, float] | None:
-        """``split_fractions`` by split, summing to 1."""
-        return None if self.split_fractions is None else _parse_fractions(self.split_fractions)
-
-
-def _parse_fractions(text: str) -> dict[str, float]:
-    fractions: dict[str, float] = {}
-    for part in text.split(","):
-        split, _, number = (side.strip() for side in part.partition("="))
-        try:
-            fraction = float(number)
-        except ValueError:
-            raise ValueError(f"must be SPLIT=FRACTION,… (train=0.8,test=0.2), not {text!r}") from None
-        if not 0 < fraction <= 1 or split in fractions:
-            raise ValueError(f"needs each split once, with a fraction above 0 and at most 1, not {text!r}")
-        fractions[check_split_name(split)] = fraction
-    if not math.isclose(sum(fractions.values()), 1, abs_tol=1e-6):
-        raise ValueError(f"the fractions must sum to 1, not to {sum(fractions.values()):g} ({text!r})")
-    return fractions
-
-
-class Flickr8kConfig(PrepareSettings):
-    """Turn Flickr8k as it is distributed, or with Karpathy's JSON, into a Samples table."""
-
-    raw: str
-    """Folder with the images (`Images/` or `Flicker8k_Dataset/`), the captions (`Flickr8k.token.txt` or `captions.txt`)
-    and the three split lists (`Flickr_8k.trainImages.txt` …), or Karpathy's `dataset_flickr8k.json` for both."""
-    splits: Literal["original", "karpathy"] | None = None
-    """Captions and splits: from the original text files or from Karpathy's JSON; when not given, from the original if
-    they are there."""
-    fetch: bool = False
-    """Download what is missing (1.1 GB) into the folder first."""
-
-
-class Flickr30kConfig(PrepareSettings):
-    """Turn Flickr30k into a Samples table."""
-
-    raw: str
-    """Folder with the images (`flickr30k-images/`, `flickr30k_images/` or `Images/`) and the captions: Karpathy's
-    `dataset_flickr30k.json`, which has splits too, `results_20130124.token`, or Kaggle's `results.csv`."""
-    split_lists: tuple[str, ...] = ()
-    """`SPLIT=FILE …`: files that list the images of a split, one a line, with or without `.jpg`; in place of
-    Karpathy's splits."""
-    fetch: bool = False
-    """Flickr30k is given out on request only: says how to get it."""
-
-    @field_validator("split_lists")
-    @classmethod
-    def _a_file_for_each_split(cls, lists: tuple[str, ...]) -> tuple[str, ...]:
-        names = [text.partition("=")[0] for text in lists]
-        for text, name in zip(lists, names, strict=True):
-            if not text.partition("=")[2]:
-                raise ValueError(f"must be SPLIT=FILE (train=train.txt), not {text!r}")
-            check_split_name(name)
-            if names.count(name) > 1:
-                raise ValueError(f"names the split {name!r} twice")
-        return lists
-
-    @model_validator(mode="after")
-    def _one_division(self) -> Self:
-        if self.split_lists and self.split_fractions:
-            raise ValueError("split_lists and split_fractions both divide the images: give one")
-        return self
-
-
-class CocoConfig(PrepareSettings):
-    """Turn MS COCO into a Samples table. The digits at the end of an image id, before `.jpg`, are COCO's integer id."""
-
-    raw: str
-    """Folder with the images (`train2014/`, `val2014/` …, or those in `images/`) and the captions
-    (`annotations/captions_train2014.json` …, or Karpathy's `dataset_coco.json`)."""
-    splits: Literal["2014", "2017", "karpathy"] | None = None
-    """Captions and splits: official ones of 2014 or 2017 (train, and val as dev), or Karpathy's of the images of 2014;
-    when not given, those the folder holds."""
-    restval: Literal["train", "leave-out"] = "train"
-    """Karpathy's `restval`, the images of val2014 in neither dev nor test: with train, as is usual, or left out."""
-    fetch: bool = False
-    """Download what is missing into the folder first: 20 GB, and as much again while it is unpacked."""
-
-    @field_validator("splits", mode="before")
-    @classmethod
-    def _year_as_text(cls, splits: object) -> object:
-        return str(splits) if isinstance(splits, int) else splits
-
-    @model_validator(mode="after")
-    def _something_to_fetch(self) -> Self:
-        if self.fetch and self.splits is None:
-            raise ValueError("fetch needs splits: which COCO to download (2014, 2017, karpathy)")
-        return self
-
-
-class FolderConfig(PrepareSettings):
-    """Turn any folder of images with a manifest of captions into a Samples table."""
-
-    raw: str
-    """Folder or URI below which the images are."""
-    manifest: str | None = None
-    """CSV, TSV, JSONL or Parquet table of image files and captions: one caption a row, or a list of them; when not
-    given, the only such file in the folder."""
-    image_column: str | None = None
-    """Column of image files, relative to the folder; when not given, `file_name`, `filename`, `image`, `file` or `path`."""
-    caption_column: str | None = None
-    """Column of a caption or a list of captions; when not given, `caption`, `captions` or `text`."""
-    split_column: str | None = None
-    """Column of split names; when not given, `split`, if there is one."""
-
-
-class ShapesConfig(Settings):
-    """Draw a captioned data set of coloured shapes: no download, made on the spot."""
-
-    positional: ClassVar[tuple[str, ...]] = ("output",)
-
-    output: str
-    """Folder or URI for the Samples table."""
-    num_images: Annotated[int, Field(ge=10, le=1_000_000)] = 1000
-    """Images to draw: 80 % train, 10 % dev, 10 % test."""
-    image_size: Annotated[int, Field(ge=32, le=512)] = 64
-    """Side of an image in pixels."""
-    seed: int = 0
-    """Seed of the scenes: the same seed draws the same images and captions."""
 
 
 class ImportSgrvinodConfig(Settings):

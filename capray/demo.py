@@ -14,8 +14,9 @@ from nltk.util import ngrams
 from rich.console import Console
 
 from capray.captioning.job import caption
-from capray.config import CaptionConfig, DemoConfig, QueryConfig, ShapesConfig, TrainConfig
+from capray.config import CaptionConfig, DemoConfig, QueryConfig, TrainConfig
 from capray.datasets.samples import read_captions
+from capray.datasets.settings import ShapesConfig
 from capray.datasets.shapes import prepare_shapes
 from capray.errors import CaprayError
 from capray.metrics import corpus_bleu

@@ -21,7 +21,8 @@ from PIL import Image
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from capray.config import Architecture, ShapesConfig
+from capray.config import Architecture
+from capray.datasets.settings import ShapesConfig
 from capray.datasets.shapes import prepare_shapes
 
 SHARED_DATA = Path(os.environ.get("CAPRAY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))

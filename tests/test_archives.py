@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from requests import RequestException
 from tenacity import wait_none
 
-from capray.config import CocoConfig, Flickr8kConfig
 from capray.datasets import coco, download, flickr8k
 from capray.datasets.archives import Archive, fetch, unpack
 from capray.datasets.coco import prepare_coco
 from capray.datasets.flickr8k import prepare_flickr8k
+from capray.datasets.settings import CocoConfig, Flickr8kConfig
 from capray.errors import ConfigError, DataError, StorageError
 from capray.progress import ProgressDisplay
 from tests import test_datasets as layouts

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from capray.config import CocoConfig, Flickr8kConfig, Flickr30kConfig, FolderConfig, ShapesConfig
 from capray.datasets import samples as samples_module
 from capray.datasets.coco import coco_id, prepare_coco
 from capray.datasets.flickr8k import prepare_flickr8k
@@ -24,6 +23,7 @@ from capray.datasets.flickr30k import prepare_flickr30k
 from capray.datasets.folder import prepare_folder
 from capray.datasets.samples import Sample, write_samples
 from capray.datasets.selection import divide
+from capray.datasets.settings import CocoConfig, Flickr8kConfig, Flickr30kConfig, FolderConfig, ShapesConfig
 from capray.datasets.shapes import BACKGROUNDS, COLOURS, RELATIONS, SIZES, draw_scenes, prepare_shapes
 from capray.errors import ConfigError, DataError
 from capray.tables import SAMPLES

@@ -3,7 +3,8 @@
 import pytest
 
 from capray import demo
-from capray.config import DemoConfig, ShapesConfig
+from capray.config import DemoConfig
+from capray.datasets.settings import ShapesConfig
 from capray.errors import CaprayError, ConfigError
 from tests.conftest import in_process
 

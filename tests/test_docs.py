@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from capray import cli
-from capray.config import ShapesConfig
+from capray.datasets.settings import ShapesConfig
 from capray.datasets.shapes import draw_scenes
 from tests.conftest import image_bytes, in_process
 

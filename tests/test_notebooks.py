@@ -10,7 +10,7 @@ import pytest
 import ray
 from nbclient import NotebookClient
 
-from capray.config import ShapesConfig
+from capray.datasets.settings import ShapesConfig
 from capray.datasets.shapes import prepare_shapes
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from capray.config import Architecture, ShapesConfig, TrainConfig
+from capray.config import Architecture, TrainConfig
+from capray.datasets.settings import ShapesConfig
 from capray.datasets.shapes import prepare_shapes
 from capray.model.captioner import Captioner
 from capray.model.checkpoint import load_captioner, save_captioner

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 
-from capray.config import CocoConfig
 from capray.datasets.archives import Archive, fetch
 from capray.datasets.karpathy import KARPATHY_URL, find_karpathy, karpathy_archive, read_karpathy
 from capray.datasets.raw_folder import find_file, find_folder, open_folder, photos_in, read_json
 from capray.datasets.samples import Prepared
 from capray.datasets.selection import Listing, prepare_listing
+from capray.datasets.settings import CocoConfig
 from capray.errors import ConfigError, DataError
 from capray.storage import Location, check_empty
 

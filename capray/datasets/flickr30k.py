@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 
-from capray.config import Flickr30kConfig
 from capray.datasets.karpathy import KARPATHY_URL, find_karpathy, read_karpathy
 from capray.datasets.raw_folder import (
     find_file,
@@ -23,6 +22,7 @@ from capray.datasets.raw_folder import (
 )
 from capray.datasets.samples import Prepared
 from capray.datasets.selection import Listing, prepare_listing
+from capray.datasets.settings import Flickr30kConfig
 from capray.errors import ConfigError, DataError
 from capray.storage import Location, check_empty, is_file, locate
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import csv
 import io
 
-from capray.config import Flickr8kConfig
 from capray.datasets.archives import Archive, fetch
 from capray.datasets.karpathy import KARPATHY_URL, find_karpathy, karpathy_archive, read_karpathy
 from capray.datasets.raw_folder import find_file, find_photos, open_folder, read_names, read_text, read_tokens
 from capray.datasets.samples import Prepared
 from capray.datasets.selection import Listing, prepare_listing
+from capray.datasets.settings import Flickr8kConfig
 from capray.errors import DataError
 from capray.storage import Location, check_empty
 

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capray.config import FolderConfig, check_split_name
 from capray.datasets.raw_folder import decode_text, lines_of, open_folder
 from capray.datasets.samples import Prepared
 from capray.datasets.selection import Listing, prepare_listing
+from capray.datasets.settings import FolderConfig, check_split_name
 from capray.errors import ConfigError, DataError
 from capray.storage import Location, check_empty, is_file, iter_files, list_names, locate, read_bytes
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from capray.config import PrepareSettings
 from capray.datasets.samples import Prepared, Sample, write_samples
+from capray.datasets.settings import PrepareSettings
 from capray.errors import DataError
 from capray.progress import ProgressDisplay
 from capray.storage import Location, check_empty, read_bytes

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from capray.config import ShapesConfig
 from capray.datasets.samples import Prepared, Sample, write_samples
+from capray.datasets.settings import ShapesConfig
 
 COLOURS = {
     "red": (214, 40, 40),
