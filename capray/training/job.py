@@ -30,7 +30,7 @@ from capray.training.features import Cache, cached_dataset, choose_root, identif
 from capray.training.initial_captioner import Weights, adopt_captioner, build_captioner, build_vocabulary
 from capray.training.metrics_board import board_class
 from capray.training.sample_stream import EpochSeed, dataset
-from capray.training.worker import is_finished, train_worker
+from capray.training.worker import WorkerSettings, is_finished, train_worker
 from capray.training_files import HISTORY, SETTINGS
 from capray.vocabulary import Vocabulary, tokenise
 
@@ -193,22 +193,22 @@ def _fit(
     limits = config.subset(ImageLimits)
     pictures = pick_pictures(config.samples, config.validation_split, validation.units, limits)
     board = board_class().remote()
-    settings = {
-        "config": config.model_copy(update={"tracking_uri": None}).model_dump(),
-        "words": vocabulary.words,
-        "word_vectors": word_vectors,
-        "weights": None if weights is None else ray.put(weights),
-        "pictures": pictures,
-        "board": board,
-        "threads": max(1, int(cpus)),
-        "num_images": text.num_images,
-        "num_pairs": num_pairs,
-        "encoder_sha256": cache.identity.encoder_sha256 if cache is not None else None,
-    }
+    settings = WorkerSettings(
+        config.model_copy(update={"tracking_uri": None}),
+        vocabulary.words,
+        word_vectors,
+        None if weights is None else ray.put(weights),
+        pictures,
+        board,
+        num_threads=max(1, int(cpus)),
+        num_images=text.num_images,
+        num_pairs=num_pairs,
+        encoder_sha256=cache.identity.encoder_sha256 if cache is not None else None,
+    )
     output = locate(config.output)
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config=settings,
+        train_loop_config={"settings": settings},
         scaling_config=ScalingConfig(  # ty: ignore[invalid-argument-type]
             num_workers=config.num_workers,
             use_gpu=gpus > 0,

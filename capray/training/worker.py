@@ -35,6 +35,7 @@ from capray.model.captioner import Captioner, autocast
 from capray.model.checkpoint import pack
 from capray.model.loss import Batch, LossSums, collate, loss_sums
 from capray.model.scheduled_sampling import feed_own_words, teacher_forcing_ratio
+from capray.model.word_vectors import WordVectors
 from capray.report.training_samples import page
 from capray.storage import locate, write_atomic
 from capray.tracking.runs import Item, Points, TextFile
@@ -130,30 +131,53 @@ def backward(
     return totals
 
 
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker needs to know; it travels to its process.
+
+    Attributes:
+        weights: the encoder's, in Ray's object store; None where it has those of its checkpoint.
+        pictures: the images whose captions are shown, as JPEGs by id.
+        board: the actor that it tells its progress.
+        num_images, num_pairs: of an epoch, over all workers.
+        encoder_sha256: digest of the encoder whose features are cached; None without a cache.
+    """
+
+    config: TrainConfig
+    words: list[str]
+    word_vectors: WordVectors | None
+    weights: ray.ObjectRef | None
+    pictures: dict[str, bytes]
+    board: Any
+    num_threads: int
+    num_images: int
+    num_pairs: int
+    encoder_sha256: str | None
+
+
 class Worker:
     """One worker of a training."""
 
-    def __init__(self, settings: dict[str, Any]):
-        self.config = config = TrainConfig(**settings["config"])
-        self.board = settings["board"]
-        self.pictures: dict[str, bytes] = settings["pictures"]
+    def __init__(self, settings: WorkerSettings):
+        self.config = config = settings.config
+        self.board, self.pictures = settings.board, settings.pictures
         self.samples: list[dict[str, Any]] = []
         self.unlogged = np.zeros(3)
         self.unlogged_seconds = 0.0
-        self.num_pairs = settings["num_pairs"]
+        self.num_pairs = settings.num_pairs
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        torch.set_num_threads(settings["threads"])
+        torch.set_num_threads(settings.num_threads)
         torch.manual_seed(config.seed)
-        vocabulary = Vocabulary(settings["words"])
-        weights = None if settings["weights"] is None else ray.get(settings["weights"])
-        self.captioner = build_captioner(config, vocabulary, settings["word_vectors"], weights).to(self.device)
+        vocabulary = Vocabulary(settings.words)
+        weights = None if settings.weights is None else ray.get(settings.weights)
+        self.captioner = build_captioner(config, vocabulary, settings.word_vectors, weights).to(self.device)
         self.step = ray.train.torch.prepare_model(TrainingStep(self.captioner, config.label_smoothing))
-        steps = steps_per_epoch(settings["num_images"], self.num_pairs, config, self.world_size)
+        steps = steps_per_epoch(settings.num_images, self.num_pairs, config, self.world_size)
         self.optimiser = Optimiser(self.captioner, config.subset(Optimisation), config.epochs * steps)
         self.progress = Progress()
-        self.encoder_sha256 = settings["encoder_sha256"]
+        self.encoder_sha256 = settings.encoder_sha256
         self.reading = self._new_reading()
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
@@ -382,14 +406,18 @@ class Worker:
         self.board.say.remote(line)
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """Ray Train's entry point. A fault of the data or the settings would come again: it ends the training, on all
-    workers alike, without the restarts that a lost worker gets."""
+def train_worker(loop_config: dict[str, WorkerSettings]) -> None:
+    """Ray Train's entry point, which wants a mapping: the worker's ``settings``.
+
+    A fault of the data or the settings would come again: it ends the training, on all workers alike, without the restarts
+    that a lost worker gets.
+    """
+    settings = loop_config["settings"]
     try:
         Worker(settings).train()
-        ray.get(settings["board"].failure.remote())  # By now the board has all that was posted before.
+        ray.get(settings.board.failure.remote())  # By now the board has all that was posted before.
     except Exception as error:
         fault = own_error(error)
         if fault is None:
             raise
-        ray.get(settings["board"].fail.remote(fault))
+        ray.get(settings.board.fail.remote(fault))
