@@ -107,6 +107,18 @@ def is_s3(location: Location) -> bool:
     return location.uri.split("://", 1)[0] in _S3_SCHEMES
 
 
+def identity(location: Location) -> str:
+    """The same text for the same place, whatever it was called."""
+    if location.is_local:
+        return os.path.realpath(location.path)
+    return (f"s3://{location.path}" if is_s3(location) else location.uri).rstrip("/")
+
+
+def is_within(inner: Location, outer: Location) -> bool:
+    """Whether ``inner`` is ``outer`` or lies in it; links are followed."""
+    return f"{identity(inner).rstrip('/')}/".startswith(f"{identity(outer).rstrip('/')}/")
+
+
 @contextmanager
 def storage_errors(doing: str) -> Generator[None]:
     """Turn what the filesystems raise while ``doing`` something into a StorageError that says so; a StorageUnavailable
@@ -211,14 +223,19 @@ def iter_files(root: Location) -> Iterator[Entry]:
 def _iter_s3(root: Location) -> Iterator[Entry]:
     """Page by page, so that whoever needs a few names does not wait for all."""
     bucket, _, key = root.path.rstrip("/").partition("/")
-    arguments = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
+    for objects, _ in s3_pages(root.fs, Bucket=bucket, Prefix=f"{key}/" if key else ""):
+        for entry in objects:
+            path = f"{bucket}/{entry['Key']}"
+            yield Entry(uri_of(root, path), path, entry["Size"], object_version(entry["ETag"], entry["Size"]))
+
+
+def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+    """The pages of S3's ``ListObjectsV2`` with these arguments: its objects, the markers of folders left out, and its
+    common prefixes."""
     while True:
-        answer = root.fs.call_s3("list_objects_v2", **arguments)
-        for entry in answer.get("Contents", ()):
-            is_marker = entry["Key"].endswith("/") and not entry["Size"]
-            if not is_marker:
-                path = f"{bucket}/{entry['Key']}"
-                yield Entry(uri_of(root, path), path, entry["Size"], object_version(entry["ETag"], entry["Size"]))
+        answer = fs.call_s3("list_objects_v2", **arguments)
+        objects = [entry for entry in answer.get("Contents", ()) if entry["Size"] or not entry["Key"].endswith("/")]
+        yield objects, [entry["Prefix"] for entry in answer.get("CommonPrefixes", ())]
         if not answer.get("IsTruncated"):
             return
         arguments["ContinuationToken"] = answer["NextContinuationToken"]

@@ -1,8 +1,10 @@
 """One run, without Ray: waves and passes, second looks, the breaker, limits, what is published when a run ends early."""
 
+import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import tarfile
 import time
@@ -19,7 +21,7 @@ from capray.captioning.job import caption
 from capray.captioning.record import Summary
 from capray.captioning.stream import Stalled
 from capray.config import CaptionConfig
-from capray.errors import Interrupted, StorageError, TryAgain
+from capray.errors import DataError, Interrupted, StorageError, TryAgain
 from capray.inputs import files, listing
 from tests.conftest import write_photos
 from tests.local_executor import LocalExecutor, models_loaded_once
@@ -99,6 +101,120 @@ def test_a_tar_with_a_sidecar_that_was_cut_is_captioned_whole_when_it_is_mended(
     assert (second.captions, second.current_failures) == (4, {})
     tar.with_suffix(".parquet").unlink()
     job.check()
+
+
+def sha256s(job: Job) -> dict[str, bytes]:
+    return {row["image_id"]: row["sha256"] for row in read_parts(str(job.output), "captions")}
+
+
+def digest(path: str | Path) -> bytes:
+    return hashlib.sha256(Path(path).read_bytes()).digest()
+
+
+class TestOddInputs:
+    """What no image is lost in, and none takes the place of another."""
+
+    def test_keys_of_a_sidecar_with_dots(self, job, tmp_path):
+        job.input.mkdir()
+        photos = write_photos(tmp_path / "photos", 3)
+        with tarfile.open(job.input / "0.tar", "w") as tar:
+            for letter, photo in zip("abc", photos, strict=True):
+                tar.add(photo, f"img.{letter}.jpg")
+        pq.write_table(pa.table({"key": [f"img.{x}" for x in "abc"], "sid": [*"ABC"]}), job.input / "0.parquet")
+        job.run(id_column="sid")
+        assert sha256s(job) == {name: digest(photo) for name, photo in zip("ABC", photos, strict=True)}
+
+    @pytest.mark.parametrize("has_sidecar", [False, True])
+    @pytest.mark.parametrize("damage", ["zeros in the midst", "zeros to the end"])
+    def test_a_tar_with_zeros(self, job, damage, has_sidecar):
+        write_tars(job.input, 1, 100)
+        tar = job.input / "000.tar"
+        if has_sidecar:
+            pq.write_table(pa.table({"key": [f"photo-{i:04d}" for i in range(100)]}), tar.with_suffix(".parquet"))
+        with tarfile.open(tar) as file:
+            at = file.getmembers()[5].offset
+        whole = tar.read_bytes()
+        end = at + 512 if damage == "zeros in the midst" else len(whole)
+        tar.write_bytes(whole[:at] + bytes(end - at) + whole[end:])
+        if has_sidecar:
+            assert job.run().current_failures == {"unreadable_storage": 95}
+        else:
+            with pytest.raises(DataError, match=r"000\.tar.* damaged, or no tar"):
+                job.run()
+        tar.write_bytes(whole)
+        assert job.run().current_failures == {}
+        assert len(sha256s(job)) == 100
+
+    def test_two_tars_one_behind_the_other(self, job):
+        write_tars(job.input, 2, 3)
+        first, second = job.input / "000.tar", job.input / "001.tar"
+        first.write_bytes(first.read_bytes() + second.read_bytes())
+        with pytest.raises(DataError, match="something follows its end"):
+            job.run()
+
+    def test_links_in_a_tar_have_rows(self, job, tmp_path):
+        write_tars(job.input, 1, 2)
+        with tarfile.open(job.input / "000.tar", "a") as tar:
+            link = tarfile.TarInfo("linked.jpg")
+            link.type, link.linkname = tarfile.LNKTYPE, "photo-0000.jpg"
+            tar.addfile(link)
+        summary = job.run()
+        assert (summary.captions, summary.current_failures) == (2, {"unsupported_format": 1})
+        (failure,) = job.failures()
+        assert failure["image_id"].endswith("#linked.jpg") and "--hard-dereference" in failure["message"]
+
+    def test_a_table_with_another_type_of_images(self, job, tmp_path):
+        job.input.mkdir()
+        photos = [Path(path).read_bytes() for path in write_photos(tmp_path / "photos", 4)]
+        for number, held in enumerate((photos[:2], [{"bytes": data, "path": ""} for data in photos[2:]])):
+            ids = [f"{number}-{i}" for i in range(2)]
+            pq.write_table(pa.table({"image_id": ids, "image": held}), job.input / f"{number}.parquet")
+        with pytest.raises(DataError, match=r"column 'image' of .*1\.parquet' holds struct"):
+            job.run()
+        pq.write_table(pa.table({"image_id": ["1-0", "1-1"], "image": photos[2:]}), job.input / "1.parquet")
+        assert (job.run().current_failures, len(sha256s(job))) == ({}, 4)
+
+    def test_ids_that_are_no_utf_8(self, job, tmp_path):
+        job.input.mkdir()
+        ids = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xe9\xe9"))
+        pq.write_table(pa.table({"image_id": ids, "image": [b"x"]}), job.input / "latin.parquet")
+        with pytest.raises(DataError, match=r"latin\.parquet.* UTF8"):
+            job.run()
+
+    def test_an_input_that_is_of_another_kind_now(self, job, tmp_path):
+        for path in write_photos(tmp_path / "photos", 6):
+            job.input.mkdir(exist_ok=True)
+            shutil.copy(path, job.input)
+        job.run(limit=2)
+        shutil.rmtree(job.input)
+        job.input.mkdir()
+        photos = [Path(path).read_bytes() for path in write_photos(tmp_path / "others", 4, seed=1)]
+        pq.write_table(pa.table({"image_id": [*"abcd"], "image": photos}), job.input / "t.parquet")
+        summary = job.run()
+        assert (summary.images, summary.captions, summary.current_failures) == (4, 4, {})
+
+    def test_a_photo_that_was_too_large_when_it_was_listed(self, job):
+        paths = write_photos(job.input, 20)
+        small = Path(paths[-1]).read_bytes()
+        Path(paths[-1]).write_bytes(small + bytes(50_000))
+        job.run(limit=4, max_image_bytes=40_000)
+        Path(paths[-1]).write_bytes(small)
+        assert job.run(max_image_bytes=40_000).current_failures == {}
+        job.check()
+
+    def test_a_tar_in_two_inputs(self, job):
+        write_tars(job.input, 1, 6)
+        summary = job.run(also=(str(job.input / "000.tar"),))
+        assert (summary.images, summary.captions, summary.captioned_before) == (6, 6, 0)
+        job.check()
+
+    @pytest.mark.parametrize("text", ["", '{"model_id": ', "[]"])
+    def test_a_damaged_job_json(self, job, text):
+        write_photos(job.input, 4)
+        job.run(limit=2)
+        (job.output / "_capray" / "job.json").write_text(text)
+        with pytest.raises(DataError, match=r"job\.json is damaged .*: put it back, or choose another output"):
+            job.run()
 
 
 class TestWaves:

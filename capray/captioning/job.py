@@ -20,7 +20,7 @@ from capray.inputs import Source, open_sources
 from capray.model.checkpoint import load_captioner
 from capray.output import Output
 from capray.progress import ProgressDisplay
-from capray.storage import list_names, locate
+from capray.storage import is_within, list_names, locate
 from capray.tables import SCHEMA_VERSION
 from capray.tracking.registry import find_model
 
@@ -82,13 +82,7 @@ def with_absolute_paths(config: CaptionConfig) -> CaptionConfig:
 def check_apart(config: CaptionConfig, output: Output) -> None:
     """Raise ConfigError when the output lies inside an input."""
     for uri in config.inputs:
-        place = locate(uri)
-        if type(output.root.fs) is not type(place.fs):
-            continue
-        inner, outer = output.root.path, place.path
-        if place.is_local:
-            inner, outer = os.path.realpath(inner), os.path.realpath(outer)
-        if f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/"):
+        if is_within(output.root, locate(uri)):
             raise ConfigError(
                 f"the output {config.output!r} lies inside the input {uri!r}, where its files would be taken for images: "
                 "choose an output beside it"

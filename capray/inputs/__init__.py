@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from capray.config import SourceSettings
 from capray.errors import ConfigError
-from capray.inputs.base import Source, is_hidden
+from capray.inputs.base import Containers, Source, is_hidden
 from capray.inputs.files import Images
 from capray.inputs.parquet import MANIFESTS, Inventory, Manifest, Parquet
 from capray.inputs.tars import Tars
@@ -33,6 +33,7 @@ def open_sources(inputs: tuple[str, ...], settings: SourceSettings, keep: tuple[
         StorageError: the store cannot be reached.
     """
     sources = [_open(uri, settings, keep) for uri in inputs]
+    _name_once(sources)
     types = {str(source.source_type): source for source in sources}
     if len(types) > 1:
         first, second, *_ = types.values()
@@ -41,6 +42,15 @@ def open_sources(inputs: tuple[str, ...], settings: SourceSettings, keep: tuple[
             f"{second.place.uri!r} ({second.source_type}): caption them into two outputs"
         )
     return sources
+
+
+def _name_once(sources: list[Source]) -> None:
+    """Leave tables, tars and manifests that several inputs name to the first of them."""
+    seen: set[str] = set()
+    for source in sources:
+        if isinstance(source, Containers):
+            source.files = [entry for entry in source.files if entry.uri not in seen]
+            seen |= {entry.uri for entry in source.files}
 
 
 def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:

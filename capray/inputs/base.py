@@ -209,6 +209,11 @@ class Source(ABC):
         return None
 
     @property
+    def read_as(self) -> list[str | None]:
+        """What a stored listing of this input depends on besides the settings."""
+        return [self.kind, self.id_column, self.image_column]
+
+    @property
     def reading(self) -> InputReading:
         """What a Reader needs to know."""
         return InputReading(self.selection, self.id_column, self.image_column, self.witnesses)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from capray.inputs.base import ROWS_PER_PAGE, Page, Source, is_hidden, rows_of
-from capray.storage import Location, is_file, storage_errors
+from capray.storage import Location, is_file, s3_pages, storage_errors
 
 MAX_LEVELS = 3
 """Levels below the input that are looked into for prefixes to list side by side."""
@@ -91,24 +91,14 @@ class Images(Source):
             arguments["Delimiter"] = "/"
         if after is not None:
             arguments["StartAfter"] = after
-        while True:
-            answer = self.place.fs.call_s3("list_objects_v2", **arguments)
-            objects = [
-                (entry["Key"], entry["Size"])
-                for entry in answer.get("Contents", ())
-                if entry["Size"] or not entry["Key"].endswith("/")
-            ]
-            prefixes = [entry["Prefix"] for entry in answer.get("CommonPrefixes", ())]
+        for objects, prefixes in s3_pages(self.place.fs, **arguments):
             # Behind a common prefix means behind every key that begins with it.
-            last = max([*(name for name, _ in objects), *(name + _LAST for name in prefixes)], default=after)
+            last = max([*(entry["Key"] for entry in objects), *(name + _LAST for name in prefixes)], default=after)
             yield self._page(
-                [(f"{bucket}/{name}", size) for name, size in objects],
+                [(f"{bucket}/{entry['Key']}", entry["Size"]) for entry in objects],
                 last,
                 tuple(f"{level + 1}:{bucket}/{name}" for name in prefixes),
             )
-            if not answer.get("IsTruncated"):
-                return
-            arguments["ContinuationToken"] = answer["NextContinuationToken"]
 
 
 def _stat(path: str) -> os.stat_result | None:

@@ -109,7 +109,7 @@ class Listing:
         self.num_rows = self.num_hidden = 0
         self.is_complete = False
         self.resumed_at: float | None = None
-        self._digest = _digest_of(config)
+        self._digest = _digest_of(config, sources)
         self._units: dict[_Key, _Unit] = {}
         self._open: set[_Key] = set()
         self._touched: set[_Key] = set()
@@ -526,7 +526,9 @@ class Listing:
                     self.plan.fs.rm(paths)
 
 
-def _digest_of(config: CaptionConfig) -> str:
-    """What is listed, and how. Settings at their defaults are left out: those that a version does not know are so."""
+def _digest_of(config: CaptionConfig, sources: list[Source]) -> str:
+    """What is listed, as what, and how. Settings at their defaults are left out: those that a version does not know are
+    so."""
     settings = config.subset(SourceSettings).model_dump(mode="json", exclude_defaults=True)
-    return hashlib.sha256(json.dumps([config.inputs, config.keep, settings]).encode()).hexdigest()
+    what = [config.inputs, [source.read_as for source in sources], config.keep, settings]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()

@@ -96,8 +96,11 @@ class Parquet(Containers):
         for name in filter(None, (*columns, self._image)):
             if name not in file.schema_arrow.names:
                 raise DataError(f"{unit!r} has no column {name!r}, which the first file has")
+        if self._image and not _is_binary(held := file.schema_arrow.field(self._image).type):
+            raise DataError(f"column {self._image!r} of {unit!r} holds {held}, not encoded image bytes")
         for group in range(0 if behind is None else behind + 1, file.num_row_groups):
             table = file.read_row_group(group, columns=columns)
+            table.validate(full=True)  # Strings may be no UTF-8.
             yield self._rows(unit, stream.version, group, table), stream.version, group
 
     def _rows(self, uri: str, version: str, group: int, table: pa.Table) -> pa.Table:

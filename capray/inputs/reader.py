@@ -7,6 +7,8 @@ each answer of a container is of the version that was listed. Knows nothing of d
 from __future__ import annotations
 
 import hashlib
+import os
+import posixpath
 import tarfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterator
@@ -23,7 +25,7 @@ from capray.inputs.base import Changed, Event, Failed, Found, InputReading, Sour
 from capray.inputs.byte_reader import Patience, Stream, ignore, read_image, read_range
 from capray.inputs.parquet import opened_parquet
 from capray.inputs.places import MEMBERS, Row
-from capray.inputs.tars import HEADER_BYTES, images_of, member_in, opened, split_key
+from capray.inputs.tars import HEADER_BYTES, images_of, member_in, opened
 from capray.inputs.versions import VersionChanged
 from capray.inputs.witnesses import witnesses
 from capray.storage import locate
@@ -98,9 +100,12 @@ class Reader:
         uri, size = row["uri"], row["size"]
         if uri is None:
             return Failed(row, ImageError("missing", "the row has no URI", certain=True))
-        if size is not None and size > self.limits.max_image_bytes:
-            return Failed(row, self._too_large(size))
         try:
+            # It may have been replaced since it was listed.
+            if size is not None and size > self.limits.max_image_bytes:
+                size = Stream(uri, patience=patience).seek(0, os.SEEK_END)
+                if size > self.limits.max_image_bytes:
+                    return Failed(row, self._too_large(size))
             return Found(row, read_image(uri, self.limits.max_image_bytes, patience))
         except ImageError as error:
             return Failed(row, error)
@@ -187,6 +192,9 @@ class Reader:
         return self._of_member(row, member, content, len(content) == member.size)
 
     def _of_member(self, row: Row, member: tarfile.TarInfo, data: bytes, whole: bool) -> Outcome:
+        if not member.isreg():
+            message = f"a link to {member.linkname!r}: write the tar with --dereference --hard-dereference"
+            return Failed(row, ImageError("unsupported_format", message))
         if member.size > self.limits.max_image_bytes:
             return Failed(row, self._too_large(member.size))
         if not whole:
@@ -195,18 +203,18 @@ class Reader:
         return Found(row, data)
 
     def _named(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[Outcome]:
-        """Members of which the name is known, in one reading of the tar. One under a name with another suffix is taken for
-        it when no member of its key, which stand together, has the very name."""
+        """Members of which the name is known, in one reading of the tar. One under a name with another extension is taken
+        for it when none of those beside it has the very name."""
         wanted: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
-            wanted[split_key(row["member"])[0]][row["member"]].append(row)
+            wanted[_stem(row["member"])][row["member"]].append(row)
         stream = _stream(rows[0], patience)
         is_cut = False
         with opened(rows[0]["container"], stream) as tar:
             images = images_of(tar, self.limits.max_image_bytes)
-            for key, of_key in groupby(images, lambda image: split_key(image[0].name)[0]):
-                names, other = wanted.get(key, {}), None
-                for member, data, whole in of_key:
+            for stem, of_stem in groupby(images, lambda image: _stem(image[0].name)):
+                names, other = wanted.get(stem, {}), None
+                for member, data, whole in of_stem:
                     is_cut = is_cut or (not whole and member.size <= self.limits.max_image_bytes)
                     other = other or (member, data, whole)
                     for row in names.pop(member.name, ()):
@@ -214,7 +222,7 @@ class Reader:
                 for row in (row for name in list(names) for row in names.pop(name)):
                     assert other is not None
                     yield self._of_member(_as_member(row, other[0], stream.version), *other)
-                wanted.pop(key, None)
+                wanted.pop(stem, None)
                 if not wanted:
                     return
         container = rows[0]["container"]
@@ -247,6 +255,11 @@ class Reader:
                     yield self._of_member(row, member, data, whole)
                 seen.add(image_id)
         yield TarMembers(tar_row["input"], uri, stream.version, pa.Table.from_pylist(members, MEMBERS))
+
+
+def _stem(member: str) -> str:
+    """A member's name without its extension."""
+    return posixpath.splitext(member)[0]
 
 
 def _with_witness(outcome: Outcome, patience: Patience) -> Outcome:

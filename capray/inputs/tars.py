@@ -23,6 +23,8 @@ from capray.storage import Entry, Location, locate
 
 HEADER_BYTES = 16 * 2**10
 """As many bytes hold the header of any member, its long name included."""
+_MAX_PADDING = 2**16
+"""Zeros behind the last member: two blocks, up to the end of a record of 10 KiB, or of one of up to 128 blocks."""
 _PEEK_BYTES = 4096
 _OPTIONS: Any = {"mode": "r:", "encoding": "utf-8", "errors": "backslashreplace"}
 _SUFFIXES = frozenset(("jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "heic"))
@@ -91,7 +93,7 @@ class Tars(Containers):
             table = table.filter(pa.array([status == "success" for status in table["status"].to_pylist()], pa.bool_()))
         if "key" not in table.column_names:
             raise DataError(f"{sidecar.uri!r} has no column 'key', which an img2dataset sidecar has")
-        suffix, version = _first_suffix(uri)
+        suffix, version = _first_suffix(uri, set(table["key"].to_pylist()))
         members = pa.array([f"{key}.{suffix}" for key in table["key"].to_pylist()], pa.string())
         uris = pa.array([f"{uri}#{member}" for member in members.to_pylist()], pa.string())
         id_column = _choose(self.settings.id_column, (), table.column_names, sidecar.uri)
@@ -104,23 +106,23 @@ class Tars(Containers):
         return rows_of("name", columns, container=uri, version=version), f"{version}+{stream.version}"
 
 
-def _first_suffix(uri: str) -> tuple[str, str]:
-    """What the name of the tar's first image ends with, as a sidecar tells only keys; and the tar's version. Reads headers,
-    up to that image's."""
+def _first_suffix(uri: str, keys: set[str]) -> tuple[str, str]:
+    """What the name of the tar's first image ends with behind its key, as a sidecar tells only keys; and the tar's version.
+    Reads headers, up to that image's."""
     stream = Stream(uri)
     with opened(uri, stream, _PEEK_BYTES) as tar:
         for member in tar:
-            suffix = split_key(member.name)[1]
+            suffix = next((member.name[dot + 1 :] for dot in _dots(member.name) if member.name[:dot] in keys), "")
             if suffix.rpartition(".")[2].lower() in _SUFFIXES:
                 return suffix, stream.version
     return "jpg", stream.version
 
 
-def split_key(member: str) -> tuple[str, str]:
-    """A member's key, which the files of a sample share, and the suffix behind it."""
-    folder, slash, name = member.rpartition("/")
-    key, _, suffix = name.partition(".")
-    return f"{folder}{slash}{key}", suffix
+def _dots(member: str) -> Iterator[int]:
+    """Where the dots in a member's name are, that behind the longest key first."""
+    dot = len(member)
+    while (dot := member.rfind(".", member.rfind("/") + 1, dot)) >= 0:
+        yield dot
 
 
 @contextmanager
@@ -152,9 +154,14 @@ def images_of(tar: tarfile.TarFile, max_bytes: int) -> Iterator[tuple[tarfile.Ta
     """The images of a tar in its order, each with its bytes and whether these are whole; of one above ``max_bytes`` no
     more than its beginning is read.
 
-    An image is a regular file whose name ends like an image's or whose content begins like one.
+    An image is a regular file whose name ends like an image's or whose content begins like one; a link of such a name
+    stands for one without bytes.
     """
     for member in tar:
+        if member.islnk() or member.issym():
+            if member.name.rpartition(".")[2].lower() in _SUFFIXES:
+                yield member, b"", True
+            continue
         if not member.isreg():
             continue
         file = tar.extractfile(member)
@@ -174,15 +181,21 @@ def images_of(tar: tarfile.TarFile, max_bytes: int) -> Iterator[tuple[tarfile.Ta
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Raise ReadError unless ``tar`` was read to the zeros that end it: tarfile takes a header that is cut or spoilt, and
-    the end of the file, for the end of the tar."""
+    """Raise ReadError unless ``tar`` was read to the zeros that end it, and nothing else follows: tarfile takes a header
+    that is cut or spoilt, zeros in the midst of a tar, and the end of the file, for the end of the tar."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
-    block = tar.fileobj.read(tarfile.BLOCKSIZE)
-    if any(block):
-        raise tarfile.ReadError(f"there is no member's header at byte {tar.offset}")
-    if len(block) < tarfile.BLOCKSIZE:
+    zeros = tar.fileobj.read(_MAX_PADDING + 1)
+    if len(zeros) < tarfile.BLOCKSIZE and not any(zeros):
         raise tarfile.ReadError(f"cut off at byte {tar.offset}, before the block of zeros that ends a tar")
+    if any(zeros[: tarfile.BLOCKSIZE]):
+        raise tarfile.ReadError(f"there is no member's header at byte {tar.offset}")
+    if any(zeros):
+        raise tarfile.ReadError(
+            f"something follows its end at byte {tar.offset}: damaged, or two tars one behind the other"
+        )
+    if len(zeros) > _MAX_PADDING:
+        raise tarfile.ReadError(f"nothing but zeros from byte {tar.offset} on: only a part of it was written")
 
 
 def members_of(uri: str) -> list[str]:

@@ -7,7 +7,6 @@ it copies; knows nothing of models or inputs.
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import time
@@ -27,8 +26,10 @@ from capray.progress import ProgressDisplay, duration
 from capray.storage import (
     Location,
     exists,
+    identity,
     is_file,
     is_folder,
+    is_within,
     iter_files,
     list_names,
     read_bytes,
@@ -154,7 +155,7 @@ class _Copy:
         is_ours = re.compile(rf"_capray/tmp/\.{re.escape(MARKER)}\.\w+")
         if exists(self.marker):
             mark = json.loads(read_bytes(self.marker))
-            if mark["output"] != _identity(self.old.root):
+            if mark["output"] != identity(self.old.root):
                 raise OutputConflictError(
                     f"{uri!r} holds the beginning of a copy of {mark['output']!r}: choose a new folder or empty it"
                 )
@@ -166,7 +167,7 @@ class _Copy:
             for name in names:
                 if name != f"_capray/{MARKER}":
                     self.new.root.fs.rm_file(self.new.root.join(name).path)
-        mark = {"output": _identity(self.old.root), "run_id": self.run_id, "runs": self.runs}
+        mark = {"output": identity(self.old.root), "run_id": self.run_id, "runs": self.runs}
         write_atomic(self.marker, json.dumps(mark).encode(), self.new.scratch)
 
     def _parts(self, connection: duckdb.DuckDBPyConnection, view: str) -> Iterator[pa.Table]:
@@ -222,17 +223,8 @@ def _files_of(run_id: str, runs: list[str]) -> re.Pattern[str]:
     return re.compile(rf"{published}|_capray/tmp/\.({part}|{record}|{re.escape(MARKER)}|job\.json)\.\w+")
 
 
-def _identity(place: Location) -> str:
-    """The same text for the same place, whatever it was called."""
-    return os.path.realpath(place.path) if place.is_local else place.uri.rstrip("/")
-
-
 def _check_apart(old: Output, new: Output) -> None:
-    if type(old.root.fs) is not type(new.root.fs):
-        return
-    places = [os.path.realpath(root.path) if root.is_local else root.path for root in (old.root, new.root)]
-    first, second = (f"{place.rstrip('/')}/" for place in places)
-    if first.startswith(second) or second.startswith(first):
+    if is_within(old.root, new.root) or is_within(new.root, old.root):
         raise ConfigError(
             f"{new.root.uri!r} is or overlaps {old.root.uri!r}, which cannot be compacted in place: readers would see the "
             "old parts and the new, and a crash half-way would leave ids twice; choose a folder beside it"

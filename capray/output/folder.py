@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from capray.errors import ConfigError, StorageError
+from capray.errors import ConfigError, DataError, StorageError
 from capray.storage import Location, exists, list_names, locate, read_bytes, storage_errors
 from capray.tables import CAPTIONS, FAILURES, SCHEMA_VERSION
 
@@ -44,11 +44,20 @@ class Output:
         self.scratch = self.private.join("tmp")
 
     def read_job(self) -> dict[str, Any] | None:
-        """What job.json says; None when nothing was ever written here."""
+        """What job.json says; None when nothing was ever written here.
+
+        Raises:
+            DataError: it is damaged.
+            ConfigError: a later capray wrote it.
+        """
         if not exists(self.job):
             return None
-        job = json.loads(read_bytes(self.job))
-        if job["schema_version"] > SCHEMA_VERSION:
+        try:
+            job = json.loads(read_bytes(self.job))
+            version = job["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.job.uri} is damaged ({error!r}): put it back, or choose another output") from error
+        if version > SCHEMA_VERSION:
             raise ConfigError(
                 f"{self.root.uri!r} has schema version {job['schema_version']}, this capray reads up to "
                 f"{SCHEMA_VERSION}: upgrade capray"

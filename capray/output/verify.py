@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capray.config import ImageLimits, SourceSettings
-from capray.errors import CaprayError, ConfigError
+from capray.errors import CaprayError, ConfigError, DataError
 from capray.images import ImageError
 from capray.inputs import Source, open_sources
 from capray.inputs.base import Changed, Failed, Found, TarUnreadable
@@ -39,7 +39,7 @@ from capray.inputs.tars import images_of, members_of, opened
 from capray.inputs.versions import VersionChanged
 from capray.output import Output, duckdb_path, first_row, open_duckdb, require_output
 from capray.progress import ProgressDisplay, duration
-from capray.storage import Location, exists, list_names, locate, read_bytes
+from capray.storage import Location, exists, identity, list_names, locate, read_bytes
 from capray.tables import CAPTIONS, FAILURES, FINAL_FAILURES, TRANSIENT_FAILURES
 
 if TYPE_CHECKING:
@@ -184,16 +184,16 @@ class _Verifier:
         seen: dict[str, str] = {}
         for uri in self.config.outputs:
             place = locate(uri)
-            where = os.path.realpath(place.path) if place.is_local else place.uri.rstrip("/")
+            where = identity(place)
             if where in seen:
                 raise ConfigError(f"{uri!r} and {seen[where]!r} are the same output: name it once")
             seen[where] = uri
             try:
                 output = require_output(uri)
                 job = output.read_job() or {}
-            except (ValueError, KeyError, TypeError) as error:
+            except (DataError, KeyError, TypeError) as error:
                 output, job = Output(uri), {}
-                self._problem(f"{output.job.uri} cannot be read: {error!r}")
+                self._problem(str(error))
             self.outputs.append(output)
             self.jobs.append(job)
         if self.config.against:
