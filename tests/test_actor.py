@@ -382,14 +382,14 @@ class TestInRay:
 
         @ray.remote(num_cpus=0.5)
         def tell(text):
-            cluster.post_notice("run", text)
+            cluster.post_notice("run of notices", text)
             cluster.post_notice("another run", "not for this one")
 
         for text in ("first", "second"):
             ray.get(tell.remote(text))
-        cluster.post_notice("run", "third")
-        assert cluster.take_notices("run") == ["first", "second", "third"]
-        assert cluster.take_notices("run") == []
+        cluster.post_notice("run of notices", "third")
+        assert cluster.take_notices("run of notices") == ["first", "second", "third"]
+        assert cluster.take_notices("run of notices") == []
         assert len(cluster.take_notices("another run")) == 2
 
     def test_restarts_are_counted_until_one_works(self, ray_cluster, tmp_path):

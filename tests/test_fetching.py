@@ -23,7 +23,7 @@ from capray.inputs.base import Changed, InputReading, Selection, TarMembers, Tar
 from capray.inputs.places import PLACES
 from capray.inputs.reader import Reader
 from tests.conftest import image_bytes, write_photos
-from tests.test_reading import alone, write_tar  # noqa: F401 (a fixture)
+from tests.test_reader import alone, write_tar  # noqa: F401 (a fixture)
 
 
 @pytest.fixture
@@ -94,9 +94,15 @@ class TestObjects:
         with pytest.raises(TryAgain, match="died 6 times with its process"):
             next(fetch_unit(unit_row(unit), fetcher))
 
-    def test_a_known_size_above_the_limit_is_not_read(self, fetcher):
-        rows, _ = fetch(fetcher, places([{"image_id": "1", "uri": "/nowhere.jpg", "size": 10**9}]))
+    def test_a_known_size_above_the_limit_is_made_sure_of_and_not_read(self, fetcher, tmp_path, monkeypatch):
+        large, gone = tmp_path / "large.jpg", tmp_path / "gone.jpg"
+        large.touch()
+        os.truncate(large, 10**9)
+        monkeypatch.setattr("capray.inputs.reader.read_image", None)
+        rows, _ = fetch(fetcher, places([{"image_id": "1", "uri": str(large), "size": 10**9}]))
         assert kinds(rows) == ["too_large"]
+        rows, _ = fetch(fetcher, places([{"image_id": "1", "uri": str(gone), "size": 10**9}]))
+        assert kinds(rows) == ["missing"]
 
     def test_what_is_not_certain_and_a_witness_a_block_can_be_looked_at_again(self, fetcher, unit):
         rows, _ = fetch(fetcher, unit)

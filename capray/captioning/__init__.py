@@ -1,4 +1,4 @@
-"""The captioning job on Ray Data: sources, plan, fetching, the actor, the writer, the lease, and the loop that settles.
+"""The captioning job: plan, fetching, actor, writer, lease, and the run that puts them together; on Ray Data (``stream``).
 
 Exactly once is computed, never assumed: after the last row the parts are listed afresh and compared with what was wanted.
 """

@@ -95,7 +95,7 @@ class Captioner(nn.Module):
         return self.memory_of_grid(self.encoder(images))
 
     def memory_of_grid(self, grid_BDhw: torch.Tensor) -> Memory:
-        """The memory of a native grid. Pooling keeps means and is linear, so the grid is projected before it."""
+        """The memory of a native grid. Projection and pooling are linear, so the grid is projected before it is pooled."""
         grid_BDhw = self.grid_dropout(grid_BDhw)
         size = grid_BDhw.shape[2:]
         grid_BPD = grid_BDhw.flatten(2).transpose(1, 2)

@@ -56,8 +56,9 @@ class Weights(NamedTuple):
 
 
 class _Deferred(torch.autograd.Function):
-    """The identity on ``outputs_NO``, to which every step adds its input times ``weight_OI``, detached; going back, the
-    gradient of the weight is one product over all steps. ``inputs`` is filled with the steps' inputs meanwhile."""
+    """Accumulates one gradient of ``weight_OI`` over all steps. Forward it is the identity on ``outputs_NO``, which each
+    step has computed with the weight detached; backward it multiplies the gradients of all steps by their ``inputs`` in
+    one product."""
 
     @staticmethod
     def forward(ctx, outputs_NO: torch.Tensor, weight_OI: torch.Tensor, inputs: list[torch.Tensor]) -> torch.Tensor:

@@ -38,7 +38,7 @@ from tests.test_byte_reader import configure, forget, proxy, put  # noqa: F401 (
 def alone(monkeypatch):
     """Each test as if in a process of its own, with short waits."""
     seen = Witnesses()
-    for module in ("byte_reader", "reading"):
+    for module in ("byte_reader", "reader"):
         monkeypatch.setattr(f"capray.inputs.{module}.witnesses", seen)
     monkeypatch.setattr(byte_reader, "_throttle", Throttle())
     monkeypatch.setattr(byte_reader, "_SLOW_DOWN_SECONDS", 0.05)
