@@ -1,5 +1,6 @@
 """Training: gradients that do not depend on how the batch is shared out, and the job on Ray."""
 
+import io
 import json
 import os
 import signal
@@ -8,7 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from capray.model.loss import collate
 from capray.report.training_report import report_training
 from capray.tables import SAMPLES, encode_parquet
 from capray.tracking.registry import find_model
-from capray.training.job import train
+from capray.training.job import TrainResult, train
 from capray.training.sample_stream import DECODED, Reading
 from capray.training.worker import TrainingStep, backward, empty_batch
 from capray.vocabulary import Vocabulary
@@ -271,72 +273,114 @@ def a_worker_killed_after_the_first_epoch(output: str) -> Iterator[list[dict]]:
     assert before
 
 
+VECTORS = {"and": np.arange(16.0), "circle": -np.arange(16.0)}
+
+
+def without_times(metrics: list[dict]) -> list[dict]:
+    return [{k: v for k, v in epoch.items() if "second" not in k} for epoch in metrics]
+
+
+@dataclass
+class Trainings:
+    """One whose worker was killed and which was taken up again, and one that was never stopped."""
+
+    samples: str
+    output: str
+    settings: dict
+    store: str
+    before: list[dict]
+    killed: TrainResult
+    said: str
+    taken_up: TrainResult
+    folder: Path
+    whole: TrainResult
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_same_seed_gives_the_same_losses_with_a_worker_killed_and_taken_up_again_and_a_second_stage_starts_from_there(
-    samples, s3, tmp_path, capfd, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)  # MLflow's own place for files
-    odd = with_oddities(samples, tmp_path / "odd")
-    vectors = {"and": np.arange(16.0), "circle": -np.arange(16.0)}
-    text = "".join(f"{word} {' '.join(map(str, vector))}\n" for word, vector in vectors.items())
-    (tmp_path / "vectors.txt").write_text(text)
-    settings = {**CHANCE, "word_vectors": str(tmp_path / "vectors.txt"), "freeze_word_vectors": True}
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    output = f"{s3}/killed"
-    with a_worker_killed_after_the_first_epoch(output) as before:
-        killed = run(odd, output, epochs=2, **settings, tracking_uri=store)
-    assert killed.metrics[0] == before[0], "an epoch with a checkpoint is not done again"
-    said = capfd.readouterr().err
-    assert "word vectors for 2 of " in said
-    assert "2 captions have no word and are left out" in said
-    assert "1 images could not be decoded" in said
-    taken_up = run(odd, output, epochs=3, **settings, tracking_uri=store)
-    assert taken_up.metrics[:2] == killed.metrics, "the command goes on from S3"
-    check_tracking(store, taken_up)
-    with pytest.raises(OutputConflictError, match="learning_rate: 0.001 -> 0.5"):
-        run(odd, output, epochs=4, **settings, tracking_uri=store, learning_rate=0.5)
-    whole = run(odd, tmp_path / "whole", epochs=3, **settings)
-    check_report(tmp_path / "whole", odd)
-    assert check_tracking(f"sqlite:///{tmp_path}/whole/mlflow.db", whole) == 3
+class TestATrainingThatIsKilledAndTakenUpAgain:
+    @pytest.fixture(scope="class")
+    def trainings(self, samples, s3, ray_cluster, tmp_path_factory) -> Iterator[Trainings]:
+        folder = tmp_path_factory.mktemp("trainings")
+        odd = with_oddities(samples, folder / "odd")
+        text = "".join(f"{word} {' '.join(map(str, vector))}\n" for word, vector in VECTORS.items())
+        (folder / "vectors.txt").write_text(text)
+        settings = {**CHANCE, "word_vectors": str(folder / "vectors.txt"), "freeze_word_vectors": True}
+        store, output = f"sqlite:///{folder}/mlflow.db", f"{s3}/killed"
+        with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as said:
+            patch.chdir(folder)  # MLflow's own place for files
+            with a_worker_killed_after_the_first_epoch(output) as before:
+                killed = run(odd, output, epochs=2, **settings, tracking_uri=store)
+            taken_up = run(odd, output, epochs=3, **settings, tracking_uri=store)
+            whole = run(odd, folder / "whole", epochs=3, **settings)
+            yield Trainings(
+                odd, output, settings, store, before, killed, said.getvalue(), taken_up, folder / "whole", whole
+            )
 
-    def without_times(metrics):
-        return [{k: v for k, v in epoch.items() if "second" not in k} for epoch in metrics]
+    def test_an_epoch_with_a_checkpoint_is_not_done_again(self, trainings):
+        assert trainings.killed.metrics[0] == trainings.before[0]
+        assert trainings.taken_up.metrics[:2] == trainings.killed.metrics
 
-    assert without_times(taken_up.metrics) == without_times(whole.metrics)
-    assert [epoch["learning_rate"] for epoch in whole.metrics] == pytest.approx([1e-3, 0.8e-3, 0.64e-3])
-    assert load_captioner(taken_up.last)[1] == load_captioner(whole.last)[1]
-    more = run(odd, output, **{**settings, "num_workers": 1}, epochs=4, tracking_uri="none")
-    assert more.metrics[:3] == taken_up.metrics and len(more.metrics) == 4, "with another number of workers"
-    for number, epoch in enumerate(whole.metrics, 1):
-        assert (epoch["epoch"], epoch["train_images"], epoch["val_images"]) == (number, 46, 6)
-        assert 0 < epoch["train_loss"] < 10
-        assert all(0 <= epoch[f"val_{feeding}_top5_accuracy"] <= 1 for feeding in ("free_running", "teacher_forced"))
-        assert epoch["val_perplexity"] == pytest.approx(np.exp(epoch["val_loss"]))
-    first, _ = load_captioner(whole.last)
-    assert first.architecture.hidden_dim == TINY["hidden_dim"]
-    for word, vector in vectors.items():
-        row = first.decoder.embedding.weight[first.vocabulary.encode([word])[0]]
-        assert row.tolist() == pytest.approx(vector.tolist())
+    def test_it_has_the_losses_and_weights_of_one_that_was_never_stopped(self, trainings):
+        taken_up, whole = trainings.taken_up, trainings.whole
+        assert without_times(taken_up.metrics) == without_times(whole.metrics)
+        assert load_captioner(taken_up.last)[1] == load_captioner(whole.last)[1]
 
-    second = TrainConfig(
-        samples=odd,
-        output=str(tmp_path / "second"),
-        init_from=whole.last,
-        fine_tune_from="layer4",
-        freeze_word_vectors=True,
-        epochs=1,
-        tracking_uri="none",
-        cpus_per_worker=1,
-        encoder_learning_rate=1e-3,
-    )
-    with in_process():
-        tuned, _ = load_captioner(train(second).last)
-    assert tuned.architecture == first.architecture and tuned.vocabulary.words == first.vocabulary.words
-    changed = {name: not torch.equal(value, first.state_dict()[name]) for name, value in tuned.state_dict().items()}
-    assert changed["encoder.backbone.layer4.0.weight"] and changed["decoder.output.weight"]
-    assert not changed["encoder.backbone.layer3.0.weight"] and not changed["decoder.embedding.weight"]
+    def test_what_is_left_out_is_said(self, trainings):
+        assert "word vectors for 2 of " in trainings.said
+        assert "2 captions have no word and are left out" in trainings.said
+        assert "1 images could not be decoded" in trainings.said
+
+    def test_its_figures(self, trainings):
+        metrics = trainings.whole.metrics
+        assert [epoch["learning_rate"] for epoch in metrics] == pytest.approx([1e-3, 0.8e-3, 0.64e-3])
+        for number, epoch in enumerate(metrics, 1):
+            assert (epoch["epoch"], epoch["train_images"], epoch["val_images"]) == (number, 46, 6)
+            assert 0 < epoch["train_loss"] < 10
+            assert all(0 <= epoch[f"val_{fed}_top5_accuracy"] <= 1 for fed in ("free_running", "teacher_forced"))
+            assert epoch["val_perplexity"] == pytest.approx(np.exp(epoch["val_loss"]))
+
+    def test_it_is_tracked_and_reported(self, trainings):
+        check_tracking(trainings.store, trainings.taken_up)
+        assert check_tracking(f"sqlite:///{trainings.folder}/mlflow.db", trainings.whole) == 3
+        check_report(trainings.folder, trainings.samples)
+
+    def test_word_vectors_stay_as_they_are_given(self, trainings):
+        captioner, _ = load_captioner(trainings.whole.last)
+        for word, vector in VECTORS.items():
+            row = captioner.decoder.embedding.weight[captioner.vocabulary.encode([word])[0]]
+            assert row.tolist() == pytest.approx(vector.tolist())
+
+    def test_other_settings_are_refused(self, trainings):
+        settings = {**trainings.settings, "tracking_uri": trainings.store, "learning_rate": 0.5}
+        with pytest.raises(OutputConflictError, match="learning_rate: 0.001 -> 0.5"):
+            run(trainings.samples, trainings.output, epochs=4, **settings)
+
+    def test_a_second_stage_starts_from_its_captioner(self, trainings, tmp_path):
+        first, _ = load_captioner(trainings.whole.last)
+        second = TrainConfig(
+            samples=trainings.samples,
+            output=str(tmp_path / "second"),
+            init_from=trainings.whole.last,
+            fine_tune_from="layer4",
+            freeze_word_vectors=True,
+            epochs=1,
+            tracking_uri="none",
+            cpus_per_worker=1,
+            encoder_learning_rate=1e-3,
+        )
+        with in_process():
+            tuned, _ = load_captioner(train(second).last)
+        assert tuned.architecture == first.architecture and tuned.vocabulary.words == first.vocabulary.words
+        changed = {name: not torch.equal(value, first.state_dict()[name]) for name, value in tuned.state_dict().items()}
+        assert changed["encoder.backbone.layer4.0.weight"] and changed["decoder.output.weight"]
+        assert not changed["encoder.backbone.layer3.0.weight"] and not changed["decoder.embedding.weight"]
+
+    def test_it_goes_on_with_another_number_of_workers(self, trainings):
+        settings = {**trainings.settings, "num_workers": 1, "tracking_uri": "none"}
+        more = run(trainings.samples, trainings.output, epochs=4, **settings)
+        assert more.metrics[:3] == trainings.taken_up.metrics and len(more.metrics) == 4
 
 
 def check_report(output, samples):
