@@ -19,6 +19,8 @@ import pytest
 from PIL import Image
 
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")  # Its 15 s are not enough on a busy machine.
+os.environ.setdefault("RAY_worker_niceness", "0")  # Its 15 leave workers waiting for the tests beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from capray.config import Architecture
@@ -61,8 +63,6 @@ def ray_cluster(s3: str) -> Iterator[None]:
     import ray
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")  # Its 15 s are not enough on a busy machine.
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Its 15 leave workers waiting for the tests beside them.
     here = Path(__file__).parent
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here / "faults"), os.environ.get("PYTHONPATH", "")])
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

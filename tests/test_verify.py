@@ -221,7 +221,7 @@ def _job(out: Path) -> None:
         (_changed_bytes, "the bytes of .*004.jpg .* are not those that were captioned"),
         (_lost_image, "the image of .*004.jpg cannot be read again: missing"),
         (_kept_columns, "carries the columns \\[\\], job.json says \\['n'\\]"),
-        (_job, "job.json cannot be read"),
+        (_job, "job.json is damaged"),
     ],
 )
 def test_what_is_wrong_is_named(out: Path, spoil, message: str) -> None:
