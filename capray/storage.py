@@ -46,6 +46,9 @@ _S3FS_ATTEMPTS = 2
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 """What S3 calls credentials that were good and are no longer."""
 
+_BROKEN_OFF = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientPayloadError"}
+"""Botocore's errors of connections, and of answers that did not arrive whole; the last is aiohttp's."""
+
 _MAX_PUT_BYTES = 5 * 10**9
 """S3 takes no more in one PUT."""
 
@@ -164,7 +167,7 @@ def _is_unanswered(error: Exception) -> bool:
     """Whether ``error`` is no refusal by the store: what botocore's retries ended with, or the deadline."""
     if isinstance(error, TimeoutError | ConnectionError):
         return True
-    if {"HTTPClientError", "ConnectionError"} & {base.__name__ for base in type(error).__mro__}:
+    if _BROKEN_OFF & {base.__name__ for base in type(error).__mro__}:
         return True
     status = _answer_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return status >= 500 and status != 501

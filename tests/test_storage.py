@@ -292,7 +292,15 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         ("fault", "exit_code"),
-        [("503", 75), ("reset", 75), ("expired", 75), ("expired_403", 75), ("denied", 1)],
+        [
+            ("503", 75),
+            ("reset", 75),
+            ("reset_body", 75),
+            ("truncate", 75),
+            ("expired", 75),
+            ("expired_403", 75),
+            ("denied", 1),
+        ],
     )
     def test_what_passes_is_told_from_what_does_not(self, s3, proxy, fault, exit_code):
         place = locate(f"{s3}/kept.bin")
