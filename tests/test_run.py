@@ -22,7 +22,8 @@ from capray.captioning.record import Summary
 from capray.captioning.stream import Stalled
 from capray.config import CaptionConfig
 from capray.errors import DataError, Interrupted, StorageError, TryAgain
-from capray.inputs import files, listing
+from capray.images import ImageError
+from capray.inputs import files, listing, reader
 from tests.conftest import write_photos
 from tests.local_executor import LocalExecutor, models_loaded_once
 from tests.oracle import check_exactly_once, current_failures, digests, read_parts
@@ -215,6 +216,43 @@ class TestOddInputs:
         (job.output / "_capray" / "job.json").write_text(text)
         with pytest.raises(DataError, match=r"job\.json is damaged .*: put it back, or choose another output"):
             job.run()
+
+
+class TestAnOutputThatIsAllButDone:
+    def test_new_images_are_found_beside_a_shard_that_cannot_be_read(self, job, tmp_path):
+        write_tars(job.input, 1, 3)
+        (job.input / "bad.tar").write_bytes(b"no tar" * 1000)
+        photos = tmp_path / "new"
+        write_photos(photos, 2)
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"bad\.tar"):
+                job.run(also=(str(photos),))
+        write_photos(photos / "more", 4, seed=1)
+        with pytest.raises(DataError, match=r"bad\.tar"):
+            job.run(also=(str(photos),))
+        assert len(read_parts(str(job.output), "captions")) == 3 + 2 + 4
+
+    def test_one_image_that_stays_denied_ends_no_run(self, job, monkeypatch):
+        write_photos(job.input, 5)
+        denied = job.input / "photo-0003.jpg"
+        read_image = reader.read_image
+
+        def refusing(uri, *arguments):
+            if uri == str(denied):
+                raise ImageError("denied", "no")
+            return read_image(uri, *arguments)
+
+        monkeypatch.setattr(reader, "read_image", refusing)
+        for _ in range(2):
+            assert job.run().current_failures == {"denied": 1}
+
+    def test_many_bad_images_are_tried_again(self, job):
+        write_photos(job.input, 30)
+        job.run()
+        for number in range(250):
+            (job.input / f"bad-{number}.jpg").write_bytes(b"no image")
+        assert job.run().current_failures == {"not_an_image": 250}
+        assert job.run(retry_failed=()).current_failures == {"not_an_image": 250}
 
 
 class TestWaves:

@@ -29,9 +29,13 @@ class FailureLimits:
     Args:
         max_failure_rate: share of failures that may pass.
         max_bad_images: share of images that cannot be read; None for any.
+
+    Attributes:
+        has_captions: whether the output has captions of earlier runs, so that all that is left may well be bad.
     """
 
     def __init__(self, max_failure_rate: float | None, max_bad_images: float | None):
+        self.has_captions = False
         self.results: Counter[str] = Counter()
         self.example = ""
         self._shares = (
@@ -71,7 +75,7 @@ class FailureLimits:
         total = self.results.total()
         if total < HOPELESS_AFTER:
             return
-        if not self.results[CAPTIONED]:
+        if not self.results[CAPTIONED] and not self.has_captions:
             raise CaprayError(f"the first {total} images all failed, {self.most_common()}: {self.example}")
         recent = Counter(self._recent)
         for flag, limit, kinds in self._shares:

@@ -122,7 +122,13 @@ class Run:
                 self._begin()
                 self._follow_listing()
                 self._work_off()
-                self._account()
+                try:
+                    self._account()
+                except CaprayError:
+                    # The next run is to find new images whatever this one could not read.
+                    if self.listing.is_complete and self._room_left() is None:
+                        self.listing.close()
+                    raise
                 if self.listing.is_complete and not self.summary.left:
                     self.listing.close()
                 self.summary.status = "complete"
@@ -140,6 +146,7 @@ class Run:
         if num := self.settled.remove_duplicates(self.write):
             self.display.say(_removed(num))
         self.summary.captioned_before = self.settled.num_captions
+        self.limits.has_captions = self.settled.num_captions > 0
         if self.listing.resumed_at is not None:
             listed_at = datetime.fromtimestamp(self.listing.resumed_at, UTC)
             self.display.say(
@@ -476,7 +483,8 @@ class Run:
                 f"{len(unread)} tars were not read to their ends after {summary.passes} passes: "
                 f"{', '.join(unread[:10])}{' …' if len(unread) > 10 else ''}; run the same command again"
             )
-        self.limits.check_any()
+        if not self.settled.num_captions:
+            self.limits.check_any()
 
     # For whoever watches.
 
