@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
-    "capray.report.explanation": ("explain",),
     "capray.captioning.job": ("caption",),
     "capray.config": (
         "Architecture",
@@ -48,14 +47,15 @@ _PLACES = {
         "TrainConfig",
     ),
     "capray.datasets.flickr8k": ("prepare_flickr8k",),
-    "capray.datasets.settings": ("Flickr8kConfig", "ShapesConfig"),
     "capray.datasets.samples": ("read_captions", "read_samples"),
+    "capray.datasets.settings": ("Flickr8kConfig", "ShapesConfig"),
     "capray.datasets.shapes": ("prepare_shapes",),
     "capray.evaluation": ("evaluate",),
     "capray.model.captioner": ("Captioner",),
     "capray.model.checkpoint": ("load_captioner",),
     "capray.output": ("Output",),
     "capray.query.answers": ("run_query",),
+    "capray.report.explanation": ("explain",),
     "capray.report.training_report": ("report_training",),
     "capray.training.job": ("train",),
 }

@@ -1,7 +1,7 @@
 """`capray`: thin and lazy. Parses settings and calls the one function each job has; torch and Ray load when needed.
 
-Exit codes: 0 done, 1 fault, 2 the user's mistake or an output held by another run, 3 images have failed (when asked for),
-130 and 143 stopped by a signal.
+Exit codes: 0 done, 1 fault, 2 the user's mistake, 3 images have failed (when asked for), 75 run the same command again,
+130 and 143 stopped by a signal, 141 whoever read the output has gone.
 """
 
 from __future__ import annotations

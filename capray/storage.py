@@ -133,7 +133,7 @@ def storage_errors(doing: str) -> Generator[None]:
     except FileNotFoundError as error:
         raise StorageError(f"{doing}: not found ({error})") from error
     except PermissionError as error:
-        if _answer_of(error).get("Error", {}).get("Code") in EXPIRED_CODES:
+        if s3_answer(error)[1] in EXPIRED_CODES:
             raise StorageUnavailable(
                 f"{doing}: {error}: renew the credentials and run the same command again"
             ) from error
@@ -141,14 +141,16 @@ def storage_errors(doing: str) -> Generator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(f"{doing}: no space left ({error.strerror}): make room and try again") from error
-        kind = StorageUnavailable if _is_unanswered(error) else StorageError
-        raise kind(f"{doing}: {error}") from error
+        raise _kind_of(error)(f"{doing}: {error}") from error
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "s3fs", "aiohttp"):
             raise
         hint = "; set AWS credentials (environment, profile or role)" if "Credential" in type(error).__name__ else ""
-        kind = StorageUnavailable if _is_unanswered(error) else StorageError
-        raise kind(f"{doing}: {error}{hint}") from error
+        raise _kind_of(error)(f"{doing}: {error}{hint}") from error
+
+
+def _kind_of(error: Exception) -> type[StorageError]:
+    return StorageUnavailable if _is_unanswered(error) else StorageError
 
 
 @contextmanager
@@ -169,13 +171,16 @@ def _is_unanswered(error: Exception) -> bool:
         return True
     if _BROKEN_OFF & {base.__name__ for base in type(error).__mro__}:
         return True
-    status = _answer_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    status = s3_answer(error)[0] or 0
     return status >= 500 and status != 501
 
 
-def _answer_of(error: Exception) -> dict[str, Any]:
-    """S3's answer that s3fs, or botocore, made ``error`` of."""
-    return getattr(error.__cause__, "response", None) or getattr(error, "response", None) or {}
+def s3_answer(error: BaseException) -> tuple[int | None, str]:
+    """The HTTP status and S3's code that botocore made ``error`` of, or s3fs of botocore's; None and "" of any other."""
+    for each in (error, error.__cause__):
+        if isinstance(answer := getattr(each, "response", None), dict):
+            return answer.get("ResponseMetadata", {}).get("HTTPStatusCode"), answer.get("Error", {}).get("Code", "")
+    return None, ""
 
 
 def file_version(about: os.stat_result) -> str:

@@ -87,8 +87,8 @@ class FailureLimits:
                 )
 
     def check_any(self) -> None:
-        """Raise CaprayError when every result is a failure that may pass."""
-        if self.results and all(kind in TRANSIENT_FAILURES for kind in self.results):
+        """Raise CaprayError when there is no caption and every result is a failure that may pass."""
+        if self.results and not self.has_captions and all(kind in TRANSIENT_FAILURES for kind in self.results):
             raise CaprayError(
                 f"no image could be captioned, all {self.results.total()} attempts failed, {self.most_common()}: "
                 f"{self.example}"

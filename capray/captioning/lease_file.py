@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from capray.errors import StorageError
-from capray.storage import Location, write_atomic
+from capray.storage import Location, s3_answer, write_atomic
 
 NUM_PROBES = 8
 """Writes at once that prove whether a store honours conditions."""
@@ -191,6 +191,5 @@ class SharedObject:
 
 def _is_refusal(error: OSError) -> bool:
     """Whether S3 says that a condition did not hold, or that another request came in between."""
-    answer = getattr(error.__cause__, "response", {})
-    code = answer.get("Error", {}).get("Code")
+    _, code = s3_answer(error)
     return code in ("PreconditionFailed", "412", "ConditionalRequestConflict", "OperationAborted", "409", "NoSuchKey")

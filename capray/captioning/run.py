@@ -483,8 +483,7 @@ class Run:
                 f"{len(unread)} tars were not read to their ends after {summary.passes} passes: "
                 f"{', '.join(unread[:10])}{' …' if len(unread) > 10 else ''}; run the same command again"
             )
-        if not self.settled.num_captions:
-            self.limits.check_any()
+        self.limits.check_any()
 
     # For whoever watches.
 

@@ -87,7 +87,9 @@ def fetch(archives: Iterable[Archive], folder: str) -> None:
             except DataError as error:
                 work.unlink(missing_ok=True)
                 raise DataError(f"{error}; it was removed: run the same command again") from error
-            shutil.rmtree(work.parent)
+            work.unlink()
+            if not any(work.parent.iterdir()):
+                work.parent.rmdir()
 
 
 def unpack(path: Path, archive: Archive, root: Path, display: ProgressDisplay) -> None:

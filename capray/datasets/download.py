@@ -66,10 +66,11 @@ def _go_on(
             part.unlink()
         answer.raise_for_status()
         start = have if answer.status_code == 206 else 0
-        size = start + int(answer.headers.get("Content-Length", 0))
-        if meant not in (None, size):
+        length = answer.headers.get("Content-Length")
+        size = None if length is None else start + int(length)
+        if size is not None and meant not in (None, size):
             raise RequestException(f"the server has {size:,} bytes, not the {meant:,} of the file that is meant")
-        if size - start > (free := shutil.disk_usage(part.parent).free):
+        if size is not None and size - start > (free := shutil.disk_usage(part.parent).free):
             raise StorageError(f"{part} needs {decimal(size - start)} more, and {decimal(free)} are free")
         etag = answer.headers.get("ETag", "")
         etags.append(etag if etag.startswith('"') else "")
@@ -77,7 +78,8 @@ def _go_on(
             file.seek(start)
             for chunk in answer.iter_content(CHUNK_BYTES):
                 file.write(chunk)
-                display.update(file.tell(), f"{decimal(file.tell())} of {decimal(size)}", total=size)
+                of = f" of {decimal(size)}" if size else ""
+                display.update(file.tell(), f"{decimal(file.tell())}{of}", total=size)
 
 
 def _size(path: Path) -> int:

@@ -31,7 +31,7 @@ from capray.inputs.stores import wait_for_answer
 from capray.inputs.throttle import Throttle
 from capray.inputs.versions import VersionChanged, check_version, if_match
 from capray.inputs.witnesses import witnesses
-from capray.storage import EXPIRED_CODES, Location, entry_of, file_version, is_s3, locate, object_version
+from capray.storage import EXPIRED_CODES, Location, entry_of, file_version, is_s3, locate, object_version, s3_answer
 
 CHUNK_BYTES = 8 * 2**20
 BODY_SECONDS = 120.0
@@ -373,11 +373,9 @@ def _failure(error: BaseException) -> ImageError | None:
 
 
 def _answer(error: Any) -> tuple[int | None, str]:
-    """The HTTP status and S3's code in botocore's errors; the status in aiohttp's."""
-    answer = getattr(error, "response", None)
-    if not isinstance(answer, dict):
-        return getattr(error, "status", None), ""
-    return answer["ResponseMetadata"].get("HTTPStatusCode"), answer["Error"].get("Code", "")
+    """``s3_answer``; the status in aiohttp's errors."""
+    status, code = s3_answer(error)
+    return getattr(error, "status", None) if status is None else status, code
 
 
 def _public(uri: str) -> str:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 from fsspec.asyn import sync
 
-from capray.errors import TryAgain
+from capray.inputs.witnesses import wait_until
 from capray.storage import Location
 
-POLL_SECONDS = 2.0
 ANSWER_SECONDS = 60.0
 """As long may the question take, all of botocore's attempts together."""
 
@@ -26,20 +24,10 @@ def wait_for_answer(place: Location, seconds: float, notify: Callable[[str], Non
         TryAgain: it did not for ``seconds``.
     """
     bucket = place.fs.split_path(place.path)[0]
-    deadline, has_waited = time.monotonic() + seconds, False
+    what = f"the store of s3://{bucket} does not answer"
+    way_out = f"and has not for {seconds:g} s: run the same command again when it does"
     with _asking:  # One asks; the others find out when it has.
-        while not _answers(place.fs, bucket):
-            what = f"the store of s3://{bucket} does not answer"
-            if time.monotonic() >= deadline:
-                raise TryAgain(
-                    f"{what}, and has not for {seconds:g} s: run the same command again when it does; nothing was recorded "
-                    "against its images"
-                )
-            if not has_waited:
-                notify(f"waiting: {what}")
-                has_waited = True
-            time.sleep(min(POLL_SECONDS, max(0.01, deadline - time.monotonic())))
-    return has_waited
+        return wait_until(lambda: _answers(place.fs, bucket), what, way_out, seconds, notify)
 
 
 def _answers(fs: Any, bucket: str) -> bool:

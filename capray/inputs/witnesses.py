@@ -74,20 +74,34 @@ class Witnesses:
         names = (*self.of(path), *given)
         if not names or self.opening(path, given):
             return False
-        deadline, told_at = time.monotonic() + seconds, -NOTICE_SECONDS
+        what = f"{names[0]}, which was there before, cannot be opened: its mount or disk is away"
+        way_out = (
+            f"and has been for {seconds:g} s: mount it on every node (or put the file back) and run the same command "
+            "again"
+        )
         with self._waiting:  # One asks; the others find out when it has.
-            while not self.opening(path, given):
-                what = f"{names[0]}, which was there before, cannot be opened: its mount or disk is away"
-                if time.monotonic() >= deadline:
-                    raise TryAgain(
-                        f"{what}, and has been for {seconds:g} s: mount it on every node (or put the file back) and run the "
-                        "same command again; nothing was recorded against its images"
-                    )
-                if time.monotonic() - told_at >= NOTICE_SECONDS:
-                    notify(f"waiting: {what}")
-                    told_at = time.monotonic()
-                time.sleep(min(POLL_SECONDS, max(0.01, deadline - time.monotonic())))
+            wait_until(lambda: self.opening(path, given) is not None, what, way_out, seconds, notify)
         return True
+
+
+def wait_until(
+    is_back: Callable[[], bool], what: str, way_out: str, seconds: float, notify: Callable[[str], None]
+) -> bool:
+    """Wait until ``is_back``, telling ``what`` is waited for; whether that took time.
+
+    Raises:
+        TryAgain: it was not for ``seconds``.
+    """
+    deadline, told_at, has_waited = time.monotonic() + seconds, -NOTICE_SECONDS, False
+    while not is_back():
+        if time.monotonic() >= deadline:
+            raise TryAgain(f"{what}, {way_out}; nothing was recorded against its images")
+        if time.monotonic() - told_at >= NOTICE_SECONDS:
+            notify(f"waiting: {what}")
+            told_at = time.monotonic()
+        time.sleep(min(POLL_SECONDS, max(0.01, deadline - time.monotonic())))
+        has_waited = True
+    return has_waited
 
 
 def _folders_above(path: str) -> Iterator[str]:
