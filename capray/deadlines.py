@@ -35,5 +35,5 @@ def within(seconds: float | None, action: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     if not wait([future], seconds).done:
-        raise TimeoutError(f"no answer within {seconds:g} s")
+        raise TimeoutError(f"no answer within {round(seconds, 1):g} s")
     return future.result()

@@ -306,15 +306,15 @@ def read_bytes(location: Location) -> bytes:
 
 
 def write_atomic(
-    location: Location, data: bytes, scratch: Location | None = None, deadline_seconds: float | None = None
+    location: Location, data: bytes, scratch: Location | None = None, deadline: float | None = None
 ) -> None:
     """Publish ``data`` under ``location`` in one step: a reader sees the old bytes or the new, never a part.
 
     Locally a file is written in ``scratch`` (the target's own folder when not given; it must be on the same
     file system), synced and renamed, and the folder synced; on an object store it is a single PUT.
 
-    With ``deadline_seconds`` it ends by then, all retries included. Nothing is sent or renamed later, but for one thing that
-    no client can call back: a PUT that S3 has already, or a rename that hangs in the system.
+    With a ``deadline`` (of ``deadlines.now``) it ends by then, all retries included. Nothing is sent or renamed later, but
+    for one thing that no client can call back: a PUT that S3 has already, or a rename that hangs in the system.
 
     Raises:
         WriteUnanswered: it is not known whether it happened.
@@ -322,27 +322,31 @@ def write_atomic(
     """
     with write_errors(f"writing {location.uri}"):
         if is_s3(location):
-            _put(location, data, deadline_seconds)
+            _put(location, data, deadline)
         elif location.is_local:
             folder = scratch.path if scratch else os.path.dirname(location.path)
-            deadline = None if deadline_seconds is None else now() + deadline_seconds
-            within(deadline_seconds, lambda: _replace_file(location.path, data, folder, deadline))
+            within(_until(deadline), lambda: _replace_file(location.path, data, folder, deadline))
         else:
-            within(deadline_seconds, lambda: location.fs.pipe_file(location.path, data))
+            within(_until(deadline), lambda: location.fs.pipe_file(location.path, data))
 
 
-def _put(location: Location, data: bytes, seconds: float | None) -> None:
+def _until(deadline: float | None) -> float | None:
+    """The seconds until ``deadline``, none after it."""
+    return None if deadline is None else max(0.0, deadline - now())
+
+
+def _put(location: Location, data: bytes, deadline: float | None) -> None:
     fs = location.fs
 
     async def put() -> None:
         # A process that wakes up after the deadline is cancelled here before it sends again.
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(_until(deadline)):
             await fs._pipe_file(location.path, data, chunksize=_MAX_PUT_BYTES // 2)
 
     try:
         sync(fs.loop, put)
     except FSTimeoutError as error:
-        raise TimeoutError(str(error.__cause__ or "") or f"no answer within {seconds} s") from error
+        raise TimeoutError(str(error.__cause__ or "") or "no answer in time") from error
 
 
 def _replace_file(path: str, data: bytes, scratch: str, deadline: float | None) -> None:

@@ -16,11 +16,15 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import ClassVar
 
+import fsspec
 import pytest
 import s3fs
+from fsspec.implementations.memory import MemoryFileSystem
 from tenacity import wait_exponential_jitter
 
 from capray import storage
@@ -499,6 +503,64 @@ class TestStream:
             proxy.requests.clear()
             assert read(open_stream(uri, chunk_bytes=10 * KIB)) == data
             assert proxy.requests == {"GET": 10}
+
+
+class TestOtherStores:
+    """Any other fsspec store: it is asked which version it has, as it cannot be asked for one."""
+
+    class Store(MemoryFileSystem):
+        protocol = "versioned"
+        store: ClassVar[dict] = {}
+        reads: ClassVar[int] = 0
+        looks: ClassVar[int] = 0
+        after_read: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.replace("versioned://", "memory://"))
+
+        def info(self, path, **options):
+            type(self).looks += 1
+            return super().info(path, **options) | {"ETag": hashlib.md5(self.store[path].getvalue()).hexdigest()}
+
+        def cat_file(self, path, start=None, end=None, **options):
+            type(self).reads += 1
+            data = super().cat_file(path, start, end, **options)
+            self.after_read()
+            return data
+
+    @pytest.fixture
+    def store(self, monkeypatch):
+        fsspec.register_implementation("versioned", self.Store, clobber=True)
+        fs = fsspec.filesystem("versioned")
+        fs.store.clear()
+        fs.pipe_file("/a.bin", b"0123456789")
+        monkeypatch.setattr(self.Store, "reads", 0)
+        monkeypatch.setattr(self.Store, "looks", 0)
+        return fs
+
+    def test_a_small_file_has_one_version_however_it_is_read(self, store):
+        """A first answer that was the whole file once told no version, and all later ones another."""
+        whole, start = Stream("versioned://a.bin"), Stream("versioned://a.bin")
+        assert (whole.readall(), start.read(3)) == (b"0123456789", b"012")
+        assert whole.version == start.version != ""
+        assert Stream("versioned://a.bin", version=whole.version).readall() == b"0123456789"
+        store.pipe_file("/a.bin", b"9876543210")
+        with pytest.raises(VersionChanged):
+            Stream("versioned://a.bin", version=whole.version).readall()
+
+    def test_a_file_written_to_while_its_version_is_found_out_is_read_again(self, store, monkeypatch):
+        def change():
+            if self.Store.reads == 1:
+                store.pipe_file("/a.bin", b"abcde")
+
+        monkeypatch.setattr(self.Store, "after_read", staticmethod(change))
+        stream = Stream("versioned://a.bin")
+        assert stream.readall() == b"abcde" and self.Store.reads > 1
+
+    def test_an_image_takes_one_request(self, store):
+        assert read_image("versioned://a.bin", 1000) == b"0123456789"
+        assert (self.Store.reads, self.Store.looks) == (1, 0)
 
 
 class TestStorage:

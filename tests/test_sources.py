@@ -24,7 +24,7 @@ from capray.inputs import open_sources
 from capray.inputs.base import ContainerChanged, Selection, Source, rows_of
 from capray.inputs.byte_reader import Stream
 from capray.inputs.files import MAX_LEVELS
-from capray.inputs.versions import version_of
+from capray.inputs.versions import entry_at
 from capray.storage import locate
 
 ODD = [
@@ -744,9 +744,9 @@ class TestVersions:
                 assert unit == kept[0]
                 pages = list(source.pages(unit))
                 assert {page.version for page in pages} == {source.versions()[unit]}
-                assert source.versions()[unit] == "+".join(version_of(locate(file)) for file in kept)
+                assert source.versions()[unit] == "+".join(entry_at(locate(file)).version for file in kept)
                 versions = {row["version"] for page in pages for row in page.rows.to_pylist()}
-                assert versions == {version_of(locate(kept[0]))}
+                assert versions == {entry_at(locate(kept[0])).version}
 
     def test_listing_again_sees_the_container_as_it_is_then(self, tmp_path):
         for place, files in self.containers(tmp_path).items():
@@ -755,7 +755,7 @@ class TestVersions:
             for file in reversed(files):
                 os.utime(file, ns=(0, 0))
                 (page, *_) = source.pages(files[0])
-                assert page.version == "+".join(version_of(locate(each)) for each in files)
+                assert page.version == "+".join(entry_at(locate(each)).version for each in files)
                 os.rename(file, f"{file}-")
                 with pytest.raises(DataError, match=os.path.basename(file)):
                     list(source.pages(files[0]))

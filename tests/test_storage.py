@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
+from capray.deadlines import now
 from capray.errors import CaprayError, DataError, StorageError, WriteUnanswered
 from capray.storage import (
     exists,
@@ -97,7 +98,7 @@ class TestWriteAtomic:
             monkeypatch.setattr(os, "fsync", full)
             for where in (scratch, None):
                 with pytest.raises(StorageError, match=r"writing .*a\.bin: no space left \(.*\): make room") as caught:
-                    write_atomic(place, b"new", where, deadline_seconds=10)
+                    write_atomic(place, b"new", where, deadline=now() + 10)
                 assert not isinstance(caught.value, WriteUnanswered)
         assert Path(place.path).read_bytes() == b"old"
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.bin", "tmp"]
@@ -164,7 +165,7 @@ class TestDeadline:
         proxy.set_rates({f"write.{fault}": 1})
         started = time.monotonic()
         with pytest.raises(WriteUnanswered, match=r"writing .*a\.bin: .*; it may have happened or not") as caught:
-            write_atomic(place, b"bytes", deadline_seconds=1.5)
+            write_atomic(place, b"bytes", deadline=now() + 1.5)
         assert time.monotonic() - started < 3
         assert caught.value.exit_code == 75
         sent = proxy.requests["PUT"]
@@ -173,7 +174,7 @@ class TestDeadline:
         assert proxy.requests["PUT"] == sent, "it was tried again after its deadline"
         assert exists(place) == (fault in ("stall", "lose_answer"))
         proxy.set_rates({})
-        write_atomic(place, b"bytes", deadline_seconds=10)
+        write_atomic(place, b"bytes", deadline=now() + 10)
         assert read_bytes(place) == b"bytes"
 
     def test_a_store_that_is_away(self, monkeypatch):
@@ -181,14 +182,14 @@ class TestDeadline:
         s3fs.S3FileSystem.clear_instance_cache()
         started = time.monotonic()
         with pytest.raises(WriteUnanswered):
-            write_atomic(locate("s3://bucket/a.bin"), b"bytes", deadline_seconds=1)
+            write_atomic(locate("s3://bucket/a.bin"), b"bytes", deadline=now() + 1)
         assert time.monotonic() - started < 3
         s3fs.S3FileSystem.clear_instance_cache()
 
     def test_a_refusal_is_known(self, s3, proxy):
         proxy.set_rates({"write.denied": 1})
         with pytest.raises(StorageError, match="permission denied") as caught:
-            write_atomic(locate(f"{s3}/denied.bin"), b"bytes", deadline_seconds=10)
+            write_atomic(locate(f"{s3}/denied.bin"), b"bytes", deadline=now() + 10)
         assert not isinstance(caught.value, WriteUnanswered)
 
     def test_a_file_system_that_hangs(self, tmp_path, monkeypatch):
@@ -201,7 +202,7 @@ class TestDeadline:
         monkeypatch.setattr(os, "fsync", hang)
         place = locate(str(tmp_path / "a.bin"))
         with pytest.raises(WriteUnanswered, match=r"writing .*a\.bin: no answer within 0\.3 s"):
-            write_atomic(place, b"late", deadline_seconds=0.3)
+            write_atomic(place, b"late", deadline=now() + 0.3)
         back.set()
         assert ended.wait(10)
         assert list(tmp_path.iterdir()) == [], "it was renamed after its deadline, or left litter"

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from capray.captioning import writer as writer_module
 from capray.captioning.rows import results_schema
 from capray.captioning.writer import FencedWrites, PartWriter
+from capray.deadlines import now
 from capray.errors import CaprayError, LeaseHeldError, StorageError, WriteUnanswered
 from capray.output import Output
 from capray.storage import Location, write_atomic
@@ -100,6 +101,9 @@ class Fixture:
         """Until what is published in the background is there, or refused."""
         wait([self.writer._publishing] if self.writer._publishing else [])
 
+    def num_held(self) -> int:
+        return self.writer._held.num_rows
+
     def parts(self, table: str = "captions") -> list[list[str]]:
         """The image ids of every part, in the order of the parts' names."""
         self.wait()
@@ -115,11 +119,11 @@ def job(tmp_path) -> Fixture:
 class TestCuts:
     def test_by_rows(self, job):
         job.writer.add(captions("a", "b"))
-        assert (job.parts(), job.writer.num_held) == ([], 2)
+        assert (job.parts(), job.num_held()) == ([], 2)
         job.writer.add(captions(*"cdefgh"))
-        assert (job.parts(), job.writer.num_held) == ([["a", "b", "c"], ["d", "e", "f"]], 2)
+        assert (job.parts(), job.num_held()) == ([["a", "b", "c"], ["d", "e", "f"]], 2)
         job.writer.add(captions("i"))
-        assert (job.parts()[2:], job.writer.num_held) == ([["g", "h", "i"]], 0)
+        assert (job.parts()[2:], job.num_held()) == ([["g", "h", "i"]], 0)
 
     def test_by_the_age_of_the_oldest_row(self, job):
         job.writer.add(captions("a"))
@@ -264,7 +268,7 @@ class TestRefusedPublishing:
         job.writes.before = lambda location: may_write.wait(30)
         job.writer.add(captions("a", "b", "c"))
         job.writer.add(captions("d", "e"))
-        assert job.writer.num_held == 2 and not job.writes.written
+        assert job.num_held() == 2 and not job.writes.written
         third = threading.Thread(target=job.writer.add, args=(captions("f"),))
         third.start()
         third.join(0.1)
@@ -282,10 +286,11 @@ class TestFencedWrites:
         checks = 0
         is_lost = False
 
-        def check(self) -> None:
+        def check(self) -> float:
             self.checks += 1
             if self.is_lost:
                 raise LeaseHeldError("taken over")
+            return now() + self.margin_seconds
 
     @pytest.fixture
     def output(self, tmp_path) -> Output:
@@ -306,8 +311,8 @@ class TestFencedWrites:
     def test_what_went_unanswered_is_sent_again_as_it_was_while_the_lease_is_held(self, output, lease, monkeypatch):
         sent = []
 
-        def unanswered(location, data, scratch, seconds):
-            sent.append((location.uri, data, lease.checks, seconds))
+        def unanswered(location, data, scratch, deadline):
+            sent.append((location.uri, data, lease.checks, deadline - now()))
             if len(sent) < 3:
                 raise WriteUnanswered("no answer")
 
@@ -315,6 +320,12 @@ class TestFencedWrites:
         FencedWrites(output, lease)(output.job, b"bytes")
         assert [each[:3] for each in sent] == [(output.job.uri, b"bytes", check) for check in (1, 2, 3)]
         assert all(0 < seconds <= lease.margin_seconds for *_, seconds in sent)
+
+    def test_a_process_that_was_frozen_between_the_check_and_the_write_sends_nothing(self, output, lease):
+        lease.margin_seconds = -60
+        with pytest.raises(WriteUnanswered):
+            FencedWrites(output, lease)(output.job, b"late")
+        assert not Path(output.job.path).exists()
 
     def test_a_store_that_never_answers(self, output, lease, monkeypatch):
         def unanswered(*arguments):
@@ -360,7 +371,7 @@ def test_every_row_is_published_once_and_in_time(operations, part_rows, part_sec
                 job.writer.flush()
             if operation == "flush" or (held and job.clock.now - held[0] >= part_seconds):
                 held = []
-            assert job.writer.num_held == len(held)
+            assert job.num_held() == len(held)
         job.writer.flush()
         published = {table: job.parts(table) for table in expected}
         assert {table: list(itertools.chain.from_iterable(parts)) for table, parts in published.items()} == expected

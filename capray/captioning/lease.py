@@ -154,13 +154,14 @@ class Lease:
 
     @property
     def margin_seconds(self) -> float:
-        """How long a write that begins after ``check`` may take, its retries included."""
+        """How long after ``check`` looked a write may go on, its retries included."""
         if self.claim.is_locked or not self.enforce:
             return LOCKED_MARGIN_SECONDS
         return self.expiry_seconds - self.publish_seconds
 
-    def check(self) -> None:
-        """Raise an error unless this run surely holds the lease now.
+    def check(self) -> float:
+        """Raise an error unless this run surely holds the lease now; when, on ``deadlines.now``, a write that begins now has
+        to end.
 
         It does until ``publish_seconds`` after the last confirmed renewal began; later the lease is renewed first. Nobody
         takes a lease over (but with ``steal``) before ``expiry_seconds``: the time between the two is the margin. A process
@@ -171,10 +172,9 @@ class Lease:
             LeaseHeldError: the lease is lost.
             StorageError: it cannot be renewed; WriteUnanswered, where the store gave no answer for ``patience_seconds``.
         """
-        if not self.enforce:
-            return
         started, waiting = now(), False
-        while self._lost is None and now() - self._confirmed > self.publish_seconds:
+        looked = started
+        while self.enforce and self._lost is None and looked - self._confirmed > self.publish_seconds:
             try:
                 self._renew()
             except WriteUnanswered as error:
@@ -184,8 +184,10 @@ class Lease:
                     waiting = True
                     self.say(f"{error}: trying again for up to {self.patience_seconds:g} s")
                 time.sleep(min(1.0, self.patience_seconds / 10))
-        if self._lost is not None:
+            looked = now()
+        if self.enforce and self._lost is not None:
             raise LeaseHeldError(f"lost the lease on the output: {self._lost}; what was published is kept")
+        return looked + self.margin_seconds
 
     def _open(self) -> SharedFile | SharedObject:
         """What the lease is written in. On a local disk this takes the kernel's lock."""

@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 
 from capray.captioning.lease import Lease
 from capray.captioning.rows import results_schema
-from capray.deadlines import now
 from capray.errors import WriteUnanswered
 from capray.output import Output
 from capray.storage import Location, Write, write_atomic
@@ -47,12 +46,9 @@ class FencedWrites:
             StorageError: the store refuses, or never answered.
         """
         for attempt in range(_WRITES):
-            self.lease.check()
-            checked_at = now()
+            deadline = self.lease.check()
             try:
-                # What a process was frozen for in between is taken off what the write may take.
-                left = self.lease.margin_seconds - (now() - checked_at)
-                write_atomic(location, data, self.output.scratch, left)
+                write_atomic(location, data, self.output.scratch, deadline)
                 return
             except WriteUnanswered:
                 if attempt == _WRITES - 1:
@@ -110,10 +106,6 @@ class PartWriter:
         self._pool = ThreadPoolExecutor(1, "parts")
         self._part: _Part | None = None
         self._publishing: Future[None] | None = None
-
-    @property
-    def num_held(self) -> int:
-        return self._held.num_rows
 
     def add(self, results: pa.Table) -> None:
         """Take RESULTS rows, and cut the parts they fill."""

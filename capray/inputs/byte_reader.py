@@ -31,7 +31,7 @@ from capray.inputs.stores import wait_for_answer
 from capray.inputs.throttle import Throttle
 from capray.inputs.versions import VersionChanged, check_version, if_match
 from capray.inputs.witnesses import witnesses
-from capray.storage import EXPIRED_CODES, Location, entry_of, file_version, is_s3, locate, object_version, s3_answer
+from capray.storage import EXPIRED_CODES, Entry, Location, entry_of, file_version, is_s3, locate, object_version, s3_answer
 
 CHUNK_BYTES = 8 * 2**20
 BODY_SECONDS = 120.0
@@ -97,7 +97,7 @@ def read_image(uri: str, max_bytes: int, patience: Patience | None = None) -> by
         StorageError: there is no such bucket.
         TryAgain: a mount or store is away for longer than ``patience``, or credentials have expired and cannot be renewed.
     """
-    return _fetch(uri, 0, max_bytes + 1, "", patience).data
+    return _fetch(uri, 0, max_bytes + 1, None, patience).data
 
 
 def read_range(uri: str, start: int, end: int, version: str = "", patience: Patience | None = None) -> bytes:
@@ -182,8 +182,9 @@ class Stream(io.RawIOBase):
         return piece
 
 
-def _fetch(uri: str, start: int, end: int, version: str, patience: Patience | None) -> _Piece:
-    """The bytes from ``start`` to ``end`` or the object's end."""
+def _fetch(uri: str, start: int, end: int, version: str | None, patience: Patience | None) -> _Piece:
+    """The bytes from ``start`` to ``end`` or the object's end, of the ``version``; of any when it is "", which the piece
+    then tells, or None."""
     try:
         place = locate(uri)
     except StorageError as error:
@@ -232,7 +233,7 @@ def _fetch(uri: str, start: int, end: int, version: str, patience: Patience | No
             raise ImageError(failure.kind, f"{_public(uri)}: {text}", failure.certain) from error
 
 
-def _retrying(place: Location, start: int, end: int, version: str, patience: Patience | None) -> _Piece:
+def _retrying(place: Location, start: int, end: int, version: str | None, patience: Patience | None) -> _Piece:
     """What ``_read`` gives, after a few attempts at answers that broke off."""
     retrying = Retrying(
         retry=retry_if_exception(_is_passing),
@@ -254,14 +255,14 @@ def _renew(fs: Any, client: Any) -> None:
             sync(fs.loop, fs.set_session, refresh=True)
 
 
-def _read(place: Location, start: int, end: int, version: str) -> _Piece:
+def _read(place: Location, start: int, end: int, version: str | None) -> _Piece:
     if place.is_local:
         piece = within(READ_SECONDS, lambda: _read_file(place.path, start, end, version))
     elif is_s3(place):
         with _throttle:
             piece = sync(place.fs.loop, _read_s3, place, start, end, version, timeout=REQUEST_SECONDS)
     else:
-        piece = within(READ_SECONDS, lambda: _read_other(place, start, end))
+        piece = within(READ_SECONDS, lambda: _read_other(place, start, end, version))
     check_version(version, piece.version)
     expected = max(0, min(end, piece.size) - start)
     if len(piece.data) != expected:
@@ -269,7 +270,7 @@ def _read(place: Location, start: int, end: int, version: str) -> _Piece:
     return piece
 
 
-def _read_file(path: str, start: int, end: int, version: str) -> _Piece:
+def _read_file(path: str, start: int, end: int, version: str | None) -> _Piece:
     if "\0" in path:
         raise OSError(errno.ENAMETOOLONG, "no file can have this name")
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -289,11 +290,20 @@ def _read_file(path: str, start: int, end: int, version: str) -> _Piece:
     return _Piece(data, about.st_size, file_version(about))
 
 
-def _read_other(place: Location, start: int, end: int) -> _Piece:
+def _entry_now(place: Location) -> Entry:
+    return entry_of(place, place.path, place.fs.info(place.path))
+
+
+def _read_other(place: Location, start: int, end: int, version: str | None) -> _Piece:
+    """These stores read no version that is asked for: the object is looked at afterwards, and before where it is to tell
+    its version."""
+    before = version or (_entry_now(place).version if version == "" else None)
     data = place.fs.cat_file(place.path, start=start, end=end)
-    if start == 0 and len(data) < end:
+    if version is None and start == 0 and len(data) < end:
         return _Piece(data, len(data))
-    entry = entry_of(place, place.path, place.fs.info(place.path))
+    entry = _entry_now(place)
+    if version == "" and before != entry.version:
+        raise _BrokenOff("written to while it was read")
     return _Piece(data, entry.size, entry.version)
 
 
@@ -303,7 +313,7 @@ def _slow_down_if_asked(response: Any = None, **_: Any) -> None:
         _throttle.slow_down()
 
 
-async def _read_s3(place: Location, start: int, end: int, version: str) -> _Piece:
+async def _read_s3(place: Location, start: int, end: int, version: str | None) -> _Piece:
     from botocore.exceptions import ClientError
 
     client = await place.fs.set_session()
@@ -319,7 +329,7 @@ async def _read_s3(place: Location, start: int, end: int, version: str) -> _Piec
         if status != 416:
             raise
         # Nothing lies at or behind ``start``.
-        return _Piece(b"", 0, version) if start == 0 else replace(await _read_s3(place, 0, 1, version), data=b"")
+        return _Piece(b"", 0, version or "") if start == 0 else replace(await _read_s3(place, 0, 1, version), data=b"")
     try:
         async with asyncio.timeout(BODY_SECONDS):
             data = await answer["Body"].read()

@@ -28,18 +28,13 @@ def entry_at(place: Location) -> Entry:
             raise DataError(f"{place.uri!r} is gone") from error
 
 
-def version_of(place: Location) -> str:
-    """The version of what is at ``place`` now; raises as ``entry_at`` does."""
-    return entry_at(place).version
-
-
-def check_version(wanted: str, found: str) -> None:
+def check_version(wanted: str | None, found: str) -> None:
     """Raise VersionChanged when ``found`` is not the ``wanted`` version, where one is wanted."""
     if wanted and found != wanted:
         raise VersionChanged(f"version {found}, not {wanted}")
 
 
-def if_match(wanted: str) -> dict[str, str]:
+def if_match(wanted: str | None) -> dict[str, str]:
     """What makes S3 refuse to answer from another version than ``wanted``."""
-    etag = wanted.rpartition("-")[0]
+    etag = (wanted or "").rpartition("-")[0]
     return {"IfMatch": f'"{etag}"'} if etag else {}
