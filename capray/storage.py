@@ -261,15 +261,17 @@ def _stat(path: str) -> os.stat_result:
         return os.lstat(path)
 
 
-def list_names(folder: Location, suffix: str = "") -> list[str]:
-    """Names of the files directly in ``folder`` that end in ``suffix``, sorted; [] when there is no such folder."""
+def list_names(folder: Location, suffix: str = "", folders: bool = False) -> list[str]:
+    """Names of the files, and with ``folders`` of the folders, directly in ``folder`` that end in ``suffix``, sorted; [] when
+    there is no such folder."""
     with storage_errors(f"listing {folder.uri}"):
         folder.fs.invalidate_cache()
         try:
             infos = folder.fs.ls(folder.path, detail=True)
         except FileNotFoundError:
             return []
-    names = (info["name"].rstrip("/").rsplit("/", 1)[-1] for info in infos if info["type"] == "file")
+    shown = (info for info in infos if folders or info["type"] == "file")
+    names = (info["name"].rstrip("/").rsplit("/", 1)[-1] for info in shown)
     return sorted(name for name in names if name.endswith(suffix))
 
 
@@ -288,7 +290,7 @@ def is_folder(location: Location) -> bool:
 def check_empty(output: str) -> None:
     """Raise ConfigError when ``output`` already holds something."""
     folder = locate(output)
-    if is_folder(folder) and (names := list_names(folder)):
+    if is_folder(folder) and (names := list_names(folder, folders=True)):
         raise ConfigError(f"{output!r} is not empty (it holds {names[0]!r}): choose a new folder or empty it")
 
 

@@ -267,6 +267,9 @@ class TestRefusals:
         (tmp_path / "out" / "thesis.txt").write_text("mine")
         with pytest.raises(OutputConflictError, match="holds 'thesis.txt' and no captioning job"):
             run(tmp_path / "photos", tmp_path / "out", model)
+        (tmp_path / "home" / "documents").mkdir(parents=True)
+        with pytest.raises(OutputConflictError, match="holds 'documents' and no captioning job"):
+            run(tmp_path / "photos", tmp_path / "home", model)
 
     def test_empty_and_missing_inputs(self, tmp_path, model, s3):
         (tmp_path / "empty").mkdir()

@@ -313,6 +313,18 @@ class TestPhotos:
         assert code == 0
         assert out.startswith(f"{photo}\t")
 
+    @pytest.mark.parametrize(
+        "name", ["list.csv", "LIST.TXT.GZ", "shard.tar", "SHARD.TAR", "a.parquet", "manifest.json"]
+    )
+    def test_tables_tars_and_lists_are_no_photos(self, call, model, tmp_path, name):
+        (tmp_path / name).write_bytes(b"")
+        code, out, err = call("caption", tmp_path / name, "--model", model)
+        assert (code, out) == (2, "") and "is no photo: an output is needed" in err
+
+    def test_settings_of_tables_are_refused_for_photos(self, call, model, tmp_path):
+        code, out, err = call("caption", *write_photos(tmp_path, 1), "--model", model, "--limit", "3", "--attention")
+        assert (code, out) == (2, "") and err.startswith("capray: --attention, --limit: not for single photos")
+
     def test_a_photo_that_is_not_there_is_said_before_any_is_captioned(self, call, model, tmp_path):
         (photo,) = write_photos(tmp_path, 1)
         code, out, err = call("caption", photo, tmp_path / "gone.jpg", "--model", model)

@@ -157,6 +157,13 @@ class TestDeaths:
             assert not is_alive(pid)
             assert child.call(2) == 6
 
+    def test_a_child_that_takes_no_value(self):
+        with Isolated(Doer, (3,), seconds=0.5) as child:
+            os.kill(child.call(("pid",)), signal.SIGSTOP)
+            with pytest.raises(Crashed, match=r"took over 0\.5 seconds"):
+                child.call(b"x" * 10_000_000)
+            assert child.call(2) == 6
+
     def test_that_come_between_two_calls(self, child):
         pid = child.call(("pid",))
         os.kill(pid, signal.SIGKILL)

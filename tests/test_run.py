@@ -18,6 +18,7 @@ import pytest
 from capray.captioning import run as run_module
 from capray.captioning import writer
 from capray.captioning.job import caption
+from capray.captioning.plan import Plan
 from capray.captioning.record import Summary
 from capray.captioning.stream import Stalled
 from capray.config import CaptionConfig
@@ -399,6 +400,27 @@ class TestEndingEarly:
         assert stopped.value.exit_code == 143
         captions = read_parts(str(job.output), "captions")
         assert len(captions) == job.executor.num_captioned >= 16
+        (record,) = (job.output / "_capray" / "runs").glob("*.json")
+        assert json.loads(record.read_text())["status"] == "interrupted"
+        job.run()
+        job.check()
+
+    @pytest.mark.parametrize("stage", ["fresh", "remaining", "count_wanted"])
+    def test_it_is_told_to_stop_while_it_plans(self, job, monkeypatch, stage):
+        """Planning a billion takes long, and what sends the signal kills soon after."""
+
+        def plan(*arguments) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+
+        write_photos(job.input, 20)
+        with monkeypatch.context() as patched:
+            patched.setattr(Plan, stage, plan)
+            started = time.monotonic()
+            with pytest.raises(Interrupted):
+                job.run()
+            assert time.monotonic() - started < 20
+        assert len(read_parts(str(job.output), "captions")) == (0 if stage == "fresh" else 20)
         (record,) = (job.output / "_capray" / "runs").glob("*.json")
         assert json.loads(record.read_text())["status"] == "interrupted"
         job.run()

@@ -645,6 +645,25 @@ class TestKinds:
                 write_table(tmp_path / "in" / name, {"key": ["0"]})
         assert opened(tmp_path / "in").kind == kind
 
+    def test_case_of_an_ending_means_nothing(self, tmp_path):
+        for name, content in {"LIST.CSV.GZ": b"uri\n/x.jpg", "LIST.TXT.Gz": b"/x.jpg"}.items():
+            (tmp_path / name).write_bytes(gzip.compress(content))
+            assert ids(tmp_path / name) == ["/x.jpg"]
+        tar = write_tar(tmp_path / "in" / "X.TAR", ["0.jpg"])
+        assert ids(tmp_path / "in") == [tar]
+        write_table(tmp_path / "in" / "X.PARQUET", {"key": ["0"]})
+        assert ids(tmp_path / "in") == [f"{tar}#0.jpg"]
+        write_table(tmp_path / "tables" / "T.PARQUET", {"uri": ["/y.jpg"]})
+        assert ids(tmp_path / "tables") == ["/y.jpg"]
+
+    def test_hidden_lists_are_left_out_and_counted(self, tmp_path):
+        (tmp_path / "in").mkdir()
+        for name in ("a.csv", ".b.csv", "_c.CSV"):
+            (tmp_path / "in" / name).write_text(f"uri\n/{name}.jpg")
+        source = opened(tmp_path / "in", input_kind="manifest")
+        assert [row["image_id"] for row in listed(source)] == ["/a.csv.jpg"]
+        assert sum(page.hidden for unit in source.units() for page in source.pages(unit)) == 2
+
     def test_may_be_forced(self, tmp_path):
         touch(tmp_path / "in", "a.jpg", "b.txt")
         (tmp_path / "in" / "b.txt").write_text("/x.jpg")

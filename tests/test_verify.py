@@ -372,6 +372,22 @@ def test_the_members_of_tars_are_wanted_and_read_again(tmp_path: Path) -> None:
     assert f"the bytes of {uris[1]}" in problems
 
 
+def test_ids_that_share_an_image_are_all_read_again(tmp_path: Path) -> None:
+    """A list may give one image several ids; once only the first of them was compared, and the others never."""
+    (uri,) = photos(tmp_path / "photos", 1)
+    (member,) = make_tar(tmp_path / "tars/a.tar", 1)
+    output = Output(str(tmp_path / "out"))
+    of_file, of_member = Path(uri).read_bytes(), b"\xff\xd8\xff0"
+    rows = [(uri, of_file), (uri, b"other"), (member, of_member), (member, b"another")]
+    add_captions(output, [uri for uri, _ in rows], 0, [hashlib.sha256(data).digest() for _, data in rows])
+    file = Path(output.captions.path) / "part-run-1-00000.parquet"
+    rewrite(file, image_id=pa.array(["a", "b", "c", "d"]))
+    write_job(output)
+    result = run(tmp_path / "out", against=False, check_bytes=10)
+    assert (result.counts["images_read_again"], result.counts["images_same"]) == (4, 2)
+    assert sorted(problem[:14] for problem in result.problems) == ["the bytes of b", "the bytes of d"]
+
+
 def test_a_source_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None:
     uris = make_tar(tmp_path / "photos/a.tar", 2)
     (tmp_path / "photos/b.tar").write_bytes(b"no tar" * 1000)

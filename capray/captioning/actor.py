@@ -231,7 +231,7 @@ class CaptioningActor:
                 self._recover()
             self._patiently("the model cannot be read", self._load, StorageError)
         except DeviceError as error:
-            self._end(str(error))
+            self._end(f"the device failed ({error})")
         except CaprayError as error:
             self._error = error
 
@@ -251,7 +251,7 @@ class CaptioningActor:
             try:
                 outcomes = dict(zip(readable, self._outcomes([rows[i] for i in readable]), strict=True))
             except DeviceError as error:
-                self._end(str(error))
+                self._end(f"the device failed ({error})")
             if self._restarts:
                 cluster.end_restarts()
                 self._restarts = 0
@@ -260,7 +260,7 @@ class CaptioningActor:
         return with_table(block, pa.Table.from_pylist(results, self.schema))
 
     def _load(self) -> None:
-        with deadline(LOAD_SECONDS, self._end):
+        with deadline(LOAD_SECONDS, self._late("loading the model")):
             self.captioning = Captioning(self.settings)
             self.captioning.check_device()
 
@@ -285,7 +285,7 @@ class CaptioningActor:
         outcomes: list[Outcome | None] = [None] * len(rows)
         risky = [i for i, row in enumerate(rows) if self.careful_blocks or row["careful"]]
         others = [i for i, row in enumerate(rows) if not (self.careful_blocks or row["careful"])]
-        with deadline(CAPTION_SECONDS * (1 + len(others) / IMAGES_PER_DEADLINE), self._end):
+        with deadline(CAPTION_SECONDS * (1 + len(others) / IMAGES_PER_DEADLINE), self._late("a batch")):
             for i, outcome in zip(others, self.captioning([rows[i] for i in others]), strict=True):
                 outcomes[i] = outcome
         for i in risky:
@@ -299,7 +299,7 @@ class CaptioningActor:
         return [outcome for outcome in outcomes if outcome is not None]
 
     def _check_device(self) -> None:
-        with deadline(CAPTION_SECONDS, self._end):
+        with deadline(CAPTION_SECONDS, self._late("the canary")):
             self.captioning.check_device()
         self._blocks_since_canary = 0
 
@@ -343,9 +343,13 @@ class CaptioningActor:
     def _notify(self, text: str) -> None:
         cluster.post_notice(self.settings.run_id, text)
 
+    def _late(self, what: str) -> Callable[[str], None]:
+        """What ends this process when ``what`` takes too long."""
+        return lambda reason: self._end(f"{what} {reason}")
+
     def _end(self, reason: str) -> NoReturn:
-        """End this process: the device failed, and Ray starts the actor again."""
-        text = f"captioning on {self.node}: the device failed, its actor starts again ({reason[:_MESSAGE_LENGTH]})"
+        """End this process, as its device fails or hangs: Ray starts the actor again."""
+        text = f"captioning on {self.node}: {reason[:_MESSAGE_LENGTH]}; its actor starts again"
         print(text, file=sys.stderr, flush=True)
         self._notify(text)
         os._exit(1)

@@ -15,13 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
+from capray.deadlines import within
 from capray.errors import CaprayError
 
 _START_SECONDS = 600.0
+_KILL_SECONDS = 10.0
 _NO_START = "a child process for careful work cannot be started"
 
 
@@ -37,7 +40,7 @@ class CannotStart(RuntimeError):
 def deadline(seconds: float, end: Callable[[str], None]) -> Generator[None]:
     """Calls ``end`` in another thread when the block takes longer: it is for ending the process, for nothing else ends what
     hangs in a device or a library."""
-    timer = threading.Timer(seconds, end, [f"it took over {seconds:g} seconds"])
+    timer = threading.Timer(seconds, end, [f"took over {seconds:g} seconds"])
     timer.daemon = True
     timer.start()
     try:
@@ -77,10 +80,11 @@ class Isolated:
             self._start()
         assert self._pipe is not None
         try:
-            self._pipe.send(value)
-            if not self._pipe.poll(self.seconds):
-                raise Crashed(f"took over {self.seconds:g} seconds")
-            ok, result = self._pipe.recv()
+            # A value that the child does not take hangs as an answer does that it does not give.
+            ok, result = within(self.seconds, partial(_exchange, self._pipe, value))
+        except TimeoutError:
+            self.close()
+            raise Crashed(f"took over {self.seconds:g} seconds") from None
         except BaseException as error:
             death = self._death() if isinstance(error, (EOFError, OSError)) else None
             self.close()
@@ -96,9 +100,10 @@ class Isolated:
     def close(self) -> None:
         if self._child is not None:
             assert self._pipe is not None
-            self._pipe.close()
             self._child.kill()
-            self._child.wait()
+            with suppress(subprocess.TimeoutExpired):  # It may hang in the system.
+                self._child.wait(_KILL_SECONDS)
+            self._pipe.close()
         self._child = self._pipe = None
 
     def __enter__(self) -> Isolated:
@@ -136,6 +141,11 @@ class Isolated:
         except subprocess.TimeoutExpired:
             return "closed its connection"
         return f"killed its process by {signal.Signals(-code).name}" if code < 0 else f"ended its process with {code}"
+
+
+def _exchange(pipe: Connection, value: Any) -> Any:
+    pipe.send(value)
+    return pipe.recv()
 
 
 def serve() -> None:

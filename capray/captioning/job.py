@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import signal
-import threading
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,9 +10,10 @@ from capray.captioning.device import canary_score
 from capray.captioning.lease import Lease, ray_job_is_terminal
 from capray.captioning.record import Summary
 from capray.captioning.run import Run
+from capray.captioning.signals import Signals
 from capray.captioning.stream import Executor, RayExecutor
 from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
-from capray.errors import ConfigError, Interrupted, OutputConflictError
+from capray.errors import ConfigError, OutputConflictError
 from capray.inputs import Source, open_sources
 from capray.model.checkpoint import load_captioner
 from capray.output import Output
@@ -66,9 +64,10 @@ def caption(config: CaptionConfig, executor: Executor | None = None) -> Summary:
             job = check_job(config, output, model_id, sources)
             executor = executor or RayExecutor(config, run_id, display.say)
             bound = job or job_of(config, model_id, sources) | {"preprocessing": preprocessing.model_dump(mode="json")}
-            run = Run(
-                config, output, run_id, bound, preprocessing, lease, signals.check, display, sources, executor, canary
-            )
+            with signals.interrupting():
+                run = Run(
+                    config, output, run_id, bound, preprocessing, lease, signals, display, sources, executor, canary
+                )
             return run.caption()
 
 
@@ -131,7 +130,8 @@ def check_job(config: CaptionConfig, output: Output, model_id: str, sources: lis
 
 
 def _check_empty(config: CaptionConfig, output: Output) -> None:
-    names = list_names(output.root)
+    ours = {folder.uri.rsplit("/", 1)[-1] for folder in (output.captions, output.failures, output.private)}
+    names = [name for name in list_names(output.root, folders=True) if name not in ours]
     if names:
         raise OutputConflictError(
             f"{config.output!r} holds {names[0]!r} and no captioning job: choose a new folder or empty it"
@@ -142,31 +142,3 @@ def _check_empty(config: CaptionConfig, output: Output) -> None:
             f"{config.output!r} holds {len(parts)} parts ({parts[0].uri} …) whose {output.job.uri} is gone, so it is not "
             "known which model and settings they are of: put that file back, or choose another output"
         )
-
-
-class Signals:
-    """Ctrl-C and SIGTERM ask the job to stop; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> Signals:
-        self._previous = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = number
-
-    def check(self) -> None:
-        """Raise Interrupted when a signal has come."""
-        if self.received is not None:
-            raise Interrupted("stopped; the same command goes on where it was", self.received)

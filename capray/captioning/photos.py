@@ -7,24 +7,29 @@ import os
 from capray import cluster
 from capray.config import CaptionConfig, Decoding, ImageLimits
 from capray.errors import CaprayError, ConfigError
+from capray.inputs import are_containers
 from capray.storage import locate
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
+_SETTINGS = {
+    *("input", "output", "also", "model", "tracking_uri", "precision"),
+    *Decoding.model_fields,
+    *ImageLimits.model_fields,
+}
 
 
 def are_photos(paths: list[str]) -> bool:
-    """Whether the arguments name photos and nothing else: the last is a local file or has an image's suffix."""
+    """Whether the arguments name photos and nothing else: the last has an image's suffix, or is a local file that is no
+    table, tar or list."""
     last = paths[-1]
-    if last.lower().endswith(_SUFFIXES):
-        return True
-    return os.path.isfile(last) and not last.endswith(".parquet")
+    return last.lower().endswith(_SUFFIXES) or (os.path.isfile(last) and not are_containers(last))
 
 
 def caption_photos(paths: list[str], config: CaptionConfig) -> None:
     """Print ``path<TAB>caption`` for each photo; a bad one is said on standard error.
 
     Raises:
-        ConfigError: a path that is no file.
+        ConfigError: a path that is no file, or settings that only mean something for tables.
         CaprayError: in the end, when a photo could not be captioned.
         CheckpointError: the model cannot be loaded.
     """
@@ -38,6 +43,11 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
     from capray.model.checkpoint import load_captioner
     from capray.tracking.registry import find_model
 
+    if tables_only := config.model_fields_set - _SETTINGS:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(tables_only))
+        raise ConfigError(
+            f"{flags}: not for single photos, which give lines and no tables (capray caption INPUT OUTPUT)"
+        )
     for path in paths:
         place = locate(path)
         if place.is_local and not os.path.isfile(place.path):

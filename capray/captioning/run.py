@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ from capray.captioning.plan import Plan
 from capray.captioning.record import RunRecord, Summary
 from capray.captioning.rows import events_of, table_of
 from capray.captioning.second_looks import AS_TRANSIENT, SecondLooks
+from capray.captioning.signals import Signals
 from capray.captioning.settled import ATTEMPTS_PER_RUN, Settled
 from capray.captioning.stream import Executor, Stalled
 from capray.captioning.units import Work, block_rows_of
@@ -69,7 +69,7 @@ class Run:
 
     Args:
         job: what the output is bound to; its precision may be missing, and is then resolved and written.
-        check_signals: raises Interrupted when the run was told to stop.
+        signals: tell when the run is to stop.
         canary: its score by the driver's own captioner (``device.canary_score``).
     """
 
@@ -81,14 +81,14 @@ class Run:
         job: dict[str, Any],
         preprocessing: Preprocessing,
         lease: Lease,
-        check_signals: Callable[[], None],
+        signals: Signals,
         display: ProgressDisplay,
         sources: list[Source],
         executor: Executor,
         canary: float | None = None,
     ):
         self.config, self.output, self.job, self.preprocessing = config, output, job, preprocessing
-        self.check_signals, self.display, self.executor, self.canary = check_signals, display, executor, canary
+        self.signals, self.display, self.executor, self.canary = signals, display, executor, canary
         self.write = FencedWrites(output, lease)
         self.summary = Summary(output.root.uri, run_id, job["model_id"])
         self.source_type = sources[0].source_type
@@ -119,11 +119,14 @@ class Run:
         """Do all that is to be done; raises what ``job.caption`` raises."""
         with self.settled, self.listing, self.record:
             try:
-                self._begin()
+                with self.signals.interrupting():
+                    self._begin()
                 self._follow_listing()
                 self._work_off()
                 try:
-                    self._account()
+                    self.writer.flush()
+                    with self.signals.interrupting():
+                        self._account()
                 except CaprayError:
                     # The next run is to find new images whatever this one could not read.
                     if self.listing.is_complete and self._room_left() is None:
@@ -138,8 +141,8 @@ class Run:
                 raise
             finally:
                 self.executor.close()
-                if self.summary.passes:
-                    self.writer.close()
+                if writer := self._built_writer():
+                    writer.close()
         return self.summary
 
     def _begin(self) -> None:
@@ -172,6 +175,10 @@ class Run:
             attention=config.attention,
         )
 
+    def _built_writer(self) -> PartWriter | None:
+        """The writer, if it was needed so far: the run's own thread builds it, the heartbeat does not, nor does an end."""
+        return self.__dict__.get("writer")
+
     # Waves and passes.
 
     def _follow_listing(self) -> None:
@@ -183,7 +190,9 @@ class Run:
             fresh, taken = chunks[taken:], len(chunks)
             if fresh and self._room_left() != 0:
                 waves, planned = waves + 1, self.listing.num_rows
-                self._caption(self.plan.fresh(fresh, self.block_rows, self._room_left()), "captioning")
+                with self.signals.interrupting():
+                    work = self.plan.fresh(fresh, self.block_rows, self._room_left())
+                self._caption(work, "captioning")
             # A pass may have found that there is more to list.
             if self._room_left() == 0 or (self.listing.is_complete and taken == len(self.listing.chunks())):
                 return
@@ -209,7 +218,9 @@ class Run:
             if self._room_left() == 0:
                 return
             given_up = {uri for uri, count in self._unread_tars.items() if count >= ATTEMPTS_PER_RUN}
-            work = self.plan.remaining(self.block_rows, self._room_left(), frozenset(given_up | self._faults.keys()))
+            with self.signals.interrupting():
+                given_up |= self._faults.keys()
+                work = self.plan.remaining(self.block_rows, self._room_left(), frozenset(given_up))
             if not work.num_units and self.listing.is_complete:
                 return
             self._caption(work, "once more:")
@@ -233,7 +244,8 @@ class Run:
         self.summary.passes += 1
         self._changed.clear()
         self.display.update(0, "", "starting Ray")
-        pool, settings = self.executor.pool, self._settings()
+        with self.signals.interrupting():
+            pool, settings = self.executor.pool, self._settings()
         self.record.write()
         tars = f" and {work.num_tars:,} tar shards" if work.num_tars else ""
         listed = "" if self.listing.is_complete else " (listing goes on)"
@@ -445,7 +457,6 @@ class Run:
 
     def _account(self) -> None:
         """Remove what stands twice, account for every id, and say what could not be read."""
-        self.writer.flush()
         num_removed = self.settled.remove_duplicates(self.write)
         if num_removed:
             self.display.say(_removed(num_removed))
@@ -503,7 +514,7 @@ class Run:
         self.display.update(done, figures, "captioning", None if work.num_tars else work.num_images)
 
     def _tick(self) -> None:
-        self.check_signals()
+        self.signals.check()
         if not self.summary.passes:
             return
         self.writer.tick()
@@ -517,7 +528,7 @@ class Run:
     def _summary(self) -> Summary:
         """The summary as things stand."""
         summary = self.summary
-        if writer := self.__dict__.get("writer"):  # Built by the run's own thread only; the heartbeat asks here too.
+        if writer := self._built_writer():
             summary.captions, summary.failures, summary.parts = (
                 writer.num_captions,
                 dict(writer.failures),
@@ -536,8 +547,8 @@ class Run:
         is_stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         self.summary.status = "interrupted" if is_stopped else "failed"
         with suppress(CaprayError):
-            if self.summary.passes:
-                self.writer.flush()
+            if writer := self._built_writer():
+                writer.flush()
         with suppress(CaprayError):
             self.record.write()
         if not is_stopped and not isinstance(error, ConfigError) and (place := self.record.keep_traceback(error)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import posixpath
 import re
 from collections.abc import Iterable, Iterator
 
@@ -18,10 +19,11 @@ from capray.inputs.witnesses import opens
 from capray.storage import Entry, Location, entry_of, is_file, is_folder, is_glob, iter_files, locate, storage_errors
 
 _SAMPLE = 1000
+_ENDINGS = {"manifest": MANIFESTS, "parquet": (".parquet",), "tar": (".tar",)}
 _SIDECARS = (".parquet", ".json", ".txt", ".csv")
 _NUM_WITNESSES = 4
 
-__all__ = ["Source", "open_sources"]
+__all__ = ["Source", "are_containers", "open_sources"]
 
 
 def open_sources(inputs: tuple[str, ...], settings: SourceSettings, keep: tuple[str, ...] = ()) -> list[Source]:
@@ -42,6 +44,11 @@ def open_sources(inputs: tuple[str, ...], settings: SourceSettings, keep: tuple[
             f"{second.place.uri!r} ({second.source_type}): caption them into two outputs"
         )
     return sources
+
+
+def are_containers(uri: str) -> bool:
+    """Whether the name is one of tables, tars or lists of images, and not an image's."""
+    return uri.lower().endswith((*itertools.chain(*_ENDINGS.values()), "manifest.json"))
 
 
 def _name_once(sources: list[Source]) -> None:
@@ -87,23 +94,25 @@ def _source_of(
         return Images(place, settings, keep)
     if kind == "inventory":
         return Inventory(place, settings, keep)
+    endings = _ENDINGS[kind]
     shown: list[Entry] = []
     hidden = 0
     for entry in files:
         if is_hidden(_below(place, entry), (".", "_")):
-            hidden += entry.path.endswith(f".{kind}")
+            hidden += entry.path.lower().endswith(endings)
         else:
             shown.append(entry)
+    found = [entry for entry in shown if entry.path.lower().endswith(endings)]
+    if not found:
+        raise ConfigError(f"no files ending in {' or '.join(endings)} at {uri!r}")
     if kind == "manifest":
-        return Manifest(place, settings, keep, _ending(shown, MANIFESTS, uri))
+        return Manifest(place, settings, keep, found, hidden)
     if kind == "parquet":
-        return Parquet(place, settings, keep, _ending(shown, (".parquet",), uri), hidden)
-    tars = _ending(shown, (".tar",), uri)
-    beside = {entry.uri: entry for entry in shown if entry.uri.endswith(".parquet")}
-    sidecars = {
-        tar.uri: beside[other] for tar in tars if (other := tar.uri.removesuffix(".tar") + ".parquet") in beside
-    }
-    return Tars(place, settings, keep, tars, sidecars, hidden)
+        return Parquet(place, settings, keep, found, hidden)
+    assert kind == "tar", kind
+    beside = {posixpath.splitext(entry.uri)[0]: entry for entry in shown if entry.uri.lower().endswith(".parquet")}
+    sidecars = {tar.uri: beside[stem] for tar in found if (stem := posixpath.splitext(tar.uri)[0]) in beside}
+    return Tars(place, settings, keep, found, sidecars, hidden)
 
 
 def _files(place: Location) -> Iterator[Entry]:
@@ -132,13 +141,14 @@ def _below(place: Location, entry: Entry) -> str:
 
 def _kind_of(place: Location, sample: list[Entry]) -> str:
     """The kind of input, from the names of its first files."""
-    names = [entry.path for entry in sample if not is_hidden(_below(place, entry), (".", "_"))]
+    shown = [entry for entry in sample if not is_hidden(_below(place, entry), (".", "_"))]
     if len(sample) == 1 and sample[0].path == place.path:
-        names = [place.path]
+        shown = sample
         if place.path.lower().endswith(MANIFESTS):
             return "manifest"
-        if place.path.endswith("manifest.json"):
+        if place.path.lower().endswith("manifest.json"):
             return "inventory"
+    names = [entry.path.lower() for entry in shown]
     for name in names:
         if fnmatch.fnmatch(name, "*.tar.*") or name.endswith(".tgz"):
             raise ConfigError(f"{name!r} is a compressed tar, which is not read: unpack the compression (gunzip) first")
@@ -148,13 +158,6 @@ def _kind_of(place: Location, sample: list[Entry]) -> str:
         name.endswith((".parquet", ".json", ".md")) for name in names
     ):
         return "parquet"
-    if is_glob(place) and names and all(name.lower().endswith(MANIFESTS) for name in names):
+    if is_glob(place) and names and all(name.endswith(MANIFESTS) for name in names):
         return "manifest"
     return "images"
-
-
-def _ending(entries: list[Entry], suffixes: tuple[str, ...], uri: str) -> list[Entry]:
-    found = [entry for entry in entries if entry.path.lower().endswith(suffixes)]
-    if not found:
-        raise ConfigError(f"no files ending in {' or '.join(suffixes)} at {uri!r}")
-    return found

@@ -31,7 +31,17 @@ from capray.inputs.stores import wait_for_answer
 from capray.inputs.throttle import Throttle
 from capray.inputs.versions import VersionChanged, check_version, if_match
 from capray.inputs.witnesses import witnesses
-from capray.storage import EXPIRED_CODES, Entry, Location, entry_of, file_version, is_s3, locate, object_version, s3_answer
+from capray.storage import (
+    EXPIRED_CODES,
+    Entry,
+    Location,
+    entry_of,
+    file_version,
+    is_s3,
+    locate,
+    object_version,
+    s3_answer,
+)
 
 CHUNK_BYTES = 8 * 2**20
 BODY_SECONDS = 120.0

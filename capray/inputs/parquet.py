@@ -153,8 +153,10 @@ class Manifest(Containers):
 
     kind = "manifest"
 
-    def __init__(self, place: Location, settings: SourceSettings, keep: tuple[str, ...], files: list[Entry]):
-        super().__init__(place, settings, keep, files)
+    def __init__(
+        self, place: Location, settings: SourceSettings, keep: tuple[str, ...], files: list[Entry], hidden: int = 0
+    ):
+        super().__init__(place, settings, keep, files, hidden)
         self.refuse("split", "image_column")
         if all(_suffix(entry.uri) == "txt" for entry in files):
             self.refuse("id_column", "uri_column", "keep")
@@ -248,7 +250,7 @@ class Manifest(Containers):
 def _unpacked(uri: str, stream: Stream) -> Any:
     """The file in ``stream``, buffered, and unpacked if it is gzip."""
     file = io.BufferedReader(stream, CHUNK_BYTES)
-    return gzip.open(file) if uri.endswith(".gz") else file
+    return gzip.open(file) if uri.lower().endswith(".gz") else file
 
 
 class Inventory(Containers):
@@ -331,7 +333,7 @@ def _plain(name: str) -> str:
 
 
 def _suffix(path: str) -> str:
-    return path.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+    return path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
 
 
 def _text_of(value: Any) -> str | None:

@@ -8,6 +8,7 @@ noticed. Knows nothing of models; ids and parts are held by DuckDB, out of core.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -619,18 +620,20 @@ def _read_part(table: str, output: int, file: Location) -> _Part:
 def _read_by_uri(place: str, drawn: list[_Drawn]) -> _Digests:
     """By image id the SHA-256 of the images at ``place``, or why there is none; None for one that is too large."""
     limit = ImageLimits().max_image_bytes
-    if place == drawn[0].uri:
-        return {drawn[0].image_id: _digest(place, limit)}
-    members = {(each.uri or "")[len(place) + 1 :]: each.image_id for each in drawn}
     digests: _Digests = {}
+    members: dict[str, list[str]] = {}
+    for each in drawn:
+        if each.uri == place:
+            digests[each.image_id] = next(iter(digests.values())) if digests else _digest(place, limit)
+        else:
+            members.setdefault((each.uri or "")[len(place) + 1 :], []).append(each.image_id)
+    if not members:
+        return digests
     try:
         with opened(place) as tar:
             for member, data, whole in images_of(tar, limit):
-                image_id = members.pop(member.name, None)
-                if image_id is not None and member.size > limit:
-                    digests[image_id] = None
-                elif image_id is not None:
-                    digests[image_id] = hashlib.sha256(data).digest() if whole else "it is cut off"
+                digest = hashlib.sha256(data).digest() if whole else "it is cut off"
+                digests |= dict.fromkeys(members.pop(member.name, ()), None if member.size > limit else digest)
                 if not members:
                     break
         missing = "it is not there"
@@ -638,7 +641,7 @@ def _read_by_uri(place: str, drawn: list[_Drawn]) -> _Digests:
         missing = error.message
     except (CaprayError, VersionChanged) as error:
         missing = str(error)
-    return digests | dict.fromkeys(members.values(), missing)
+    return digests | dict.fromkeys(itertools.chain(*members.values()), missing)
 
 
 def _digest(uri: str, limit: int) -> bytes | str | None:
