@@ -262,7 +262,7 @@ def _stat(path: str) -> os.stat_result:
 
 
 def list_names(folder: Location, suffix: str = "", folders: bool = False) -> list[str]:
-    """Names of the files, and with ``folders`` of the folders, directly in ``folder`` that end in ``suffix``, sorted; [] when
+    """Names of the files, and with ``folders`` folders, directly in ``folder`` that end in ``suffix``, sorted; [] when
     there is no such folder."""
     with storage_errors(f"listing {folder.uri}"):
         folder.fs.invalidate_cache()

@@ -26,8 +26,8 @@ from capray.captioning.plan import Plan
 from capray.captioning.record import RunRecord, Summary
 from capray.captioning.rows import events_of, table_of
 from capray.captioning.second_looks import AS_TRANSIENT, SecondLooks
-from capray.captioning.signals import Signals
 from capray.captioning.settled import ATTEMPTS_PER_RUN, Settled
+from capray.captioning.signals import Signals
 from capray.captioning.stream import Executor, Stalled
 from capray.captioning.units import Work, block_rows_of
 from capray.captioning.writer import FencedWrites, PartWriter
