@@ -485,8 +485,8 @@ class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):
     attention: bool = False
     """Store the caption's tokens and the attention over the grid at each of them."""
 
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
-    """Images captioned together by an actor."""
+    batch_size: Annotated[int, Field(ge=1, le=512)] = 64
+    """Images captioned together by an actor, as far as they fit into blocks of 96 MiB."""
     num_actors: Annotated[int, Field(ge=1)] | None = None
     """Captioning actors; when not given, one per GPU, or one per CPU but one."""
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None

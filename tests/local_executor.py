@@ -31,11 +31,11 @@ if TYPE_CHECKING:  # A child process that fetches loads no torch.
 @contextmanager
 def models_loaded_once() -> Generator[None]:
     """Runs in this process load a model, and caption its canary, only once."""
-    from capray.captioning import job
+    from capray.captioning import opening
 
     with ExitStack() as patches:
         for name in ("load_captioner", "canary_score"):
-            patches.enter_context(mock.patch.object(job, name, cache(getattr(job, name))))
+            patches.enter_context(mock.patch.object(opening, name, cache(getattr(opening, name))))
         yield
 
 

@@ -10,18 +10,17 @@ from dataclasses import dataclass
 from capray import cluster
 from capray.captioning.actor import Captioning, CaptioningSettings
 from capray.captioning.fetching import Fetcher
-from capray.captioning.job import check_apart, check_job, with_absolute_paths
+from capray.captioning.opening import OpenedJob, open_job
 from capray.captioning.plan import Plan
 from capray.captioning.rows import table_of
 from capray.captioning.run import retried_kinds
 from capray.captioning.settled import Settled
 from capray.captioning.units import Work, block_rows_of, read_units
-from capray.config import CaptionConfig, Decoding, ImageLimits, Preprocessing, SourceSettings
-from capray.inputs import Source, open_sources
+from capray.config import CaptionConfig, Decoding, ImageLimits
+from capray.inputs import Source
 from capray.inputs.listing import Listing
 from capray.inputs.places import PLACES
 from capray.inputs.reader import Reader
-from capray.model.checkpoint import load_captioner
 from capray.output import Output, create_view
 from capray.progress import ProgressDisplay, duration
 from capray.storage import locate, write_atomic
@@ -75,15 +74,8 @@ class DryRun:
 
 def dry_run(config: CaptionConfig) -> DryRun:
     """List the inputs and plan a run; raises what ``job.caption`` raises before it starts."""
-    config = with_absolute_paths(config)
-    assert config.output is not None
-    captioner, model_id = load_captioner(config.model)
-    preprocessing = captioner.architecture.subset(Preprocessing)
-    del captioner
-    output = Output(config.output)
-    check_apart(config, output)
-    sources = open_sources(config.inputs, config.subset(SourceSettings), config.keep)
-    check_job(config, output, model_id, sources)
+    job = open_job(config)
+    config, output, sources = job.config, job.output, job.sources
     with tempfile.TemporaryDirectory() as folder, ProgressDisplay("listing") as display:
         output.plan = locate(f"{folder}/plan")
         listing = Listing(output, _RUN_ID, sources, config, write_atomic)
@@ -92,10 +84,10 @@ def dry_run(config: CaptionConfig) -> DryRun:
             while not listing.is_complete:
                 listing.wait(len(listing.chunks()), 0.5)
                 display.update(0, f"{listing.num_rows:,} images listed", "listing")
-            block_rows = block_rows_of(preprocessing.size, config.batch_size)
+            block_rows = block_rows_of(job.preprocessing.size, config.batch_size)
             work = plan.remaining(block_rows, config.limit)
             inputs = _by_input(output, listing, work, sources)
-            rate = _rate(config, model_id, work, sources, preprocessing, block_rows)
+            rate = _rate(job, work, block_rows)
             duplicates = plan.count_wanted().duplicates
     by_rows = -(-work.num_images // config.part_rows)
     by_time = int(work.num_images / rate / config.part_seconds) if rate else 0
@@ -127,23 +119,17 @@ def _by_input(output: Output, listing: Listing, work: Work, sources: list[Source
     ]
 
 
-def _rate(
-    config: CaptionConfig,
-    model_id: str,
-    work: Work,
-    sources: list[Source],
-    preprocessing: Preprocessing,
-    block_rows: int,
-) -> float:
+def _rate(job: OpenedJob, work: Work, block_rows: int) -> float:
     """Images per second of one actor here, over the first few images that can be read."""
     if not work.num_units:
         return 0.0
+    config, sources = job.config, job.sources
     reader = Reader.of(sources, config.subset(ImageLimits), config.fetch_concurrency, config.patience_seconds)
-    fetcher = Fetcher(reader, preprocessing, block_rows, _RUN_ID, source_type=sources[0].source_type)
+    fetcher = Fetcher(reader, job.preprocessing, block_rows, _RUN_ID, source_type=sources[0].source_type)
     precision = cluster.resolved_precision(config.precision, on_gpu=False)
     decoding = config.subset(Decoding)
     captioning = Captioning(
-        CaptioningSettings(config.model, model_id, decoding, precision, False, 8, False, config.threads_per_actor)
+        CaptioningSettings(config.model, job.model_id, decoding, precision, False, 8, False, config.threads_per_actor)
     )
     unit = next(iter(read_units(work.files[0])))
     started = time.monotonic()

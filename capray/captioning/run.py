@@ -10,7 +10,6 @@ import json
 import time
 from collections import Counter, deque
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -19,9 +18,11 @@ import pyarrow as pa
 
 from capray import cluster
 from capray.captioning.actor import CaptioningSettings
-from capray.captioning.failure_limits import SUDDEN_WINDOW, FailureLimits
+from capray.captioning.breaker import Breaker
+from capray.captioning.failure_limits import FailureLimits
 from capray.captioning.fetching import Fetcher, Look
 from capray.captioning.lease import Lease
+from capray.captioning.opening import OpenedJob
 from capray.captioning.plan import Plan
 from capray.captioning.record import RunRecord, Summary
 from capray.captioning.rows import events_of, table_of
@@ -31,14 +32,12 @@ from capray.captioning.signals import Signals
 from capray.captioning.stream import Executor, Stalled
 from capray.captioning.units import Work, block_rows_of
 from capray.captioning.writer import FencedWrites, PartWriter
-from capray.config import CaptionConfig, Decoding, ImageLimits, Preprocessing
+from capray.config import CaptionConfig, Decoding, ImageLimits
 from capray.errors import CaprayError, ConfigError, DataError, Interrupted, TryAgain
-from capray.inputs import Source
 from capray.inputs.base import Changed, Event, TarMembers, TarUnreadable
 from capray.inputs.listing import Listing
-from capray.inputs.places import Row
 from capray.inputs.reader import Reader
-from capray.output import Output, first_row
+from capray.output import first_row
 from capray.progress import ProgressDisplay
 from capray.tables import FINAL_FAILURES
 
@@ -50,53 +49,39 @@ MAX_PASSES = 3
 """Datasets over what is left."""
 MAX_CAREFUL = 10_000
 """Ids held of images that have killed a captioning process; what is beyond them is found out again."""
-NUM_WITNESSES = 8
-MAX_RECENT_FINALS = 10_000
 WITNESS_SECONDS = 120.0
 """How long looking at witnesses may take."""
-
-
-@dataclass(frozen=True)
-class _Witness:
-    """An image that could be read, and what its bytes were."""
-
-    place: Row
-    sha256: bytes
 
 
 class Run:
     """One run.
 
     Args:
-        job: what the output is bound to; its precision may be missing, and is then resolved and written.
         signals: tell when the run is to stop.
-        canary: its score by the driver's own captioner (``device.canary_score``).
     """
 
     def __init__(
         self,
-        config: CaptionConfig,
-        output: Output,
+        job: OpenedJob,
         run_id: str,
-        job: dict[str, Any],
-        preprocessing: Preprocessing,
         lease: Lease,
         signals: Signals,
         display: ProgressDisplay,
-        sources: list[Source],
         executor: Executor,
-        canary: float | None = None,
     ):
-        self.config, self.output, self.job, self.preprocessing = config, output, job, preprocessing
-        self.signals, self.display, self.executor, self.canary = signals, display, executor, canary
+        self.job, self.signals, self.display, self.executor = job, signals, display, executor
+        self.config, self.output = config, output = job.config, job.output
+        sources = job.sources
+        self.bound_to = job.bound_to()
         self.write = FencedWrites(output, lease)
-        self.summary = Summary(output.root.uri, run_id, job["model_id"])
+        self.summary = Summary(output.root.uri, run_id, job.model_id)
         self.source_type = sources[0].source_type
         self.reader = Reader.of(sources, config.subset(ImageLimits), config.fetch_concurrency, config.patience_seconds)
         self.listing = Listing(output, run_id, sources, config, self.write, config.relist)
         self.settled = Settled(output, run_id, retried_kinds(config))
         self.plan = Plan(output, run_id, self.listing, self.settled, self.write)
         self.limits = FailureLimits(config.max_failure_rate, config.max_bad_images)
+        self.breaker = Breaker()
         self.looks = SecondLooks(config.second_look_seconds)
         self.record = RunRecord(self.write, output, run_id, _told(config), self._summary)
         self.started = time.monotonic()
@@ -104,8 +89,6 @@ class Run:
         self.num_done = 0
         self._careful: set[str] = set()
         self._careful_from = 0.0
-        self._witnesses: deque[_Witness] = deque(maxlen=NUM_WITNESSES)
-        self._recent_finals: deque[tuple[int, Row]] = deque(maxlen=MAX_RECENT_FINALS)
         self._witness_looks: deque[Look] = deque()
         self._changed: set[tuple[int, str]] = set()
         self._tried_tars: set[str] = set()
@@ -155,6 +138,11 @@ class Run:
             self.display.say(
                 f"going on with the listing begun at {listed_at:%Y-%m-%d %H:%M} UTC ({self.listing.num_rows:,} images so "
                 "far); --relist lists anew"
+            )
+        if self.block_rows < self.config.batch_size:
+            self.display.say(
+                f"--batch-size {self.config.batch_size}: of this model's images only {self.block_rows} fit into a block, and "
+                "no more are captioned together"
             )
         for remark in self.listing.remarks:
             self.display.say(remark)
@@ -231,7 +219,7 @@ class Run:
 
     @property
     def block_rows(self) -> int:
-        return block_rows_of(self.preprocessing.size, self.config.batch_size)
+        return block_rows_of(self.job.preprocessing.size, self.config.batch_size)
 
     def _room_left(self) -> int | None:
         limit = self.config.limit
@@ -274,7 +262,7 @@ class Run:
     def fetcher(self) -> Fetcher:
         return Fetcher(
             self.reader,
-            self.preprocessing,
+            self.job.preprocessing,
             self.block_rows,
             self.summary.run_id,
             frozenset(self._careful),
@@ -295,17 +283,17 @@ class Run:
             source_type=self.source_type,
             run_id=self.summary.run_id,
             patience_seconds=config.patience_seconds,
-            canary=self.canary,
+            canary=self.job.canary,
         )
 
     @cached_property
     def precision(self) -> str:
         """The precision the job runs with: resolved once, and kept in job.json, which is written where there is none."""
-        if "precision" not in self.job:
+        if "precision" not in self.bound_to:
             precision = cluster.resolved_precision(self.config.precision, self.executor.pool.gpus_per_actor > 0)
-            self.job = self.job | {"precision": precision}
-            self.write(self.output.job, json.dumps(self.job, indent=2).encode())
-        return self.job["precision"]
+            self.bound_to |= {"precision": precision}
+            self.write(self.output.job, json.dumps(self.bound_to, indent=2).encode())
+        return self.bound_to["precision"]
 
     # What comes out of a pass.
 
@@ -319,7 +307,7 @@ class Run:
         kinds = table["error_type"].to_pylist()
         messages = table["message"].to_pylist()
         self.limits.add(kinds, next((m for m in reversed(messages) if m), ""))
-        self._keep_witness(table)
+        self.breaker.add(table, self.limits.is_healthy)
         self.writer.add(self._with_uncertain_as_transient(table, kinds, messages))
         if any(kinds):
             if self.limits.has_tripped:
@@ -348,14 +336,6 @@ class Run:
         """``table`` with failures that have to be seen again under transient kinds; a second look at them is planned."""
         certain, places = table["certain"].to_pylist(), table["place"].to_pylist()
         uncertain = [i for i, kind in enumerate(kinds) if kind in AS_TRANSIENT and certain[i] is False]
-        finals = [i for i, kind in enumerate(kinds) if kind in FINAL_FAILURES and certain[i] is not False]
-        self._recent_finals.extend(
-            (
-                self.num_done,
-                {"image_id": table["image_id"][i].as_py(), "uri": table["uri"][i].as_py(), "kind": kinds[i]},
-            )
-            for i in finals
-        )
         if not uncertain:
             return table
         for i in uncertain:
@@ -389,7 +369,7 @@ class Run:
                 finals.append(row)
         if finals:
             self.writer.add_failures(finals)
-            self._recent_finals.extend((self.num_done, row | {"kind": row["error_type"]}) for row in finals)
+            self.breaker.add_finals(finals)
         self.summary.second_looks = self.looks.num_taken
 
     def _await_second_looks(self) -> None:
@@ -399,16 +379,6 @@ class Run:
             time.sleep(0.1)
         self.writer.flush()
 
-    def _keep_witness(self, table: pa.Table) -> None:
-        before = self.num_done - table.num_rows - SUDDEN_WINDOW
-        while self.limits.is_healthy and self._recent_finals and self._recent_finals[0][0] <= before:
-            self._recent_finals.popleft()
-        place, sha256 = table["place"], table["sha256"]
-        for i, kind in enumerate(table["error_type"].to_pylist()):
-            if kind is None and place[i].is_valid:
-                self._witnesses.append(_Witness(json.loads(place[i].as_py()), sha256[i].as_py()))
-                return
-
     def _look_at_witnesses(self) -> None:
         """All of a sudden images fail: when those that could be read before no longer can, the fault is not the images'.
 
@@ -416,41 +386,28 @@ class Run:
             TryAgain: it is not; what was recorded against images is superseded.
         """
         self.display.say("images fail all of a sudden: looking at images that could be read before")
-        wanted = {witness.place["image_id"]: witness.sha256 for witness in self._witnesses}
-        self.executor.look([witness.place for witness in self._witnesses], "", self.fetcher)
+        self.executor.look(self.breaker.ask(), "", self.fetcher)
         deadline = time.monotonic() + WITNESS_SECONDS
-        while wanted and time.monotonic() < deadline:
+        while (witness := self.breaker.waits_for) and time.monotonic() < deadline:
             self._take_looks()
             while self._witness_looks:
-                look = self._witness_looks.popleft()
-                if look.sha256 == wanted.get(look.image_id):
-                    del wanted[look.image_id]
-                elif look.image_id in wanted:
-                    self._supersede(f"{look.image_id}: {look.message or 'its bytes are others'}")
+                if fault := self.breaker.answer(self._witness_looks.popleft()):
+                    self._take_back(fault)
             self._watch("", "looking at images that could be read before")
             time.sleep(0.05)
-        if wanted:
-            self._supersede(f"{next(iter(wanted))}: no answer in {WITNESS_SECONDS:g} s")
+        if witness:
+            self._take_back(f"{witness}: no answer in {WITNESS_SECONDS:g} s")
         self.display.say("they still can: the images are bad, going on")
         self.limits.reset()
 
-    def _supersede(self, why: str) -> None:
-        message = f"the run stopped, since images that could be read before no longer could be ({why})"
-        self.writer.add_failures(
-            [
-                {
-                    "image_id": row["image_id"],
-                    "uri": row["uri"],
-                    "error_type": "unreadable_storage",
-                    "message": f"{row['kind']}, but {message}",
-                }
-                for _, row in self._recent_finals
-            ]
-        )
+    def _take_back(self, fault: str) -> None:
+        """Supersede what was recorded against images, and stop."""
+        why = f"the run stopped, since images that could be read before no longer could be ({fault})"
+        self.writer.add_failures(self.breaker.taken_back(why))
         self.writer.flush()
         raise TryAgain(
-            f"images failed all of a sudden ({self.limits.example}), and {message}: mend the disk, "
-            " mount or device and run the same command again; nothing final was recorded against these images"
+            f"images failed all of a sudden ({self.limits.example}), and {why}: mend the disk, mount or device and run the "
+            "same command again; nothing final was recorded against these images"
         )
 
     # The account.

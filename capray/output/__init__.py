@@ -10,6 +10,7 @@ from capray.output.folder import (
     first_row,
     open_duckdb,
     parquet_files,
+    quoted,
     require_output,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "first_row",
     "open_duckdb",
     "parquet_files",
+    "quoted",
     "require_output",
 ]

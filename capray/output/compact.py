@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -94,7 +92,7 @@ def compact(config: CompactConfig) -> Compaction:
 class _Copy:
     def __init__(self, old: Output, new: Output, part_rows: int):
         self.old, self.new, self.part_rows = old, new, part_rows
-        self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+        self.run_id = Output.new_run_id()
         self.marker = new.private.join(MARKER)
         self.job = read_bytes(old.job)
         self.runs = list_names(old.runs, ".json")

@@ -6,9 +6,11 @@ Knows which rows are current; knows nothing of Ray, models or how the rows came 
 from __future__ import annotations
 
 import json
+import secrets
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -42,6 +44,11 @@ class Output:
         self.runs = self.private.join("runs")
         self.plan = self.private.join("plan")
         self.scratch = self.private.join("tmp")
+
+    @staticmethod
+    def new_run_id() -> str:
+        """The id of a run that begins now; of two runs the later id string is the newer."""
+        return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
 
     def read_job(self) -> dict[str, Any] | None:
         """What job.json says; None when nothing was ever written here.
@@ -143,10 +150,15 @@ def create_view(connection: duckdb.DuckDBPyConnection, name: str, files: list[Lo
         connection.register(name, schema.empty_table())
 
 
-def parquet_files(files: list[Location]) -> str:
-    """Parquet ``files`` of one schema as a table in DuckDB's SQL."""
-    listed = ", ".join("'" + duckdb_path(file).replace("'", "''") + "'" for file in files)
-    return f"read_parquet([{listed}], hive_partitioning = false)"
+def parquet_files(files: list[Location], *options: str) -> str:
+    """Parquet ``files`` as a table in DuckDB's SQL, read with further ``options`` (``filename``, ``union_by_name``)."""
+    listed = ", ".join(quoted(duckdb_path(file)) for file in files)
+    return f"read_parquet([{listed}], hive_partitioning = false{''.join(f', {option} = true' for option in options)})"
+
+
+def quoted(text: str) -> str:
+    """``text`` as a string in SQL."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def first_row(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:

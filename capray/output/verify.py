@@ -38,7 +38,7 @@ from capray.inputs.places import PLACES, Row
 from capray.inputs.reader import Reader
 from capray.inputs.tars import images_of, members_of, opened
 from capray.inputs.versions import VersionChanged
-from capray.output import Output, duckdb_path, first_row, open_duckdb, require_output
+from capray.output import Output, first_row, open_duckdb, parquet_files, quoted, require_output
 from capray.progress import ProgressDisplay, duration
 from capray.storage import Location, exists, identity, list_names, locate, read_bytes
 from capray.tables import CAPTIONS, FAILURES, FINAL_FAILURES, TRANSIENT_FAILURES
@@ -330,8 +330,8 @@ class _Verifier:
         listed = ", ".join(source.place.uri for source in self.sources)
         self.result.checked.append(f"that each of {wanted.num_rows:,} rows of {listed} is captioned or failed")
         if files := wanted.close():
-            files_listed = ", ".join(map(_quoted, files))
-            connection.execute(f"CREATE OR REPLACE VIEW wanted AS SELECT * FROM read_parquet([{files_listed}])")
+            chunks = parquet_files([locate(file) for file in files])
+            connection.execute(f"CREATE OR REPLACE VIEW wanted AS SELECT * FROM {chunks}")
 
     def _create_views(self, connection: duckdb.DuckDBPyConnection, parts: list[_Part]) -> None:
         for table, base in (("captions", CAPTIONS), ("failures", FAILURES)):
@@ -351,8 +351,8 @@ class _Verifier:
                         self.result.notes.append(f"{part.file.uri}: its ids are left out of what follows")
                 if files:
                     selects.append(
-                        f"SELECT {number}::USMALLINT, filename, {', '.join(names)} FROM read_parquet([{_listed(files)}], "
-                        "filename = true, union_by_name = true, hive_partitioning = false)"
+                        f"SELECT {number}::USMALLINT, filename, {', '.join(names)} "
+                        f"FROM {parquet_files(files, 'filename', 'union_by_name')}"
                     )
             connection.execute(f"CREATE VIEW {table} AS {' UNION ALL '.join(selects)}")
         connection.execute("CREATE VIEW wanted AS SELECT image_id FROM no_captions")
@@ -373,7 +373,7 @@ class _Verifier:
         self.result.checked.append("that every caption is by the model of job.json")
 
     def _check_failures(self, connection: duckdb.DuckDBPyConnection) -> None:
-        known = ", ".join(map(_quoted, (*FINAL_FAILURES, *TRANSIENT_FAILURES)))
+        known = ", ".join(map(quoted, (*FINAL_FAILURES, *TRANSIENT_FAILURES)))
         rows = connection.execute(
             f"SELECT error_type, count(*), any_value(file) FROM failures WHERE error_type NOT IN ({known}) GROUP BY ALL"
         ).fetchall()
@@ -675,11 +675,3 @@ def _difference(schema: pa.Schema, other: pa.Schema) -> str:
     if not lines and schema.names != other.names:
         lines.append("another order of columns")
     return "; ".join(lines) or f"metadata {schema.metadata}, not {other.metadata}"
-
-
-def _listed(files: list[Location]) -> str:
-    return ", ".join(_quoted(duckdb_path(file)) for file in files)
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

@@ -54,7 +54,7 @@ def create_views(connection: duckdb.DuckDBPyConnection, join: str | None) -> Non
 
 
 def _reader(uri: str) -> str:
-    from capray.output import duckdb_path
+    from capray.output import duckdb_path, parquet_files, quoted
 
     location = locate(uri)
     for suffixes, function in (
@@ -62,10 +62,5 @@ def _reader(uri: str) -> str:
         ((".jsonl", ".ndjson", ".json", ".jsonl.gz"), "read_json"),
     ):
         if uri.lower().endswith(suffixes):
-            return f"{function}({_quoted(duckdb_path(location))})"
-    listed = ", ".join(_quoted(duckdb_path(locate(entry.uri))) for entry in find_parquet(uri))
-    return f"read_parquet([{listed}], union_by_name = true)"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+            return f"{function}({quoted(duckdb_path(location))})"
+    return parquet_files([locate(entry.uri) for entry in find_parquet(uri)], "union_by_name")

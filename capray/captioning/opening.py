@@ -1,0 +1,139 @@
+"""What a captioning job needs, opened and checked before anything is written; a dry run needs the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from capray.captioning.device import canary_score
+from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
+from capray.errors import ConfigError, OutputConflictError
+from capray.inputs import Source, open_sources
+from capray.model.checkpoint import load_captioner
+from capray.output import Output
+from capray.storage import is_within, list_names, locate
+from capray.tables import SCHEMA_VERSION
+from capray.tracking.registry import find_model
+
+
+@dataclass(frozen=True)
+class OpenedJob:
+    """A job that may run.
+
+    Attributes:
+        config: with absolute paths, and the model's place.
+        canary: the canary's score by this process's own captioner (``device.canary_score``).
+    """
+
+    config: CaptionConfig
+    output: Output
+    sources: list[Source]
+    model_id: str
+    preprocessing: Preprocessing
+    canary: float
+
+    def bound_to(self) -> dict[str, Any]:
+        """What the output is bound to: as job.json there has it, or as it will; its precision may be missing, and is then
+        to be resolved and written. Another run may have begun the output since it was opened.
+
+        Raises:
+            OutputConflictError: it is another job's.
+        """
+        stored = _check_job(self.config, self.output, self.model_id, self.sources)
+        preprocessing = self.preprocessing.model_dump(mode="json")
+        return stored or _job_of(self.config, self.model_id, self.sources) | {"preprocessing": preprocessing}
+
+
+def open_job(config: CaptionConfig) -> OpenedJob:
+    """Open and check all that a job needs.
+
+    Raises:
+        ConfigError: settings, input or output that cannot be used, or an output of another job.
+        CheckpointError: the model cannot be loaded.
+        StorageError: storage that cannot be reached.
+    """
+    config = _with_absolute_paths(config)
+    assert config.output is not None
+    captioner, model_id = load_captioner(config.model)
+    if config.attention and captioner.architecture.attention == "none":
+        raise ConfigError(f"the model at {config.model!r} has no attention: leave --attention out")
+    output = Output(config.output)
+    _check_apart(config, output)
+    sources = open_sources(config.inputs, config.subset(SourceSettings), config.keep)
+    preprocessing = captioner.architecture.subset(Preprocessing)
+    job = OpenedJob(config, output, sources, model_id, preprocessing, canary_score(captioner))
+    job.bound_to()
+    return job
+
+
+def _with_absolute_paths(config: CaptionConfig) -> CaptionConfig:
+    """``config`` with absolute paths, which mean the same to every process, and the place of a model in MLflow."""
+    inputs = [locate(uri).uri for uri in config.inputs]
+    model = find_model(config.model, config.tracking_uri)
+    return config.model_copy(update={"model": model, "input": inputs[0], "also": tuple(inputs[1:])})
+
+
+def _check_apart(config: CaptionConfig, output: Output) -> None:
+    """Raise ConfigError when the output lies inside an input."""
+    for uri in config.inputs:
+        if is_within(output.root, locate(uri)):
+            raise ConfigError(
+                f"the output {config.output!r} lies inside the input {uri!r}, where its files would be taken for images: "
+                "choose an output beside it"
+            )
+
+
+def _job_of(config: CaptionConfig, model_id: str, sources: list[Source]) -> dict[str, Any]:
+    """What an output is bound to, but for the precision."""
+    source_type = sources[0].source_type
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model_id": model_id,
+        "decoding": config.subset(Decoding).model_dump(),
+        "kept_columns": {} if source_type is None else {field.name: str(field.type) for field in source_type},
+        "attention": config.attention,
+        "shard": config.shard,
+    }
+
+
+def _check_job(config: CaptionConfig, output: Output, model_id: str, sources: list[Source]) -> dict[str, Any] | None:
+    """The output's job.json, or None; an error when the output belongs to another job. Settings that the version which
+    wrote it did not know yet had their defaults."""
+    job = output.read_job()
+    if job is None:
+        _check_empty(config, output)
+        return None
+    if job["model_id"] != model_id:
+        raise OutputConflictError(
+            f"{config.output!r} was written by model {job['model_id'][:12]}…, not {model_id[:12]}…: choose another output, "
+            "or the same model"
+        )
+    now = _job_of(config, model_id, sources)
+    defaults = {name: field.default for name, field in Decoding.model_fields.items()}
+    pairs = {name: (job["decoding"].get(name, defaults[name]), value) for name, value in now["decoding"].items()}
+    for name, default in (("kept_columns", {}), ("attention", False), ("shard", None)):
+        pairs[name] = (job.get(name) or default, now[name])
+    if config.precision != "auto":
+        pairs["precision"] = (job["precision"], config.precision)
+    changed = [f"{name}: {before} -> {value}" for name, (before, value) in pairs.items() if before != value]
+    if changed:
+        raise OutputConflictError(
+            f"{config.output!r} was written with other settings ({'; '.join(changed)}): choose another output, or the same "
+            "settings"
+        )
+    return job
+
+
+def _check_empty(config: CaptionConfig, output: Output) -> None:
+    ours = {folder.uri.rsplit("/", 1)[-1] for folder in (output.captions, output.failures, output.private)}
+    names = [name for name in list_names(output.root, folders=True) if name not in ours]
+    if names:
+        raise OutputConflictError(
+            f"{config.output!r} holds {names[0]!r} and no captioning job: choose a new folder or empty it"
+        )
+    parts = [*output.parts(output.captions), *output.parts(output.failures)]
+    if parts:
+        raise OutputConflictError(
+            f"{config.output!r} holds {len(parts)} parts ({parts[0].uri} …) whose {output.job.uri} is gone, so it is not "
+            "known which model and settings they are of: put that file back, or choose another output"
+        )
