@@ -306,7 +306,7 @@ def _flag(name: str) -> str:
 
 
 def _terminate(number: int, frame: object) -> None:
-    raise Interrupted("terminated; the same command goes on where it was", number)
+    raise Interrupted("terminated", number)
 
 
 def _fail(message: str, code: int) -> int:

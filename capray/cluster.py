@@ -102,7 +102,7 @@ def _init() -> None:
 
 
 def own_error(error: BaseException) -> CaprayError | None:
-    """The error of ours that Ray has wrapped in ``error``, as it was raised; None when there is none."""
+    """The CaprayError that Ray has wrapped in ``error``, as it was raised; None when there is none."""
     found, wrapped = None, error
     while wrapped is not None:
         found = wrapped if isinstance(wrapped, CaprayError) else found
@@ -208,7 +208,7 @@ def post_notice(run_id: str, text: str) -> None:
 
 
 def take_notices(run_id: str) -> list[str]:
-    """What ``post_notice`` was told for the run since the last call, in its order; what cannot be had now comes later."""
+    """The notices posted for the run since the last call, in order; what cannot be fetched now comes later."""
     texts: list[str] = []
     if not _worker():
         return texts

@@ -348,7 +348,7 @@ class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Ar
     max_caption_words: Annotated[int, Field(ge=1, le=1000)] = 50
     """Training captions are cut after this many words."""
     captions_per_image: Literal["1", "all"] = "all"
-    """Captions an image brings to a step: `1`, drawn anew each epoch, or `all`, sharing one encoding."""
+    """Captions an image brings to a step: `1`, drawn again each epoch, or `all`, sharing one encoding."""
 
     epochs: Annotated[int, Field(ge=1)] = 20
     """Passes over the training split."""
@@ -505,7 +505,7 @@ class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):
     limit: Annotated[int, Field(ge=1)] | None = None
     """Attempt this many images in this run, wherever they lie (a tar shard without a sidecar is read whole)."""
     relist: bool = False
-    """List the inputs anew instead of going on with the listing an interrupted run has stored."""
+    """List the inputs from the start instead of continuing the listing an interrupted run has stored."""
     dry_run: bool = False
     """Write nothing: list the inputs, time the captioning of a few images, and print what a run would do."""
 
@@ -606,7 +606,7 @@ class VerifyConfig(SourceSettings):
     against: tuple[str, ...] = ()
     """Inputs, every image of which must be accounted for."""
     check_bytes: Annotated[int, Field(ge=0)] = 0
-    """Read so many images again, drawn at random, and compare their SHA-256."""
+    """Read this many images again, drawn at random, and compare their SHA-256."""
 
     @property
     def outputs(self) -> tuple[str, ...]:

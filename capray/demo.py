@@ -126,7 +126,7 @@ def _likely_constants(captions: list[list[str]]) -> list[str]:
 
 def _say_where(out: str, samples: str, model: str, tables: str, seconds: float) -> None:
     print(
-        f"\ndone in {seconds:.0f} s; everything lies in {out}:\n"
+        f"\ndone in {seconds:.0f} s; everything is in {out}:\n"
         f"  {samples}  the images and their reference captions\n"
         f"  {model}  the captioner\n"
         f"  {tables}  the captions\n"

@@ -82,7 +82,7 @@ class Entry:
 
 
 Write = Callable[[Location, bytes], None]
-"""Publishes bytes at a place; ``write_atomic``, or what guards it."""
+"""Publishes bytes at a place: ``write_atomic``, or a wrapper that checks the lease first."""
 
 
 def locate(uri: str) -> Location:
@@ -184,12 +184,12 @@ def s3_answer(error: BaseException) -> tuple[int | None, str]:
 
 
 def file_version(about: os.stat_result) -> str:
-    """What tells a file from the same file written anew. Not its inode: those of FUSE and NFS differ by node."""
+    """Changes when a file is rewritten. Not its inode: those of FUSE and NFS differ by node."""
     return f"{about.st_size}-{about.st_mtime_ns}"
 
 
 def object_version(etag: str | None, size: int) -> str:
-    """What tells an object from one that replaces it."""
+    """Changes when an object is replaced."""
     return f"{(etag or '').strip(chr(34))}-{size}"
 
 

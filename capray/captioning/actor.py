@@ -64,7 +64,7 @@ class CaptioningSettings:
         patience_seconds: how long to wait for a device, or a child process, that does not work.
         canary: ``canary_score`` of the driver's own captioner. None: not compared; NaN: the model gives the canary no
             caption on any device, and it is not looked at.
-        transfer: brings the model where it lies on the driver's disk.
+        transfer: copies the model to nodes that cannot read the driver's disk.
     """
 
     model: str

@@ -12,7 +12,7 @@ from capray.errors import CaprayError
 from capray.tables import FINAL_FAILURES, TRANSIENT_FAILURES
 
 HOPELESS_AFTER = 200
-"""When the first so many results are all failures, the fault is not the images'. Shares are judged from here on."""
+"""When this many first results are all failures, the fault is not the images'. Rates are judged from here on."""
 RATE_WINDOW = 2000
 """Results over which shares are judged."""
 SUDDEN_WINDOW = 50

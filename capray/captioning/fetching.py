@@ -96,7 +96,7 @@ class Fetcher:
 
     def fetch(self, places: pa.Table, skipped: Container[bytes] = (), careful: bool = False) -> Iterator[pa.Table]:
         """The ``num_blocks`` BLOCK rows of a unit. Of a tar that holds more images than fit into them the rest is not
-        decoded: its members are told, and can be read by their places.
+        decoded: its members are reported, and can be read by their places.
 
         Args:
             skipped: the MD5 digests of the ids of images to leave out of a tar.

@@ -1,7 +1,7 @@
 """A function in a process of its own, with limits of memory and time: what kills it kills nothing else. And a deadline for
 what runs in this process.
 
-The child is started anew by command, never forked: its parent has threads, and perhaps a GPU.
+The child is started by command, never forked: its parent has threads, and perhaps a GPU.
 """
 
 from __future__ import annotations

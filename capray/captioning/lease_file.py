@@ -28,7 +28,7 @@ _LOCAL_DISKS = {0xEF53, 0x58465342, 0x9123683E, 0x794C7630, 0x01021994, 0x2FC12F
 
 
 def is_on_local_disk(folder: str) -> bool:
-    """Whether all who can write ``folder`` surely run under this kernel. False where that cannot be told: only Linux is
+    """Whether all who can write ``folder`` surely run under this kernel. False where that is not known: only Linux is
     asked."""
     if sys.platform != "linux":
         return False
@@ -118,7 +118,7 @@ class SharedObject:
     def probe(self) -> None:
         """Write one key from many threads at once: exactly one may create it, and then exactly one replace it.
 
-        Once per process and bucket: SeaweedFS takes seconds to let so many through.
+        Once per process and bucket: SeaweedFS takes seconds for these requests.
         """
         store = (self.place.fs, self.place.path.partition("/")[0])
         if store in _proved:

@@ -28,7 +28,7 @@ class ModelTransfer:
     """References to the contents of FILES, in their order."""
 
     def local_folder(self) -> str:
-        """A folder of this node with the captioner: the very one on the driver's node, elsewhere a copy, made once."""
+        """A folder of this node with the captioner: the original on the driver's node, elsewhere a copy, made once."""
         import ray
 
         if ray.get_runtime_context().get_node_id() == self.node_id:

@@ -1,4 +1,4 @@
-"""The record of a run in ``_capray/runs``: what it was told to do, where it runs and how far it is, renewed as a heartbeat.
+"""The record of a run in ``_capray/runs``: its settings, where it runs and how far it is, rewritten as a heartbeat.
 
 A run writes its own record only. Knows nothing of how images are captioned.
 """
@@ -95,7 +95,7 @@ class RunRecord:
 
     Args:
         write: publishes bytes, while the run may write.
-        settings: what the run was told, without secrets.
+        settings: those that were given, without secrets.
         summary: gives what is to be written.
     """
 

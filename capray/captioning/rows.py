@@ -1,7 +1,7 @@
 """What flows through the job, as Arrow tables: fetched images, results, and what was found out about containers.
 
 Ray Data may cut and join blocks as it likes, and a replayed task that cuts elsewhere would lose or repeat rows. So a block
-of ours travels as one row of Ray's, its table encoded in the column ``block``: there is nothing to cut.
+of this job travels as one row of a Ray block, its table encoded in the column ``block``: Ray has nothing to split.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ from capray.tables import FINAL_FAILURES
 MAX_WAVES = 5
 """Datasets over what is listed while the listing goes on; the last waits for its end."""
 WAVE_GROWTH = 4
-"""A wave has at least so many times the images of those before it together: each starts its actors anew."""
+"""A wave has at least this many times the images of all before it: each starts its actors again."""
 MAX_PASSES = 3
 """Datasets over what is left."""
 MAX_CAREFUL = 10_000
@@ -137,12 +137,12 @@ class Run:
             listed_at = datetime.fromtimestamp(self.listing.resumed_at, UTC)
             self.display.say(
                 f"going on with the listing begun at {listed_at:%Y-%m-%d %H:%M} UTC ({self.listing.num_rows:,} images so "
-                "far); --relist lists anew"
+                "far); --relist starts over"
             )
         if self.block_rows < self.config.batch_size:
             self.display.say(
-                f"--batch-size {self.config.batch_size}: of this model's images only {self.block_rows} fit into a block, and "
-                "no more are captioned together"
+                f"--batch-size {self.config.batch_size}: of this model's images only {self.block_rows} fit into a block and "
+                "are captioned together"
             )
         for remark in self.listing.remarks:
             self.display.say(remark)
@@ -212,7 +212,7 @@ class Run:
             if not work.num_units and self.listing.is_complete:
                 return
             self._caption(work, "once more:")
-            if not self._changed:  # How often a container is listed anew has a limit of its own.
+            if not self._changed:  # How often a container is listed again has a limit of its own.
                 passes_left -= 1
             if not self.listing.is_complete:
                 self._follow_listing()
@@ -456,7 +456,7 @@ class Run:
     # For whoever watches.
 
     def _watch(self, figures: str, doing: str) -> None:
-        """What is to be done again and again while the run waits."""
+        """Called again and again while the run waits."""
         self._tick()
         self.display.update(0, figures, doing)
 

@@ -133,7 +133,7 @@ class Settled:
             self.check_room(num_ids * (len(parts) - begin - len(numbered)) // len(numbered))
 
     def _forget(self, numbers: list[int]) -> None:
-        """Let go of what was read of parts that are gone or replaced."""
+        """Forget what was read of parts that are gone or replaced."""
         if numbers:
             for table in ("captioned", "failed"):
                 self.connection.execute(f"DELETE FROM {table} WHERE part IN ({', '.join(map(str, numbers))})")

@@ -39,7 +39,7 @@ class Signals:
     def check(self) -> None:
         """Raise Interrupted when a signal has come."""
         if self.received is not None:
-            raise Interrupted("stopped; the same command goes on where it was", self.received)
+            raise Interrupted("stopped; run the same command again to continue", self.received)
 
     @contextmanager
     def interrupting(self) -> Generator[None]:

@@ -34,7 +34,7 @@ other's, so that Ray does not fuse them into one."""
 MAX_IN_FLIGHT = 2
 """Blocks an actor is given at once."""
 GROWTH = 8
-"""A pool of GPU actors may grow so many times, as nodes join."""
+"""A pool of GPU actors may grow to this many times its size, as nodes join."""
 TICK_SECONDS = 0.2
 STALL_SECONDS = 60.0
 """When a node was lost and no result came for so long, what is left waits for actors that cannot restart."""
@@ -138,7 +138,7 @@ class RayExecutor:
         if self._transfer is None:
             self._transfer = transfer_model(settings.model, settings.model_id)
         data = ray.data.from_blocks([pa.table({"file": [file.uri]}) for file in work.files])
-        # A block of ours is a row of Ray's: each is to come out of a task by itself.
+        # A block of this job is one Ray row: each is to leave its task by itself.
         data.context.target_max_block_size = 1
         units = data.map_batches(
             expand,
@@ -248,7 +248,7 @@ def _streamed(data: Any) -> Generator[Iterator[pa.Table | None]]:
 
 
 def _told(error: BaseException) -> CaprayError:
-    """What a task or actor raised, as an error of ours with one message."""
+    """What a task or actor raised, as a CaprayError with one message."""
     own = cluster.own_error(error)
     if own is not None:
         return own

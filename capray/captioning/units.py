@@ -25,7 +25,7 @@ FILE_ROWS = 50_000
 MAX_BLOCK_ROWS = 512
 MAX_BLOCK_BYTES = 96 * 2**20
 MIN_IMAGE_BYTES = 8 * 2**10
-"""A tar is taken to hold at most one image for each so many of its bytes."""
+"""A tar is assumed to hold at most one image per this many bytes."""
 MAX_TAR_BLOCKS = 4096
 _NUM_WRITERS = 2
 _DIGESTS = pa.list_(pa.binary(16))
@@ -154,7 +154,7 @@ def _cuts(rows: pa.Table, block_rows: int) -> list[int]:
     is_new = _changes(rows, "input") | _changes(rows, "kind")
     segments = np.flatnonzero(is_new).tolist()
     is_object = pc.equal(rows["kind"], "object").to_numpy()  # ty: ignore[missing-attribute]
-    # What may not be cut apart begins where its container or row group does.
+    # A unit that may not be split begins where its container or row group does.
     may_cut = is_new | is_object | _changes(rows, "container") | _changes(rows, "row_group")
     places = np.append(np.flatnonzero(may_cut), rows.num_rows)
     cuts = []

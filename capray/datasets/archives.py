@@ -1,7 +1,7 @@
 """Downloading the zip archives of a data set and unpacking them: checked, resumed, never over other files.
 
-What is under way lies in the folder's ``.capray-fetch``; an archive leaves it when all of it is unpacked. Knows nothing
-of captions.
+Unfinished downloads are kept in the folder's ``.capray-fetch``; an archive leaves it when all of it is unpacked. Knows
+nothing of captions.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def prepare_folder(config: FolderConfig) -> Prepared:
     Raises:
         DataError: there is no manifest, it is malformed, a row names no image in the folder or no caption that is text, or
             an image is in two splits.
-        ConfigError: the output is not empty; several manifests, or columns that cannot be told.
+        ConfigError: the output is not empty; several manifests, or columns that cannot be recognised.
     """
     check_empty(config.output)
     raw = open_folder(config.raw)

@@ -32,7 +32,7 @@ class PrepareSettings(Settings):
     first: Annotated[int, Field(ge=1)] | None = None
     """Only the first N images, in the order of the caption file, that are there and have captions."""
     split_fractions: str | None = None
-    """Divide the images anew instead of by the data set's own splits, which then need not be there:
+    """Divide the images again instead of by the data set's own splits, which then need not be there:
     `train=0.8,test=0.2`. A hash of the image id decides, so an image stays in its split whatever else is prepared; the
     sizes meet the fractions up to chance."""
 

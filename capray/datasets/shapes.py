@@ -1,6 +1,6 @@
 """An embedded data set: drawn scenes of coloured shapes with sizes, counts and relations, and five captions each.
 
-Every scene has two groups of objects at places that are drawn anew, so a caption needs what is where: a captioner that
+Every scene has two groups of objects at places that are drawn at random, so a caption needs what is where: a captioner that
 cannot look at parts of the image confuses colours, sizes and counts between the groups.
 """
 

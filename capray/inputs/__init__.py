@@ -116,7 +116,7 @@ def _source_of(
 
 
 def _files(place: Location) -> Iterator[Entry]:
-    """What the input names, as files: itself, the matches of its glob, or what lies below it."""
+    """The files the input names: itself, the matches of its glob, or all below it."""
     if is_glob(place):
         with storage_errors(f"listing {place.uri}"):
             found = place.fs.glob(place.path, detail=True)

@@ -29,7 +29,7 @@ ROWS_PER_PAGE = 100_000
 
 
 class ContainerChanged(TryAgain):
-    """A table, manifest, inventory or tar is no longer, or not any more, what it was when its listing began."""
+    """A table, manifest, inventory or tar has changed since its listing began."""
 
     def __init__(self, unit: str):
         super().__init__(unit)
@@ -224,7 +224,7 @@ class Source(ABC):
 
     @abstractmethod
     def units(self) -> list[str]:
-        """What can be listed apart from each other, to begin with."""
+        """The units known at the start; each can be listed independently."""
 
     @abstractmethod
     def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
@@ -247,7 +247,7 @@ class Source(ABC):
 
 
 class Containers(Source):
-    """A source whose units are files that hold or name images; a unit is called by its file's URI."""
+    """A source whose units are files that hold or name images; a unit's name is its file's URI."""
 
     def __init__(
         self, place: Location, settings: SourceSettings, keep: tuple[str, ...], files: list[Entry], hidden: int = 0

@@ -49,7 +49,7 @@ BODY_SECONDS = 120.0
 READ_SECONDS = 120.0
 """A file system that takes longer to read a piece is given up, and its thread left behind."""
 REQUEST_SECONDS = 300.0
-"""As long may a request to S3 take, all of botocore's attempts together."""
+"""The most a request to S3 may take, botocore's retries included."""
 _ATTEMPTS = 4
 _LAST_ATTEMPT_SECONDS = 60.0
 """No attempt begins later than this after the first."""
@@ -75,7 +75,7 @@ def ignore(text: str) -> None:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to wait for what passes by itself, and who is told.
+    """How long to wait for a fault that may pass, and whom to notify.
 
     Attributes:
         witnesses: files that were there when the input was opened.
@@ -338,7 +338,7 @@ async def _read_s3(place: Location, start: int, end: int, version: str | None) -
             raise VersionChanged(f"no longer version {version}") from error
         if status != 416:
             raise
-        # Nothing lies at or behind ``start``.
+        # The object ends at or before ``start``.
         return _Piece(b"", 0, version or "") if start == 0 else replace(await _read_s3(place, 0, 1, version), data=b"")
     try:
         async with asyncio.timeout(BODY_SECONDS):

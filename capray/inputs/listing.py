@@ -32,7 +32,7 @@ from capray.storage import Location, Write, storage_errors
 NUM_LISTERS = 16
 FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 100_000, 1_000_000
 FIRST_CHUNK_SECONDS, MAX_CHUNK_SECONDS = 3.0, 60.0
-"""A chunk is stored when it has so many rows or is so old: soon at first, later as a tenth of what there is."""
+"""A chunk is stored at this many rows or this age: early at first, later at a tenth of what was listed so far."""
 MAX_QUEUED_ROWS = 500_000
 """Rows that wait to be gathered while a chunk is stored."""
 MAX_RELISTS = 2
@@ -335,8 +335,8 @@ class Listing:
         return self._aligned(event.input, rows)
 
     def close(self) -> None:
-        """End the listing: a later run lists anew. What a frozen run may still write of it, or of older ones, counts for
-        nothing."""
+        """End the listing: a later run starts a new one. What a frozen run may still write of it, or of older ones, is
+        ignored."""
         with self._storing:
             last = self._publish("chunk", [], closed=True)
             self._remove_all_but({self._name_of(last.path)}, own=True)

@@ -63,7 +63,7 @@ class Reader:
 
         Args:
             skipped: the MD5 digests of the ids of images to leave out of tars.
-            notify: is told what is waited for.
+            notify: called with a line about what is waited for.
 
         Raises:
             TryAgain: a mount is away for longer than ``patience_seconds``, or credentials have expired.

@@ -1,4 +1,4 @@
-"""Whether a store answers at all: what tells an object that cannot be read from a store that is away."""
+"""Whether a store answers at all: this distinguishes an object that cannot be read from a store that is away."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from capray.inputs.witnesses import wait_until
 from capray.storage import Location
 
 ANSWER_SECONDS = 60.0
-"""As long may the question take, all of botocore's attempts together."""
+"""The most this request may take, botocore's retries included."""
 
 _asking = threading.Lock()
 

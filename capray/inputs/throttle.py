@@ -1,4 +1,4 @@
-"""How many requests to a store this process has open at once: one more from time to time, half when told to slow down."""
+"""A limit on this process's concurrent requests to a store: one more now and then, half when the store says SlowDown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import TracebackType
 
 MOST = 256
 WINDOW_SECONDS = 1.0
-"""What is told to slow down within one window was asked before it began: that halves once."""
+"""Answers of SlowDown within one window count once: their requests were sent before the limit was halved."""
 
 
 class Throttle:

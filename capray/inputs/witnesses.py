@@ -40,7 +40,7 @@ class Witnesses:
         self._lock, self._waiting = threading.Lock(), threading.Lock()
 
     def saw(self, path: str, device: int) -> None:
-        """``path`` was read, and lies on ``device``."""
+        """``path`` was read, on ``device``."""
         with self._lock:
             known = self._devices.setdefault(device, _Device(path))
             known.last = path
@@ -53,7 +53,7 @@ class Witnesses:
                 self._folders.setdefault(folder, device)
 
     def of(self, path: str) -> list[str]:
-        """Files on the device that ``path`` most likely lies on: that of the nearest folder below which any were read."""
+        """Files on the device that ``path`` is most likely on: that of the nearest folder below which any were read."""
         with self._lock:
             for folder in _folders_above(path):
                 if (device := self._folders.get(folder)) is not None:

@@ -45,7 +45,7 @@ class State(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What every step multiplies by, laid together and cast once for many steps."""
+    """The weights every step multiplies by, concatenated and cast once for many steps."""
 
     words_GE: torch.Tensor
     context_GD: torch.Tensor
@@ -72,7 +72,7 @@ class _Deferred(torch.autograd.Function):
 
 
 class Decoder(nn.Module):
-    """An LSTM or GRU cell that attends over the grid at every step, or is told of the image once, at the start.
+    """An LSTM or GRU cell that attends over the grid at every step, or is given the image once, at the start.
 
     With attention, the state starts from two linear layers of the mean grid, tanh over them or not, and each step's
     input is the word and the gated context (Show, Attend and Tell, sections 3.1.2 and 4.2.1). Without, the projected mean

@@ -125,7 +125,7 @@ def _from_table(config: ExplainConfig, table: str) -> Explanation:
     caption, tokens, weights_TP, uri, digest = found
     place = config.photo or uri
     if place is None:
-        raise ConfigError(f"{table!r} does not say where the image {config.image!r} lies: give it with --photo FILE")
+        raise ConfigError(f"{table!r} does not say where the image {config.image!r} is: give it with --photo FILE")
     limits = config.subset(ImageLimits)
     with _failures_of(place):
         data = read_image(place, limits.max_image_bytes)

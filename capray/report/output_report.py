@@ -27,7 +27,7 @@ NUM_BINS = 40
 NUM_COMMON = 25
 NUM_EXAMPLES = 3
 NUM_SEARCHABLE = 5000
-"""Captions in the page for its search box: all, or so many drawn at random."""
+"""Captions in the page for its search box: all, or at most this many, drawn at random."""
 THUMBNAIL = 240
 """Longer side of a thumbnail in pixels."""
 _COLUMNS = "image_id, uri, caption, score::DOUBLE AS score, num_tokens"

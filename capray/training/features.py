@@ -1,6 +1,6 @@
 """The feature cache: what a frozen encoder makes of each image, computed once for all epochs and trainings.
 
-A cache lies at ``<root>/<key>/<split>/``. The key is a digest of all that the features depend on (FeatureIdentity), so
+A cache is stored at ``<root>/<key>/<split>/``. The key is a digest of all that the features depend on (FeatureIdentity), so
 that another encoder, preprocessing or data set has another cache. Each row group of the Samples table has one Arrow
 file, named after the row group's number and the SHA-256 of its bytes: builders beside each other cannot spoil a file, and
 a damaged one is recognised. ``manifest.json`` comes last and says which files are the cache; what a killed build leaves
@@ -123,7 +123,7 @@ def read_manifest(folder: Location, identity: FeatureIdentity, split: str, text:
     place = folder.join(MANIFEST)
     if not exists(place):
         return None
-    way_out = f"delete {folder.uri!r} to have it built anew, or choose another feature_cache"
+    way_out = f"delete {folder.uri!r} to have it rebuilt, or choose another feature_cache"
     try:
         manifest = json.loads(read_bytes(place))
         files = [str(name) for name in manifest["files"]]
@@ -152,7 +152,7 @@ def read_grids(folder: Location, name: str) -> pa.Table:
     data = read_bytes(place)
     match = FILE.fullmatch(name)
     if match is None or hashlib.sha256(data).hexdigest() != match[2]:
-        raise DataError(f"{place.uri!r} of the feature cache is damaged: delete it, and it is built anew")
+        raise DataError(f"{place.uri!r} of the feature cache is damaged: delete it, and it is rebuilt")
     return pa.ipc.open_file(pa.py_buffer(data)).read_all()
 
 

@@ -1,4 +1,4 @@
-"""The training job: settings checked, vocabulary built, Ray Train run, the outcome told."""
+"""The training job: settings checked, vocabulary built, Ray Train run, the outcome reported."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> TrainResult:
         ConfigError: settings that do not fit each other, the cluster, or the training already in the output.
         DataError: the Samples table cannot be used.
         CheckpointError: the encoder's weights cannot be used.
-        StorageError: the MLflow server does not answer at the start; later, that is only told.
+        StorageError: the MLflow server does not answer at the start; later, that is only a warning.
         Interrupted: stopped by Ctrl-C or SIGTERM.
     """
     config = given = _absolute(config)

@@ -52,7 +52,7 @@ def dataset(
     limits: ImageLimits,
     epoch_seed: EpochSeed | None = None,
 ):
-    """A Ray Dataset of ``split``, which lies in ``units``, in the DECODED schema, read and decoded in tasks of their own."""
+    """A Ray Dataset of ``split``, stored in ``units``, in the DECODED schema, read and decoded in tasks of their own."""
     settings = {
         "samples": samples,
         "split": split,
