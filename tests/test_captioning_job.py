@@ -360,7 +360,7 @@ def test_a_driver_told_to_stop_publishes_what_it_holds_and_is_taken_up_again(tmp
     assert first.returncode == 128 + signal.SIGTERM, text
     before = len(read_parts(str(output), "captions"))
     assert 0 < before < 60, text
-    assert "the same command goes on" in text
+    assert "run the same command again" in text
     assert "Traceback" not in text
 
     summary = run(tmp_path / "photos", output, model, batch_size=2, beam_size=40, max_length=100)
