@@ -28,6 +28,7 @@ from capray.config import CaptionConfig, Decoding, TrainConfig, VerifyConfig
 from capray.images import load
 from capray.model.checkpoint import load_captioner
 from capray.output.verify import verify
+from tests.chaos_driver import short_lease
 from tests.oracle import check_exactly_once, digests, read_parts
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -108,11 +109,13 @@ def test_an_output_half_done_is_finished_by_the_same_command(world, name, tmp_pa
     HalfDone(world, name, tmp_path).finish()
 
 
-@pytest.mark.slow  # The host and process of the old lease are unknown here, so it has to run out.
+@pytest.mark.slow
 def test_a_lease_left_behind_is_taken_over(world, tmp_path, ray_cluster):
+    """The host and process of the old lease are unknown here, so it has to run out."""
     half_done = HalfDone(world, "folder", tmp_path, leased=True)
     assert half_done.lease.exists()
-    half_done.finish()
+    with short_lease():
+        half_done.finish()
 
 
 @contextmanager
