@@ -21,6 +21,9 @@ LARGEST_EXPONENT = 40.0
 """exp of twice this is a float32 still; beyond it attention goes back to the sigmoid. Clamping would change scores."""
 
 
+WeightedSum = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 class SearchKeys(NamedTuple):
     """Keys as beam search wants them: as they are, or exp(-keys)."""
 
@@ -48,8 +51,10 @@ class Attention(nn.Module):
         """``keys_BPA`` in the form in which ``search_scores`` is fastest; without gradients."""
         return SearchKeys(keys_BPA, False)
 
-    def search_scores(self, keys: SearchKeys, query_BKA: torch.Tensor) -> torch.Tensor:
-        """As ``scores``, from ``search_keys``; without gradients."""
+    def search_scores(
+        self, keys: SearchKeys, query_BKA: torch.Tensor, compiled: WeightedSum | None = None
+    ) -> torch.Tensor:
+        """As ``scores``, from ``search_keys``; without gradients. ``compiled`` is ``weighted_sum``, where it was compiled."""
         return self.scores(keys.keys_BPA, query_BKA)
 
     def forward(
@@ -70,8 +75,6 @@ class AdditiveAttention(Attention):
         self.query = nn.Linear(hidden_dim, attention_dim)
         self.energy = nn.Linear(attention_dim, 1)
         # tanh(x) = 2 sigmoid(2x) - 1, whose -1 is the same for all positions; torch's sigmoid on a CPU is 3-7x faster.
-        self.compiled_sum: Callable[..., torch.Tensor] | None = None
-        """``_weighted_sum`` compiled, where it is (see ``compile_search``)."""
         self.activation, self.scale = {"tanh": (torch.sigmoid_, 2), "relu": (torch.relu_, 1)}[activation]
 
     def project(self, grid_BPD: torch.Tensor) -> torch.Tensor:
@@ -89,15 +92,17 @@ class AdditiveAttention(Attention):
             return SearchKeys(keys_BPA, False)
         return SearchKeys(torch.exp(-keys_BPA.float()).to(keys_BPA.dtype), True)
 
-    def search_scores(self, keys: SearchKeys, query_BKA: torch.Tensor) -> torch.Tensor:
+    def search_scores(
+        self, keys: SearchKeys, query_BKA: torch.Tensor, compiled: WeightedSum | None = None
+    ) -> torch.Tensor:
         if not keys.exponential:
             return self.scores(keys.keys_BPA, query_BKA)
         if self.scale * query_BKA.abs().amax() > LARGEST_EXPONENT:
             return self.scores(-keys.keys_BPA.float().log().to(query_BKA.dtype), query_BKA)
         query_BKA = torch.exp(-self.scale * query_BKA.float()).to(query_BKA.dtype)
         weight_A = self.scale * self.energy.weight[0]
-        if self.compiled_sum is not None:
-            return self.compiled_sum(keys.keys_BPA, query_BKA, weight_A)
+        if compiled is not None and min(query_BKA.shape[:2]) > 1:  # A size of 1 would be compiled once more.
+            return compiled(keys.keys_BPA, query_BKA, weight_A)
         scores_BKP = query_BKA.new_empty(*query_BKA.shape[:2], keys.keys_BPA.shape[1])
         one, hidden_KPA = query_BKA.new_ones(()), keys.keys_BPA.new_empty(query_BKA.shape[1], *keys.keys_BPA.shape[1:])
         for keys_PA, query_KA, scores_KP in zip(keys.keys_BPA, query_BKA, scores_BKP, strict=True):
@@ -106,7 +111,7 @@ class AdditiveAttention(Attention):
         return scores_BKP
 
 
-def _weighted_sum(keys_BPA: torch.Tensor, query_BKA: torch.Tensor, weight_A: torch.Tensor) -> torch.Tensor:
+def weighted_sum(keys_BPA: torch.Tensor, query_BKA: torch.Tensor, weight_A: torch.Tensor) -> torch.Tensor:
     """What ``search_scores`` writes out, as one expression for the compiler."""
     hidden_BKPA = 1 + keys_BPA[:, None].float() * query_BKA[:, :, None].float()
     return (weight_A.float() / hidden_BKPA).sum(-1)

@@ -9,14 +9,15 @@ P the positions that attention sees (Q, or those of the pooled grid), G gates of
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from capray.model.attention import SearchKeys
+from capray.model.attention import AdditiveAttention, SearchKeys, WeightedSum, weighted_sum
 from capray.model.decoder import Decoder, Memory, State
 
 LARGEST_TABLE_BYTES = 512 * 2**20
@@ -69,6 +70,7 @@ class PreparedDecoder:
         self.decoder = decoder
         self.dtype = dtype
         self.weights = decoder.weights()
+        self.weighted_sum: WeightedSum | None = None
 
     @torch.inference_mode()
     def remember(self, grids_BDhw: Sequence[torch.Tensor], pool: int | None) -> SearchMemory:
@@ -96,6 +98,32 @@ class PreparedDecoder:
         attention = self.decoder.attention
         return SearchMemory(grid_BPD, SearchKeys(keys_BPA, False) if attention is None else attention.search_keys(keys_BPA))
 
+    @torch.inference_mode()
+    def compile_attention(self, memory: SearchMemory, num_beams: int) -> str:
+        """Have attention compiled, if that works and pays for batches like ``memory``; what came of it, in words.
+
+        It needs a C++ compiler and takes some 10 seconds; captions change by rounding.
+        """
+        attention, keys_BPA = self.decoder.attention, memory.keys.keys_BPA
+        if not isinstance(attention, AdditiveAttention) or not memory.keys.exponential or min(len(keys_BPA), num_beams) < 2:
+            return "not compiled: nothing to gain"
+        query_BKA = torch.randn(len(keys_BPA), num_beams, keys_BPA.shape[-1]).to(self.dtype)
+        function = torch.compile(weighted_sum)
+
+        def compiled(keys_BPA: torch.Tensor, query_BKA: torch.Tensor, weight_A: torch.Tensor) -> torch.Tensor:
+            for tensor in (keys_BPA, query_BKA):  # Images leave the batch: one compilation serves any number of them.
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            return function(keys_BPA, query_BKA, weight_A)
+
+        try:
+            seconds = [_seconds(attention.search_scores, memory.keys, query_BKA, way) for way in (None, compiled)]
+        except Exception as error:
+            return f"not compiled: {type(error).__name__}"
+        if seconds[1] > seconds[0]:
+            return "not compiled: no faster"
+        self.weighted_sum = compiled
+        return f"compiled: {seconds[0] / seconds[1]:.1f} times faster"
+
     def start(self, memory: SearchMemory) -> SearchState:
         """The state before the first word, with one beam per image."""
         if memory.spread_PQ is None:
@@ -116,7 +144,7 @@ class PreparedDecoder:
 
         def attend(query_NA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             assert decoder.attention is not None
-            scores_BKP = decoder.attention.search_scores(memory.keys, query_NA.unflatten(0, shape))
+            scores_BKP = decoder.attention.search_scores(memory.keys, query_NA.unflatten(0, shape), self.weighted_sum)
             alpha_BKQ = alpha_BKP = scores_BKP.float().softmax(-1).to(self.dtype)
             if memory.spread_PQ is not None:
                 alpha_BKQ = alpha_BKP @ memory.spread_PQ
@@ -127,6 +155,17 @@ class PreparedDecoder:
         hidden_NH = hidden_NH.to(self.dtype)
         state = State(hidden_NH.unflatten(0, shape), cell_NH.unflatten(0, shape))
         return decoder.logits(hidden_NH).unflatten(0, shape), search._replace(state=state)
+
+
+def _seconds(work: Callable[..., object], *arguments: object) -> float:
+    """The fastest of a few calls, after one that is not counted."""
+    work(*arguments)
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        work(*arguments)
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def pooling(height: int, width: int, pool: int) -> torch.Tensor:
