@@ -20,9 +20,9 @@ def agree(found, expected):
         assert [h.log_prob for h in image] == pytest.approx([h.log_prob for h in other], abs=1e-4)
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "pooled-unevenly"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_captions_are_those_of_the_captioner(variant):
-    captioner = make(**VARIANTS.get(variant, {"pool_grid": 8 if variant == "pooled-up" else 7}))
+    captioner = make(**VARIANTS[variant])
     pixels = images(5)
     outcomes = Inference(captioner)(list(pixels.numpy()), DECODING)
     agree([outcome.hypotheses for outcome in outcomes], captioner.caption(captioner.encode(pixels), DECODING))
