@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 
 import torch
+from earlier_search import earlier_search
+from measuring import interleaved, record
 
 from capray.config import Architecture, Decoding
 from capray.model.captioner import Captioner, autocast, search
 from capray.model.decoder import Decoder
 from capray.model.prepared import PreparedDecoder
 from capray.vocabulary import END, Vocabulary
-from earlier_search import earlier_search
-from measuring import interleaved, record
 
 NUM_IMAGES = 16
 SIZES = {

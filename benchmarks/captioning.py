@@ -17,7 +17,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from measuring import interleaved, record
 from PIL import Image
+from tutorial import TutorialCaptioner
 
 from capray.config import Architecture, Decoding
 from capray.images import load, normalise
@@ -25,8 +27,6 @@ from capray.inference import Inference
 from capray.model.captioner import Captioner
 from capray.model.folding import CPU_MICRO_BATCH, fold_batchnorm
 from capray.vocabulary import END, Vocabulary
-from measuring import interleaved, record
-from tutorial import TutorialCaptioner
 
 ARCHITECTURES = {
     "resnet101": Architecture(encoder="resnet101", size=256, pool_grid=14, attention_dim=512, embed_dim=512),
@@ -122,7 +122,9 @@ def compare(encoder: str, precision: str, rounds: int, with_tutorial: bool) -> N
         steps = live_steps(ending, pixels, wanted)
         value = NUM_IMAGES / interleaved({"ours": lambda e=ending, w=wanted: ours(e, w)}, rounds)["ours"]
         about = {"n_best": n_best or wanted.beam_size, "live_image_steps_per_caption": steps}
-        record(f"{name}/captions that end/n_best {n_best or 5}", value, unit, best, None, quotient=value / best, **about)
+        record(
+            f"{name}/captions that end/n_best {n_best or 5}", value, unit, best, None, quotient=value / best, **about
+        )
 
 
 def live_steps(inference: Inference, pixels: list[np.ndarray], decoding: Decoding) -> float:

@@ -1,4 +1,4 @@
-"""Captioning as the well-known PyTorch tutorial of Show, Attend and Tell does it, the peer of `captioning.py`: one image at a
+"""Captioning as the well-known tutorial of Show, Attend and Tell does it, the peer of `captioning.py`: one image at a
 time; its pooled grid copied for each beam and projected for attention again at every step; finished beams leave.
 
 It is given what helps it: gradients are off and its networks are in evaluation mode. Axes: K beams, P positions, V words.

@@ -66,7 +66,9 @@ class Inference:
         model_id: of the captioner, where it was loaded.
     """
 
-    def __init__(self, captioner: Captioner, precision: str = "fp32", batch_size: int | None = None, model_id: str = ""):
+    def __init__(
+        self, captioner: Captioner, precision: str = "fp32", batch_size: int | None = None, model_id: str = ""
+    ):
         assert not captioner.training, "inference needs the captioner in evaluation mode"
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -96,9 +98,7 @@ class Inference:
         captioner, model_id = load_captioner(folder, device)
         return cls(captioner, precision, batch_size, model_id)
 
-    def __call__(
-        self, images: Sequence[np.ndarray], decoding: Decoding, attention: bool = False
-    ) -> list[Captioned]:
+    def __call__(self, images: Sequence[np.ndarray], decoding: Decoding, attention: bool = False) -> list[Captioned]:
         """What becomes of each image. A batch for which there is no memory is halved until there is; one that fails
         otherwise is tried image by image.
 

@@ -16,7 +16,6 @@ from torch.nn import functional
 from capray.config import Architecture
 from capray.errors import ConfigError
 
-
 LARGEST_EXPONENT = 40.0
 """exp of twice this is a float32 still; beyond it attention goes back to the sigmoid. Clamping would change scores."""
 
@@ -54,7 +53,7 @@ class Attention(nn.Module):
     def search_scores(
         self, keys: SearchKeys, query_BKA: torch.Tensor, compiled: WeightedSum | None = None
     ) -> torch.Tensor:
-        """As ``scores``, from ``search_keys``; without gradients. ``compiled`` is ``weighted_sum``, where it was compiled."""
+        """As ``scores``, from ``search_keys``; without gradients. ``compiled`` is ``weighted_sum`` where it was compiled."""
         return self.scores(keys.keys_BPA, query_BKA)
 
     def forward(
@@ -83,7 +82,6 @@ class AdditiveAttention(Attention):
     def scores(self, keys_BPA: torch.Tensor, query_BKA: torch.Tensor) -> torch.Tensor:
         hidden_BKPA = self.activation(keys_BPA[:, None] + self.scale * query_BKA[:, :, None])
         return functional.linear(hidden_BKPA, self.scale * self.energy.weight, self.energy.bias).squeeze(-1)
-
 
     def search_keys(self, keys_BPA: torch.Tensor) -> SearchKeys:
         """On a CPU the exponentials of the sigmoid 1 / (1 + e^-k e^-q) are taken once per image and once per query, not for

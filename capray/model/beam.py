@@ -62,7 +62,7 @@ def beam_search(next_scores: NextScores, state: S, num_searches: int, decoding: 
         state: what it carries, with one beam per search; ``select`` reorders it along the beams, ``keep`` leaves out
             searches.
     """
-    beam_size, n_best = decoding.beam_size, decoding.n_best or decoding.beam_size
+    n_best = decoding.n_best or decoding.beam_size
     on_cpu = torch.device(device or "cpu").type == "cpu"
     choice = _Choice(decoding, device)
     found = _Found.empty(num_searches, n_best, decoding.max_length, device)
@@ -83,7 +83,12 @@ def beam_search(next_scores: NextScores, state: S, num_searches: int, decoding: 
                 # On a GPU a batch that shrinks would cost more than it saves: its steps are launches, not arithmetic.
                 found.take(search_B[settled_B], beams.keep(settled_B))
                 (kept_B,) = (~settled_B).nonzero(as_tuple=True)
-                search_B, beams, parent_BK, state = search_B[kept_B], beams.keep(kept_B), parent_BK[kept_B], state.keep(kept_B)
+                search_B, beams, parent_BK, state = (
+                    search_B[kept_B],
+                    beams.keep(kept_B),
+                    parent_BK[kept_B],
+                    state.keep(kept_B),
+                )
         state = state.select(parent_BK)
 
     found.take(search_B, beams)
@@ -255,7 +260,7 @@ def _top(scores_BKV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _top_by_key(scores_NV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``_top``: an integer that orders like the score in its upper half, and the lower the index the higher in its lower."""
+    """As ``_top``, by a key without ties: the score in its upper half, in the lower what is higher the lower the index."""
     bits_NV = (scores_NV + 0.0).view(torch.int32)  # -0 becomes 0.
     ordered_NV = bits_NV ^ ((bits_NV >> 31) & 0x7FFFFFFF)
     last = scores_NV.shape[-1] - 1

@@ -170,7 +170,9 @@ def hypotheses_of(beams: Beams, vocabulary: Vocabulary) -> list[list[Hypothesis]
     """``beams`` as captions."""
     return [
         [
-            Hypothesis(" ".join(vocabulary.decode(tokens[:count])), log_prob, score, count, finished, tuple(tokens[:count]))
+            Hypothesis(
+                " ".join(vocabulary.decode(tokens[:count])), log_prob, score, count, finished, tuple(tokens[:count])
+            )
             for tokens, count, log_prob, score, finished in zip(*image, strict=True)
             if count
         ]

@@ -212,7 +212,9 @@ class Decoder(nn.Module):
             assert self.attention is not None
             num_images, num_captions = shape
             place_N = image_N * num_captions + caption_N
-            query_BKA = query_NA.new_zeros(num_images * num_captions, query_NA.shape[1]).index_copy(0, place_N, query_NA)
+            query_BKA = query_NA.new_zeros(num_images * num_captions, query_NA.shape[1]).index_copy(
+                0, place_N, query_NA
+            )
             attended = self.attention(memory.keys_BPA, memory.grid_BPD, query_BKA.unflatten(0, shape))
             return attended[0].flatten(0, 1)[place_N], attended[1].flatten(0, 1)[place_N]
 

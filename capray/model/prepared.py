@@ -81,7 +81,9 @@ class PreparedDecoder:
             assert pool is not None, "grids of several sizes need pooling"
             spreads = [pooling(*grid.shape[2:], pool).to(grid.device, self.dtype) for grid in grids_BDhw]
             pairs = zip(spreads, memories, strict=True)
-            return self.remembered(Memory.cat([Memory(*(spread @ part for part in memory)) for spread, memory in pairs]))
+            return self.remembered(
+                Memory.cat([Memory(*(spread @ part for part in memory)) for spread, memory in pairs])
+            )
         ((height, width),) = sizes
         memory = memories[0] if len(memories) == 1 else Memory.cat(memories)
         if pool is None or (pool % height == 0 and pool % width == 0):
@@ -96,7 +98,9 @@ class PreparedDecoder:
         """``memory``, as the decoder makes it, for beam search."""
         grid_BPD, keys_BPA = (part.to(self.dtype) for part in memory)
         attention = self.decoder.attention
-        return SearchMemory(grid_BPD, SearchKeys(keys_BPA, False) if attention is None else attention.search_keys(keys_BPA))
+        return SearchMemory(
+            grid_BPD, SearchKeys(keys_BPA, False) if attention is None else attention.search_keys(keys_BPA)
+        )
 
     @torch.inference_mode()
     def compile_attention(self, memory: SearchMemory, num_beams: int) -> str:
@@ -105,7 +109,11 @@ class PreparedDecoder:
         It needs a C++ compiler and takes some 10 seconds; captions change by rounding.
         """
         attention, keys_BPA = self.decoder.attention, memory.keys.keys_BPA
-        if not isinstance(attention, AdditiveAttention) or not memory.keys.exponential or min(len(keys_BPA), num_beams) < 2:
+        if (
+            not isinstance(attention, AdditiveAttention)
+            or not memory.keys.exponential
+            or min(len(keys_BPA), num_beams) < 2
+        ):
             return "not compiled: nothing to gain"
         query_BKA = torch.randn(len(keys_BPA), num_beams, keys_BPA.shape[-1]).to(self.dtype)
         function = torch.compile(weighted_sum)
