@@ -1,4 +1,4 @@
-"""Captioning and training on a GPU beside the encoder alone. NEVER RUN ON A GPU SO FAR; without one it runs small, on the CPU.
+"""Captioning and training on a GPU beside the encoder alone. Never run on a GPU so far. Without one it is small.
 
     uv run python benchmarks/gpu.py [--out gpu.json] [--quick]
 
