@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-fast demo docs notebooks release bench chaos
+.PHONY: help setup check format test test-fast demo docs notebooks release bench chaos gpu
 ROUNDS ?= 3
 
 help:  ## Show the targets
@@ -39,6 +39,7 @@ notebooks:  ## Execute the notebooks anew and keep what they print
 
 bench:  ## Print the benchmarks' figures beside their references
 	uv run python benchmarks/captioning.py
+	uv run python benchmarks/beam.py
 	uv run python benchmarks/writer.py
 	uv run python benchmarks/planning.py
 	uv run python benchmarks/streaming.py
@@ -49,6 +50,10 @@ bench:  ## Print the benchmarks' figures beside their references
 	uv run python benchmarks/analysis.py
 	uv run python benchmarks/serving.py
 	uv run python benchmarks/memory.py
+
+gpu:  ## Benchmarks and tests that need a CUDA device
+	uv run python benchmarks/gpu.py
+	uv run pytest -n0 -m gpu
 
 chaos:  ## ROUNDS rounds of every kind of fault, each judged by the oracle
 	uv run python -m tests.chaos --rounds $(ROUNDS)

@@ -171,13 +171,14 @@ def _score_captioner(config: EvaluateConfig, model: str, model_ids: set[str], ev
     import torch
 
     from capray.images import ImageError, load
+    from capray.inference import Inference
     from capray.model.accuracy import accuracy_figures, accuracy_sums
-    from capray.model.checkpoint import load_captioner
     from capray.model.loss import collate
     from capray.tracking.registry import find_model
 
     folder = find_model(model, config.tracking_uri)
-    captioner, model_id = load_captioner(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    inference = Inference.load(folder)
+    captioner, model_id = inference.captioner, inference.model_id
     if model_ids != {model_id}:
         raise ConfigError(
             f"the captions in {config.output!r} are by {', '.join(sorted(model_ids))}, not by {model!r} ({model_id}): "
@@ -199,7 +200,7 @@ def _score_captioner(config: EvaluateConfig, model: str, model_ids: set[str], ev
             if pixels:
                 batch = collate(captions, max_words=sys.maxsize).to(captioner.device)
                 with torch.inference_mode():
-                    memory = captioner.encode_all(pixels)
+                    memory = inference.memory(pixels)
                     sums.append(torch.stack(accuracy_sums(captioner, memory, batch), 1).cpu().numpy())
             num_images = sum(map(len, sums))
             progress.update(num_images + undecodable, f"{num_images:,} images")

@@ -34,8 +34,8 @@ def models_loaded_once() -> Generator[None]:
     from capray.captioning import opening
 
     with ExitStack() as patches:
-        for name in ("load_captioner", "canary_score"):
-            patches.enter_context(mock.patch.object(opening, name, cache(getattr(opening, name))))
+        patches.enter_context(mock.patch.object(opening.Inference, "load", cache(opening.Inference.load)))
+        patches.enter_context(mock.patch.object(opening, "canary_score", cache(opening.canary_score)))
         yield
 
 

@@ -13,16 +13,18 @@ import pytest
 import torch
 
 from capray import cluster
+from capray import inference as inference_module
 from capray.captioning import actor as actors
 from capray.captioning import isolation
 from capray.captioning.actor import CaptioningActor, CaptioningSettings
-from capray.captioning.device import canary_score, is_device_error, is_out_of_memory
+from capray.captioning.canary import canary_score
 from capray.captioning.isolation import Crashed, Isolated
 from capray.captioning.rows import block_of, events_of, fetched_schema, results_schema, table_of
 from capray.config import Decoding
+from capray.device import is_device_error, is_out_of_memory
 from capray.errors import CheckpointError, TryAgain
+from capray.inference import Inference
 from capray.inputs.base import Changed
-from capray.model import captioner as captioner_module
 from capray.model.checkpoint import load_captioner
 from tests.conftest import make_model
 
@@ -58,11 +60,12 @@ def device(monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv("CAPRAY_SICK_DEVICE", str(sick))
     monkeypatch.syspath_prepend(FAULTS)
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
-    monkeypatch.setattr(captioner_module.Captioner, "encode_all", captioner_module.Captioner.encode_all)
+    for name in ("_copied", "_grids"):
+        monkeypatch.setattr(inference_module.Inference, name, getattr(inference_module.Inference, name))
     spec = importlib.util.spec_from_file_location("faults", FAULTS / "sitecustomize.py")
     faults = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(faults)
-    faults._arm_captioner(captioner_module)
+    faults._arm_inference(inference_module)
     return sick
 
 
@@ -156,31 +159,31 @@ class TestABlock:
 class TestOneImagesFault:
     def test_is_its_own(self, settings, monkeypatch):
         """What cannot be computed for one image costs the others of its batch nothing."""
-        encode_all = captioner_module.Captioner.encode_all
+        copied = inference_module.Inference._copied
 
-        def encode(self, images):
+        def copy(self, images):
             if any((image == 7).all() for image in images):
                 raise ValueError("odd " + "x" * 1000)
-            return encode_all(self, images)
+            return copied(self, images)
 
-        monkeypatch.setattr(captioner_module.Captioner, "encode_all", encode)
+        monkeypatch.setattr(inference_module.Inference, "_copied", copy)
         rows = caption(CaptioningActor(settings), photo("a"), photo("odd", 7), photo("bb"), photo("ccc"))
         assert outcomes(rows) == {"a": "captioned", "odd": "captioning_error", "bb": "captioned", "ccc": "captioned"}
         assert rows[1]["message"].startswith("ValueError: odd xx") and len(rows[1]["message"]) == 500
         assert rows[1]["certain"] is True
 
     def test_a_batch_for_which_there_is_no_memory_is_halved(self, settings, monkeypatch):
-        encode_all = captioner_module.Captioner.encode_all
+        copied = inference_module.Inference._copied
         sizes = []
 
-        def encode(self, images):
+        def copy(self, images):
             sizes.append(len(images))
             if len(images) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-            return encode_all(self, images)
+            return copied(self, images)
 
         actor = CaptioningActor(settings)
-        monkeypatch.setattr(captioner_module.Captioner, "encode_all", encode)
+        monkeypatch.setattr(inference_module.Inference, "_copied", copy)
         rows = caption(actor, *(photo(name) for name in ("a", "bb", "ccc")))
         assert set(outcomes(rows).values()) == {"captioned"}
         assert sizes == [3, 2, 1, 1, 1]
@@ -290,7 +293,7 @@ class TestASickDevice:
         assert "canary" in notices[0]
 
     def test_is_found_at_the_start_by_the_drivers_captioner(self, settings, loaded, device, notices):
-        score = canary_score(loaded[0])
+        score = canary_score(Inference(loaded[0]))
         CaptioningActor(replace(settings, canary=score))
         device.write_text("drift")
         with pytest.raises(Ended):
@@ -301,7 +304,9 @@ class TestASickDevice:
         for seed in range(3):
             model = make_model(tmp_path / str(seed), seed)
             captioner, model_id = load_captioner(model)
-            bf16 = replace(settings, model=model, model_id=model_id, precision="bf16", canary=canary_score(captioner))
+            bf16 = replace(
+                settings, model=model, model_id=model_id, precision="bf16", canary=canary_score(Inference(captioner))
+            )
             assert outcomes(caption(CaptioningActor(bf16), photo("a"))) == {"a": "captioned"}
 
     def test_a_model_without_probabilities_is_no_sickness(self, settings, device):

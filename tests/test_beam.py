@@ -22,6 +22,9 @@ class Chain(NamedTuple):
     def select(self, beams_BK):
         return Chain(*(part.gather(1, beams_BK) for part in self))
 
+    def keep(self, searches_B):
+        return Chain(*(part[searches_B] for part in self))
+
 
 class ToyModel:
     """Log-probabilities that depend on the whole history, from a seeded table; the same alone and in a batch."""

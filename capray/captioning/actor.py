@@ -22,14 +22,14 @@ import pyarrow as pa
 import torch
 
 from capray import cluster
-from capray.captioning.device import DeviceError, canary_score, is_device_error, is_near, is_out_of_memory, is_same
+from capray.captioning.canary import canary_score, is_near, is_same
 from capray.captioning.isolation import CannotStart, Crashed, Isolated, deadline
 from capray.captioning.model_transfer import ModelTransfer
 from capray.captioning.rows import results_schema, table_of, with_table
 from capray.config import Decoding
+from capray.device import DeviceError, is_device_error, is_out_of_memory
 from capray.errors import CaprayError, CheckpointError, StorageError, TryAgain
-from capray.model.captioner import NO_CAPTION, Hypothesis, autocast
-from capray.model.checkpoint import load_captioner
+from capray.inference import Captioned, Inference
 
 CAREFUL_BLOCKS = 8
 """Blocks an actor takes care with after it was restarted: more than it is given at once (stream.MAX_IN_FLIGHT)."""
@@ -89,14 +89,6 @@ class CaptioningSettings:
 
 
 @dataclass(frozen=True)
-class Captioned:
-    """The hypotheses of an image, best first, and the attention of the best where it was asked for."""
-
-    hypotheses: list[Hypothesis]
-    attention: list[list[float]] | None
-
-
-@dataclass(frozen=True)
 class NotCaptioned:
     """Why an image has no caption: its failure, as ``images.ImageError`` has it."""
 
@@ -118,27 +110,28 @@ class Captioning:
 
     def __init__(self, settings: CaptioningSettings):
         torch.set_num_threads(settings.num_threads)
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
         self.settings = settings
-        self.device = torch.device("cuda" if settings.on_gpu else "cpu")
+        device = "cuda" if settings.on_gpu else "cpu"
         try:
-            self.captioner, self.model_id = load_captioner(settings.model, self.device)
+            self.inference = Inference.load(settings.model, device, settings.precision, settings.batch_size)
         except RuntimeError as error:
             if is_device_error(error) or is_out_of_memory(error):
                 raise DeviceError(f"{type(error).__name__}: {error}") from error
             raise
-        if self.model_id != settings.model_id:
+        if self.inference.model_id != settings.model_id:
             raise CheckpointError(
-                f"the model at {settings.model!r} changed while the job ran: it is {self.model_id[:12]}… now, not "
+                f"the model at {settings.model!r} changed while the job ran: it is {self.inference.model_id[:12]}… now, not "
                 f"{settings.model_id[:12]}…: put the one back that the job began with"
             )
         self._canary: float | None = None
 
     def __call__(self, rows: list[Row]) -> list[Outcome]:
         """The outcome of each row, all of which have pixels."""
-        size = self.settings.batch_size
-        return [outcome for start in range(0, len(rows), size) for outcome in self._caption(rows[start : start + size])]
+        images = [
+            np.frombuffer(row["pixels"], np.uint8).reshape(row["input_height"], row["input_width"], 3) for row in rows
+        ]
+        found = self.inference(images, self.settings.decoding, self.settings.attention)
+        return [each if each.error is None else NotCaptioned("captioning_error", each.error) for each in found]
 
     def check_device(self) -> None:
         """Caption the canary, whose score is to be near that of the driver's captioner, and afterwards stay the same.
@@ -150,7 +143,7 @@ class Captioning:
         if expected is not None and math.isnan(expected):
             return
         try:
-            score = canary_score(self.captioner, self.settings.precision)
+            score = canary_score(self.inference)
         except Exception as error:
             raise DeviceError(f"the canary cannot be captioned: {type(error).__name__}: {error}") from error
         if not math.isfinite(score):
@@ -162,40 +155,6 @@ class Captioning:
             raise DeviceError(f"the canary's score is {score:.4f}, not {expected:.4f} as on the driver")
         else:
             self._canary = score
-
-    def _caption(self, rows: list[Row]) -> list[Outcome]:
-        """A batch for which the device has no memory is halved until it has; one that fails otherwise is tried image by
-        image."""
-        try:
-            return self._together(rows)
-        except Exception as error:
-            if is_device_error(error):
-                raise DeviceError(f"{type(error).__name__}: {error}") from error
-            if len(rows) == 1:
-                return [NotCaptioned("captioning_error", f"{type(error).__name__}: {error}")]
-            size = -(-len(rows) // 2) if is_out_of_memory(error) else 1
-        # Not while the exception is at hand: it keeps the batch's tensors.
-        torch.cuda.empty_cache()
-        return [outcome for start in range(0, len(rows), size) for outcome in self._caption(rows[start : start + size])]
-
-    @torch.inference_mode()
-    def _together(self, rows: list[Row]) -> list[Outcome]:
-        images = [
-            np.frombuffer(row["pixels"], np.uint8).reshape(row["input_height"], row["input_width"], 3) for row in rows
-        ]
-        with autocast(self.device, self.settings.precision):
-            memory = self.captioner.encode_all(images)
-            found = self.captioner.caption(memory, self.settings.decoding)
-            weights: list[Any] = [None] * len(found)
-            if self.settings.attention:
-                best = [hypotheses[0].token_ids if hypotheses else () for hypotheses in found]
-                weights = [alpha.tolist() for alpha in self.captioner.attend(memory, best)]
-        return [
-            Captioned(hypotheses, alpha)
-            if hypotheses and math.isfinite(hypotheses[0].log_prob)
-            else NotCaptioned("captioning_error", NO_CAPTION)
-            for hypotheses, alpha in zip(found, weights, strict=True)
-        ]
 
 
 class _ChildCaptioning:
@@ -373,11 +332,11 @@ class CaptioningActor:
             "width": row["width"],
             "height": row["height"],
             "sha256": row["sha256"],
-            "model_id": self.captioning.model_id,
+            "model_id": self.settings.model_id,
             "captioned_at": now,
             "source": row.get("source"),
         }
         if outcome.attention is not None:
-            tokens = self.captioning.captioner.vocabulary.tokens(best.token_ids)
+            tokens = self.captioning.inference.captioner.vocabulary.tokens(best.token_ids)
             result |= {"tokens": tokens, "attention": outcome.attention}
         return result

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from capray.captioning.device import canary_score
+from capray.captioning.canary import canary_score
 from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
 from capray.errors import ConfigError, OutputConflictError
+from capray.inference import Inference
 from capray.inputs import Source, open_sources
-from capray.model.checkpoint import load_captioner
 from capray.output import Output
 from capray.storage import is_within, list_names, locate
 from capray.tables import SCHEMA_VERSION
@@ -22,7 +22,7 @@ class OpenedJob:
 
     Attributes:
         config: with absolute paths, and the model's place.
-        canary: the canary's score by this process's own captioner (``device.canary_score``).
+        canary: the canary's score by this process's own captioner (``canary_score``).
     """
 
     config: CaptionConfig
@@ -54,14 +54,15 @@ def open_job(config: CaptionConfig) -> OpenedJob:
     """
     config = _with_absolute_paths(config)
     assert config.output is not None
-    captioner, model_id = load_captioner(config.model)
-    if config.attention and captioner.architecture.attention == "none":
+    inference = Inference.load(config.model, "cpu")
+    architecture, model_id = inference.captioner.architecture, inference.model_id
+    if config.attention and architecture.attention == "none":
         raise ConfigError(f"the model at {config.model!r} has no attention: leave --attention out")
     output = Output(config.output)
     _check_apart(config, output)
     sources = open_sources(config.inputs, config.subset(SourceSettings), config.keep)
-    preprocessing = captioner.architecture.subset(Preprocessing)
-    job = OpenedJob(config, output, sources, model_id, preprocessing, canary_score(captioner))
+    preprocessing = architecture.subset(Preprocessing)
+    job = OpenedJob(config, output, sources, model_id, preprocessing, canary_score(inference))
     job.bound_to()
     return job
 

@@ -38,9 +38,8 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
     import torch
 
     from capray.images import ImageError, load
+    from capray.inference import Inference
     from capray.inputs.byte_reader import read_image
-    from capray.model.captioner import NO_CAPTION, autocast
-    from capray.model.checkpoint import load_captioner
     from capray.tracking.registry import find_model
 
     if tables_only := config.model_fields_set - _SETTINGS:
@@ -52,24 +51,22 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
         place = locate(path)
         if place.is_local and not os.path.isfile(place.path):
             raise ConfigError(f"no photo at {path!r}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    captioner, _ = load_captioner(find_model(config.model, config.tracking_uri), device)
+    precision = cluster.resolved_precision(config.precision, torch.cuda.is_available())
+    inference = Inference.load(find_model(config.model, config.tracking_uri), precision=precision)
     limits, decoding = config.subset(ImageLimits), config.subset(Decoding)
-    precision = cluster.resolved_precision(config.precision, device == "cuda")
     failed = 0
     for path in paths:
         try:
-            pixels, _, _ = load(read_image(path, limits.max_image_bytes), captioner.architecture, limits)
+            pixels, _, _ = load(read_image(path, limits.max_image_bytes), inference.captioner.architecture, limits)
         except ImageError as error:
             failed += 1
             print(f"capray: {path}: {error.kind}: {error.message}", file=sys.stderr)
             continue
-        with torch.inference_mode(), autocast(device, precision):
-            (hypotheses,) = captioner.caption(captioner.encode_all([pixels]), decoding)
-        if not hypotheses:
+        (outcome,) = inference([pixels], decoding)
+        if not outcome.hypotheses:
             failed += 1
-            print(f"capray: {path}: captioning_error: {NO_CAPTION}", file=sys.stderr)
+            print(f"capray: {path}: captioning_error: {outcome.error}", file=sys.stderr)
             continue
-        print(f"{path}\t{hypotheses[0].caption}", flush=True)
+        print(f"{path}\t{outcome.hypotheses[0].caption}", flush=True)
     if failed:
         raise CaprayError(f"{failed} of {len(paths)} photos could not be captioned")

@@ -6,12 +6,24 @@ A the attention's hidden layer.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from capray.config import Architecture
 from capray.errors import ConfigError
+
+LARGEST_EXPONENT = 40.0
+"""exp of twice this is a float32 still; beyond it attention goes back to the sigmoid. Clamping would change scores."""
+
+
+class SearchKeys(NamedTuple):
+    """Keys as beam search wants them: as they are, or exp(-keys)."""
+
+    keys_BPA: torch.Tensor
+    exponential: bool
 
 
 class Attention(nn.Module):
@@ -29,6 +41,14 @@ class Attention(nn.Module):
     def scores(self, keys_BPA: torch.Tensor, query_BKA: torch.Tensor) -> torch.Tensor:
         """Unnormalised scores (B, K, P); only their differences between positions mean anything."""
         return query_BKA @ keys_BPA.transpose(1, 2)
+
+    def search_keys(self, keys_BPA: torch.Tensor) -> SearchKeys:
+        """``keys_BPA`` in the form in which ``search_scores`` is fastest; without gradients."""
+        return SearchKeys(keys_BPA, False)
+
+    def search_scores(self, keys: SearchKeys, query_BKA: torch.Tensor) -> torch.Tensor:
+        """As ``scores``, from ``search_keys``; without gradients."""
+        return self.scores(keys.keys_BPA, query_BKA)
 
     def forward(
         self, keys_BPA: torch.Tensor, grid_BPD: torch.Tensor, query_BKA: torch.Tensor
@@ -56,6 +76,27 @@ class AdditiveAttention(Attention):
     def scores(self, keys_BPA: torch.Tensor, query_BKA: torch.Tensor) -> torch.Tensor:
         hidden_BKPA = self.activation(keys_BPA[:, None] + self.scale * query_BKA[:, :, None])
         return functional.linear(hidden_BKPA, self.scale * self.energy.weight, self.energy.bias).squeeze(-1)
+
+    def search_keys(self, keys_BPA: torch.Tensor) -> SearchKeys:
+        """On a CPU the exponentials of the sigmoid 1 / (1 + e^-k e^-q) are taken once per image and once per query, not for
+        every pair of them."""
+        if self.scale == 1 or keys_BPA.is_cuda or not keys_BPA.numel() or keys_BPA.abs().amax() > LARGEST_EXPONENT:
+            return SearchKeys(keys_BPA, False)
+        return SearchKeys(torch.exp(-keys_BPA.float()).to(keys_BPA.dtype), True)
+
+    def search_scores(self, keys: SearchKeys, query_BKA: torch.Tensor) -> torch.Tensor:
+        if not keys.exponential:
+            return self.scores(keys.keys_BPA, query_BKA)
+        if self.scale * query_BKA.abs().amax() > LARGEST_EXPONENT:
+            return self.scores(-keys.keys_BPA.float().log().to(query_BKA.dtype), query_BKA)
+        query_BKA = torch.exp(-self.scale * query_BKA.float()).to(query_BKA.dtype)
+        weight_A = self.scale * self.energy.weight[0]
+        scores_BKP = query_BKA.new_empty(*query_BKA.shape[:2], keys.keys_BPA.shape[1])
+        one, hidden_KPA = query_BKA.new_ones(()), keys.keys_BPA.new_empty(query_BKA.shape[1], *keys.keys_BPA.shape[1:])
+        for keys_PA, query_KA, scores_KP in zip(keys.keys_BPA, query_BKA, scores_BKP, strict=True):
+            torch.addcmul(one, keys_PA, query_KA[:, None], out=hidden_KPA)
+            torch.matmul(hidden_KPA.reciprocal_(), weight_A, out=scores_KP)
+        return scores_BKP
 
 
 class GeneralAttention(Attention):

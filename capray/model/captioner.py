@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +16,10 @@ from torch import nn
 
 from capray.config import Architecture, Decoding
 from capray.images import normalise
-from capray.model.beam import beam_search
-from capray.model.decoder import Decoder, Memory, State
+from capray.model.beam import Beams, beam_search
+from capray.model.decoder import Decoder, Memory
 from capray.model.encoder import Encoder
+from capray.model.prepared import PreparedDecoder, SearchMemory
 from capray.vocabulary import PAD, START, Vocabulary
 
 NO_CAPTION = "the model gave no finite probability"
@@ -40,15 +40,6 @@ class Hypothesis:
     num_tokens: int
     finished: bool
     token_ids: tuple[int, ...] = ()
-
-
-class _Search(NamedTuple):
-    """What beam search carries: the decoder's state of every beam."""
-
-    state: State
-
-    def select(self, beams_BK: torch.Tensor) -> _Search:
-        return _Search(self.state.select(beams_BK))
 
 
 def autocast(device: torch.device | str, precision: str) -> AbstractContextManager:
@@ -107,9 +98,7 @@ class Captioner(nn.Module):
 
     def memory_of_cached_grid(self, grid_BDhw: torch.Tensor) -> Memory:
         """The memory of native grids that were kept from an earlier encoding (float16), on any device."""
-        device = self.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        return self.memory_of_grid(grid_BDhw.to(self.device, dtype, non_blocking=True))
+        return self.memory_of_grid(grid_BDhw.to(self.device, _dtype_of_autocast(self.device), non_blocking=True))
 
     def encode_all(self, images: Sequence[np.ndarray]) -> Memory:
         """The memory of images (H, W, 3), uint8, or of kept grids (D, h, w), float16, of any sizes: each size is encoded
@@ -132,17 +121,6 @@ class Captioner(nn.Module):
         """Teacher forcing: the states (B, K, T, H) and attention (B, K, T, P); see ``Decoder.teacher_force``."""
         return self.decoder.teacher_force(memory, inputs_BKT, lengths_BK)
 
-    def next_log_probs(self, memory: Memory):
-        """The decoder as beam search wants it: last tokens and state to the next token's log-probabilities."""
-        weights = self.decoder.weights()
-
-        def next_log_probs(last_BK: torch.Tensor, search: _Search) -> tuple[torch.Tensor, _Search]:
-            state, _ = self.decoder.step(self.decoder.embedding(last_BK), search.state, memory, weights)
-            log_probs_BKV = self.decoder.logits(state.hidden_BKH).float().log_softmax(-1)
-            return log_probs_BKV.nan_to_num(nan=float("-inf")), _Search(state)
-
-        return next_log_probs
-
     @torch.inference_mode()
     def caption(self, memory: Memory, decoding: Decoding) -> list[list[Hypothesis]]:
         """The ``n_best`` captions of each image, best first. The captioner must be in evaluation mode.
@@ -150,20 +128,9 @@ class Captioner(nn.Module):
         An image for which the model gives no finite probability (NaN) gets an empty list.
         """
         assert not self.training, "captioning needs the captioner in evaluation mode"
-        num_images = len(memory.grid_BPD)
-        start = _Search(self.decoder.start(memory, 1))
-        beams = beam_search(self.next_log_probs(memory), start, num_images, decoding, self.device)
-        tokens_BNT, *numbers = (part.tolist() for part in beams)
-        return [
-            [self._hypothesis(*numbers) for numbers in zip(*image, strict=True) if numbers[1]]
-            for image in zip(tokens_BNT, *numbers, strict=True)
-        ]
-
-    def _hypothesis(
-        self, tokens: list[int], num_tokens: int, log_prob: float, score: float, finished: bool
-    ) -> Hypothesis:
-        ids = tuple(tokens[:num_tokens])
-        return Hypothesis(" ".join(self.vocabulary.decode(ids)), log_prob, score, num_tokens, finished, ids)
+        prepared = PreparedDecoder(self.decoder, _dtype_of_autocast(self.device))
+        with torch.autocast(self.device.type, enabled=False):
+            return search(prepared, prepared.search_memory(memory), self.vocabulary, decoding)
 
     @torch.inference_mode()
     def attend(self, memory: Memory, token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -188,6 +155,35 @@ class Captioner(nn.Module):
         for i, ids in enumerate(token_ids):
             inputs_B1T[i, 0, : len(ids)] = torch.tensor([START, *ids][: len(ids)])
         return self(memory, inputs_B1T, torch.tensor(lengths, device=self.device)[:, None])
+
+
+@torch.inference_mode()
+def search(
+    decoder: PreparedDecoder, memory: SearchMemory, vocabulary: Vocabulary, decoding: Decoding
+) -> list[list[Hypothesis]]:
+    """As ``Captioner.caption``, with a decoder that was prepared once for many batches."""
+    beams = beam_search(
+        decoder.next_scores, decoder.start(memory), len(memory.grid_BQD), decoding, memory.grid_BQD.device
+    )
+    return hypotheses_of(beams, vocabulary)
+
+
+def hypotheses_of(beams: Beams, vocabulary: Vocabulary) -> list[list[Hypothesis]]:
+    """``beams`` as captions."""
+    return [
+        [
+            Hypothesis(
+                " ".join(vocabulary.decode(tokens[:count])), log_prob, score, count, finished, tuple(tokens[:count])
+            )
+            for tokens, count, log_prob, score, finished in zip(*image, strict=True)
+            if count
+        ]
+        for image in zip(*(part.tolist() for part in beams), strict=True)
+    ]
+
+
+def _dtype_of_autocast(device: torch.device) -> torch.dtype:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def _pool(part_BPX: torch.Tensor, size: torch.Size, pool: int) -> torch.Tensor:

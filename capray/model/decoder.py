@@ -6,7 +6,7 @@ E embedding, H state, G gates of the cell (3H or 4H), O all that a step computes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,10 @@ class Weights(NamedTuple):
     """The cell's gates, the gate on the context and attention's query, below each other."""
     bias_G: torch.Tensor
     bias_O: torch.Tensor
+
+
+Attend = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Queries (N, A) to their contexts (N, D) and the attention (N, P)."""
 
 
 class _Deferred(torch.autograd.Function):
@@ -109,7 +113,10 @@ class Decoder(nn.Module):
 
     def start(self, memory: Memory, num_captions: int) -> State:
         """The state before the first word, for ``num_captions`` captions or beams of each image."""
-        mean_BD = memory.grid_BPD.mean(1)
+        return self.start_from(memory.grid_BPD.mean(1), num_captions)
+
+    def start_from(self, mean_BD: torch.Tensor, num_captions: int) -> State:
+        """As ``start``, from the means of the grids."""
         if self.attention is None:
             first = self.cell(self.first_input(mean_BD))
             hidden_BH, cell_BH = first if self.is_lstm else (first, first)
@@ -143,37 +150,33 @@ class Decoder(nn.Module):
         weights = weights or self.weights()
         shape = words_BKE.shape[:2]
         words_NG = functional.linear(words_BKE.flatten(0, 1), weights.words_GE, weights.bias_G)
-        everywhere = torch.arange(len(words_NG), device=words_NG.device)
         state_N = State(*(part.flatten(0, 1).to(weights.state_OH.dtype) for part in state))
-        state_N, alpha_NP, _ = self._advance(words_NG, weights.bias_O, state_N, memory, everywhere, shape, weights)
+
+        def attend(query_NA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            assert self.attention is not None
+            attended = self.attention(memory.keys_BPA, memory.grid_BPD, query_NA.unflatten(0, shape))
+            return attended[0].flatten(0, 1), attended[1].flatten(0, 1)
+
+        state_N, alpha_NP, _ = self.advance(words_NG, weights.bias_O, state_N, weights, attend)
         return State(*(part.unflatten(0, shape) for part in state_N)), alpha_NP.unflatten(0, shape)
 
-    def _advance(
-        self,
-        words_NG: torch.Tensor,
-        bias_O: torch.Tensor,
-        state: State,
-        memory: Memory,
-        place_N: torch.Tensor,
-        shape: Sequence[int],
-        weights: Weights,
+    def advance(
+        self, words_NG: torch.Tensor, bias_O: torch.Tensor, state: State, weights: Weights, attend: Attend
     ) -> tuple[State, torch.Tensor, torch.Tensor]:
-        """The new state of N captions, their attention, and their gated contexts.
+        """The new state of N captions, their attention, and their gated contexts: the one step that teacher forcing, free
+        running and beam search share.
 
         Args:
             words_NG: what the words bring to the cell's gates.
             bias_O: what is added to the state's product.
-            place_N: where each caption stands among the (B, K) of ``shape``, flattened.
+            attend: how they attend over their images' grids.
         """
         hidden_NH, cell_NH = state
         gates_NG, *others = torch.addmm(bias_O, hidden_NH, weights.state_OH.T).split(self._state_sizes, 1)
         if self.attention is None:
             alpha_NP = context_ND = hidden_NH[:, :0]
         else:
-            query_NA = others.pop() if self.attention.query is not None else hidden_NH
-            query_BKA = query_NA.new_zeros(shape[0] * shape[1], query_NA.shape[1]).index_copy(0, place_N, query_NA)
-            attended = self.attention(memory.keys_BPA, memory.grid_BPD, query_BKA.unflatten(0, shape))
-            context_ND, alpha_NP = (part.flatten(0, 1)[place_N] for part in attended)
+            context_ND, alpha_NP = attend(others.pop() if self.attention.query is not None else hidden_NH)
             if self.gate is not None:
                 context_ND = torch.sigmoid(others.pop()) * context_ND
             context_ND = context_ND.to(words_NG.dtype)
@@ -203,6 +206,21 @@ class Decoder(nn.Module):
         """Unnormalised scores of the next word (…, V) for states (…, H)."""
         return self.output(self.dropout(hidden))
 
+    def _attend_at(self, memory: Memory, image_N: torch.Tensor, caption_N: torch.Tensor, shape: list[int]) -> Attend:
+        """Attention for captions that stand at (``image_N``, ``caption_N``) among ``shape`` images and captions."""
+
+        def attend(query_NA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            assert self.attention is not None
+            num_images, num_captions = shape
+            place_N = image_N * num_captions + caption_N
+            query_BKA = query_NA.new_zeros(num_images * num_captions, query_NA.shape[1]).index_copy(
+                0, place_N, query_NA
+            )
+            attended = self.attention(memory.keys_BPA, memory.grid_BPD, query_BKA.unflatten(0, shape))
+            return attended[0].flatten(0, 1)[place_N], attended[1].flatten(0, 1)[place_N]
+
+        return attend
+
     def teacher_force(
         self, memory: Memory, inputs_BKT: torch.Tensor, lengths_BK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,11 +248,12 @@ class Decoder(nn.Module):
         state = State(*(part.flatten(0, 1)[order_N].to(words_NG.dtype) for part in self.start(memory, num_captions)))
         hidden, alpha = [], []
         for words, bias, (num, *shape) in zip(words_NG.split(sizes), bias_NO.split(sizes), extents, strict=True):
-            memory = Memory(*(part[: shape[0]] for part in memory))
+            if shape[0] < len(memory.grid_BPD):
+                memory = Memory(*(part[: shape[0]] for part in memory))
             state = State(*(part[:num] for part in state))
             states.append(state.hidden_BKH.detach())
-            place_N = order_N[:num] // num_captions * shape[1] + order_N[:num] % num_captions
-            state, alpha_NP, context_ND = self._advance(words, bias, state, memory, place_N, shape, weights)
+            attend = self._attend_at(memory, order_N[:num] // num_captions, order_N[:num] % num_captions, shape)
+            state, alpha_NP, context_ND = self.advance(words, bias, state, weights, attend)
             contexts.append(context_ND.detach())
             hidden.append(state.hidden_BKH)
             alpha.append(alpha_NP)

@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from capray.config import Decoding, ImageLimits
 from capray.errors import CaprayError, DataError
 from capray.images import ImageError, load
-from capray.model.captioner import NO_CAPTION, Captioner
-from capray.model.checkpoint import load_captioner
+from capray.inference import Inference
 from capray.storage import locate, read_bytes
 
 if TYPE_CHECKING:
@@ -28,8 +25,8 @@ BATCH_SIZE = 64
 class CaptioningFunction:
     """``predict``: a data frame of images in, a data frame of captions out, on a GPU where there is one."""
 
-    def __init__(self, captioner: Captioner):
-        self.captioner = captioner
+    def __init__(self, inference: Inference):
+        self.inference = inference
 
     def predict(self, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """Caption the images of ``model_input``, one per row.
@@ -58,24 +55,22 @@ class CaptioningFunction:
             self._predict(inputs[start : start + BATCH_SIZE], rows[start : start + BATCH_SIZE], decoding)
         return pd.DataFrame(rows, columns=list(OUTPUTS), index=model_input.index)
 
-    @torch.inference_mode()
     def _predict(self, inputs: list[dict[str, Any]], rows: list[dict[str, Any]], decoding: Decoding) -> None:
         pixels, wanted = [], []
         for image, row in zip(inputs, rows, strict=True):
             try:
-                pixels.append(load(_read(image), self.captioner.architecture, ImageLimits())[0])
+                pixels.append(load(_read(image), self.inference.captioner.architecture, ImageLimits())[0])
                 wanted.append(row)
             except (ImageError, CaprayError) as error:
                 row["error"] = str(error)
         if not pixels:
             return
-        captions = self.captioner.caption(self.captioner.encode_all(pixels), decoding)
-        for row, hypotheses in zip(wanted, captions, strict=True):
-            if hypotheses:
-                best = hypotheses[0]
+        for row, outcome in zip(wanted, self.inference(pixels, decoding), strict=True):
+            if outcome.hypotheses:
+                best = outcome.hypotheses[0]
                 row |= {"caption": best.caption, "log_prob": best.log_prob, "score": best.score}
             else:
-                row["error"] = NO_CAPTION
+                row["error"] = outcome.error
 
 
 def _read(row: dict[str, Any]) -> bytes:
@@ -93,5 +88,4 @@ def _read(row: dict[str, Any]) -> bytes:
 
 def _load_pyfunc(data_path: str) -> CaptioningFunction:
     """What MLflow calls with the captioner's folder."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return CaptioningFunction(load_captioner(data_path, device)[0])
+    return CaptioningFunction(Inference.load(data_path))

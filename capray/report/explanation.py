@@ -80,31 +80,25 @@ def region_of(width: int, height: int, preprocessing: Preprocessing) -> Box:
 
 
 def _by_captioning(config: ExplainConfig, model: str) -> Explanation:
-    import torch
-
-    from capray.model.captioner import NO_CAPTION, autocast
-    from capray.model.checkpoint import load_captioner
+    from capray.inference import Inference
+    from capray.model.captioner import NO_CAPTION
 
     limits = config.subset(ImageLimits)
     with _failures_of(config.image):
         decoded = decode(read_image(config.image, limits.max_image_bytes), limits)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    captioner, _ = load_captioner(find_model(model, config.tracking_uri), device)
+    inference = Inference.load(find_model(model, config.tracking_uri), precision=config.precision)
+    captioner = inference.captioner
     if captioner.decoder.attention is None:
         raise ConfigError(f"the captioner {model!r} has no attention to show")
-    with torch.inference_mode(), autocast(device, config.precision):
-        memory = captioner.encode_all([fit(decoded.image, captioner.architecture)])
-        (hypotheses,) = captioner.caption(memory, config.subset(Decoding))
-        if not hypotheses:
-            raise CaprayError(f"{config.image}: {NO_CAPTION}")
-        ids = hypotheses[0].token_ids
-        (weights_TP,), (log_probs_T,) = captioner.attend(memory, [ids]), captioner.log_probs(memory, [ids])
+    found = inference.explained(fit(decoded.image, captioner.architecture), config.subset(Decoding))
+    if found is None:
+        raise CaprayError(f"{config.image}: {NO_CAPTION}")
     return _explanation(
         decoded,
-        hypotheses[0].caption,
-        captioner.vocabulary.tokens(ids),
-        weights_TP.numpy(),
-        log_probs_T.exp().tolist(),
+        found.hypothesis.caption,
+        captioner.vocabulary.tokens(found.hypothesis.token_ids),
+        found.attention_TP.numpy(),
+        found.log_probs_T.exp().tolist(),
         captioner.architecture,
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 from ray.serve.metrics import Histogram
 
 from capray.captioning.actor import Captioning, CaptioningSettings, NotCaptioned, Outcome
-from capray.captioning.device import DeviceError
+from capray.device import DeviceError
 
 Row = dict[str, Any]
 Answer = dict[str, Any] | str
@@ -30,7 +30,7 @@ class Replica:
         self.work: asyncio.Task[None] | None = None
 
     def model_id(self) -> str:
-        return self.captioning.model_id
+        return self.captioning.settings.model_id
 
     async def caption(self, row: Row) -> Answer:
         """The row's captions, best first, with the tokens of the best and the attention at each; or what went wrong.
@@ -76,7 +76,7 @@ class Replica:
             if isinstance(outcome, NotCaptioned):
                 answers.append(outcome.message)
                 continue
-            tokens = self.captioning.captioner.vocabulary.tokens(outcome.hypotheses[0].token_ids)
+            tokens = self.captioning.inference.captioner.vocabulary.tokens(outcome.hypotheses[0].token_ids)
             found = {"hypotheses": outcome.hypotheses, "tokens": tokens, "attention": outcome.attention}
             answers.append(found | {"batch": len(rows)})
         return answers

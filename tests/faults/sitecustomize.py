@@ -29,25 +29,29 @@ def _arm_images(module):
     module.decode = deadly
 
 
-def _arm_captioner(module):
-    encode_all = module.Captioner.encode_all
+def _arm_inference(module):
+    copied, encoded = module.Inference._copied, module.Inference._grids
 
     def deadly(self, images):
-        if any(image.shape[-1] == 3 and (image == (255, 0, 255)).all() for image in images):
+        if any((image == (255, 0, 255)).all() for image in images):
             os.kill(os.getpid(), signal.SIGKILL)
         if (log := os.environ.get("CAPRAY_CHAOS_LOG")) and not _in_canary:
             with open(log, "a") as file:
                 file.write(f"{len(images)}\n")
             time.sleep(float(os.environ["CAPRAY_CHAOS_DELAY"]) * len(images))
-        return _sicken(encode_all(self, images))
+        return copied(self, images)
 
-    module.Captioner.encode_all = deadly
+    def sickened(self, pixels):
+        grids, order = encoded(self, pixels)
+        return [_sicken(grid) for grid in grids], order
+
+    module.Inference._copied, module.Inference._grids = deadly, sickened
 
 
 _poisoned = False
 
 
-def _sicken(memory):
+def _sicken(grid):
     global _poisoned
     if _poisoned:
         raise RuntimeError("CUDA error: this process has met an error before")
@@ -55,17 +59,17 @@ def _sicken(memory):
         with open(os.environ["CAPRAY_SICK_DEVICE"]) as file:
             sickness, node, *_ = [*file.read().split(), "", ""]
     except (KeyError, OSError):
-        return memory
+        return grid
     here = os.environ.get("RAY_RAYLET_PID", "")
     if node and not (here and node in ("*", here)):
-        return memory
+        return grid
     if sickness == "error":
         _poisoned = True
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     if sickness == "hang":
         time.sleep(3600)
     factor = {"nan": float("nan"), "drift": 10}.get(sickness, 1)
-    return type(memory)(*(part * factor for part in memory))
+    return grid * factor
 
 
 _in_canary = False
@@ -90,8 +94,8 @@ class _Finder:
 
     ARMS = {  # noqa: RUF012
         "capray.images": _arm_images,
-        "capray.model.captioner": _arm_captioner,
-        "capray.captioning.device": _arm_canary,
+        "capray.inference": _arm_inference,
+        "capray.captioning.canary": _arm_canary,
     }
 
     def find_spec(self, name, path=None, target=None):

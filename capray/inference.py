@@ -1,0 +1,196 @@
+"""A loaded captioner that captions images: the one way to do so for the batch job, the server, `explain`, `evaluate` and
+MLflow's model. Knows no Ray, no tables and no web.
+
+The captioner is laid out for inference once (BatchNorm folded, weights cast, words as a table; see ``model.folding`` and
+``model.prepared``), and its own weights stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from capray.config import Decoding
+from capray.device import DeviceError, is_device_error, is_out_of_memory
+from capray.images import normalise
+from capray.model.captioner import NO_CAPTION, Captioner, Hypothesis, autocast, search
+from capray.model.checkpoint import load_captioner
+from capray.model.decoder import Memory
+from capray.model.folding import FoldedEncoder
+from capray.model.prepared import PreparedDecoder, SearchMemory
+
+CPU_BATCH, GPU_BATCH = 64, 512
+"""Images captioned together, where nothing else is asked for."""
+
+
+class Captioned(NamedTuple):
+    """What became of an image: its captions, best first, and the attention over the grid at each token of the best (None
+    where it was not asked for); or no captions and why."""
+
+    hypotheses: list[Hypothesis]
+    attention: list[list[float]] | None = None
+    error: str | None = None
+
+
+class Explained(NamedTuple):
+    """An image's best caption, its attention over the grid at each token (T, P), and each token's log-probability (T,)."""
+
+    hypothesis: Hypothesis
+    attention_TP: torch.Tensor
+    log_probs_T: torch.Tensor
+
+
+class _Pixels(NamedTuple):
+    """Images on the device, those of one size together, and where each stood."""
+
+    batches: list[torch.Tensor]
+    order: list[int]
+    copied: torch.cuda.Event | None = None
+
+
+class Inference:
+    """A captioner laid out for inference. Images are uint8 arrays (H, W, 3) at the encoder's input size, of any sizes.
+
+    Args:
+        captioner: in evaluation mode, on its device; later changes of its weights do not reach this.
+        precision: fp32 or bf16.
+        batch_size: most images captioned together; by the device when None.
+        model_id: of the captioner, where it was loaded.
+    """
+
+    def __init__(
+        self, captioner: Captioner, precision: str = "fp32", batch_size: int | None = None, model_id: str = ""
+    ):
+        assert not captioner.training, "inference needs the captioner in evaluation mode"
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        self.captioner, self.precision, self.model_id = captioner, precision, model_id
+        self.device = captioner.device
+        self.batch_size = batch_size or (GPU_BATCH if self.device.type == "cuda" else CPU_BATCH)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.encoder = FoldedEncoder(captioner.encoder.backbone, dtype)
+        self.decoder = PreparedDecoder(captioner.decoder, dtype)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str,
+        device: torch.device | str | None = None,
+        precision: str = "fp32",
+        batch_size: int | None = None,
+    ) -> Inference:
+        """The captioner in ``folder`` (a path or URI); on a GPU where there is one, when ``device`` is None.
+
+        Raises:
+            CheckpointError: as ``load_captioner`` does.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        captioner, model_id = load_captioner(folder, device)
+        return cls(captioner, precision, batch_size, model_id)
+
+    def __call__(self, images: Sequence[np.ndarray], decoding: Decoding, attention: bool = False) -> list[Captioned]:
+        """What becomes of each image. A batch for which there is no memory is halved until there is; one that fails
+        otherwise is tried image by image.
+
+        Raises:
+            DeviceError: the device failed; a process in which it did is of no more use.
+        """
+        return self._in_batches(images, self.batch_size, decoding, attention)
+
+    def memory(self, images: Sequence[np.ndarray]) -> Memory:
+        """What teacher forcing attends over."""
+        grids, order = self._grids(self._copied(images))
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            memory = Memory.cat([self.captioner.memory_of_cached_grid(grid) for grid in grids])
+        return memory if order is None else memory.select(order)
+
+    def explained(self, image: np.ndarray, decoding: Decoding) -> Explained | None:
+        """The best caption of an image, and where the captioner looked; None where it gives no finite probability."""
+        (outcome,) = self._together([image], decoding, attention=False)
+        if not outcome.hypotheses:
+            return None
+        best = outcome.hypotheses[0]
+        memory = self.memory([image])
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            (alpha_TP,) = self.captioner.attend(memory, [best.token_ids])
+            (log_probs_T,) = self.captioner.log_probs(memory, [best.token_ids])
+        return Explained(best, alpha_TP, log_probs_T)
+
+    def _in_batches(
+        self, images: Sequence[np.ndarray], size: int, decoding: Decoding, attention: bool
+    ) -> list[Captioned]:
+        batches = (images[start : start + size] for start in range(0, len(images), size))
+        return [outcome for batch in batches for outcome in self._carefully(batch, decoding, attention)]
+
+    def _carefully(self, images: Sequence[np.ndarray], decoding: Decoding, attention: bool) -> list[Captioned]:
+        try:
+            return self._together(images, decoding, attention)
+        except Exception as error:
+            if is_device_error(error):
+                raise DeviceError(f"{type(error).__name__}: {error}") from error
+            if len(images) == 1:
+                return [Captioned([], None, f"{type(error).__name__}: {error}")]
+            size = -(-len(images) // 2) if is_out_of_memory(error) else 1
+        # Not while the exception is at hand: it keeps the batch's tensors.
+        torch.cuda.empty_cache()
+        return self._in_batches(images, size, decoding, attention)
+
+    @torch.inference_mode()
+    def _together(self, images: Sequence[np.ndarray], decoding: Decoding, attention: bool) -> list[Captioned]:
+        pixels = self._copied(images)
+        memory, grids = self._search_memory(pixels)
+        found = search(self.decoder, memory, self.captioner.vocabulary, decoding)
+        weights: Sequence[torch.Tensor | None] = [None] * len(found)
+        if attention:
+            with autocast(self.device, self.precision):
+                whole = Memory.cat([self.captioner.memory_of_cached_grid(grid) for grid in grids])
+                if (order := self._places(pixels)) is not None:
+                    whole = whole.select(order)
+                weights = self.captioner.attend(whole, [h[0].token_ids if h else () for h in found])
+        return [
+            Captioned(hypotheses, alpha if alpha is None else alpha.tolist())
+            if hypotheses and math.isfinite(hypotheses[0].log_prob)
+            else Captioned([], None, NO_CAPTION)
+            for hypotheses, alpha in zip(found, weights, strict=True)
+        ]
+
+    def _copied(self, images: Sequence[np.ndarray]) -> _Pixels:
+        """The images on the device; to a GPU from pinned memory and on a stream of its own, to go on beside its work."""
+        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, image in enumerate(images):
+            by_shape[image.shape].append(i)
+        order = [i for group in by_shape.values() for i in group]
+        batches = [torch.from_numpy(np.stack([images[i] for i in group])) for group in by_shape.values()]
+        if self.device.type != "cuda":
+            return _Pixels(batches, order)
+        with torch.cuda.stream(torch.cuda.Stream(self.device)) as stream:
+            batches = [batch.pin_memory().to(self.device, non_blocking=True) for batch in batches]
+            copied = torch.cuda.Event()
+            copied.record(stream)
+        return _Pixels(batches, order, copied)
+
+    def _places(self, pixels: _Pixels) -> torch.Tensor | None:
+        """Where the images of the batches stand in the order they were given; None where nothing moved."""
+        if pixels.order == list(range(len(pixels.order))):
+            return None
+        return torch.tensor(np.argsort(pixels.order), device=self.device)
+
+    @torch.inference_mode()
+    def _grids(self, pixels: _Pixels) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        if pixels.copied is not None:
+            torch.cuda.current_stream().wait_event(pixels.copied)
+            for batch in pixels.batches:
+                batch.record_stream(torch.cuda.current_stream())
+        grids = [self.encoder(normalise(batch, self.captioner.architecture)) for batch in pixels.batches]
+        return grids, self._places(pixels)
+
+    @torch.inference_mode()
+    def _search_memory(self, pixels: _Pixels) -> tuple[SearchMemory, list[torch.Tensor]]:
+        grids, order = self._grids(pixels)
+        memory = self.decoder.memory_of_grids(grids, self.captioner.architecture.pool_grid)
+        return memory if order is None else memory.keep(order), grids

@@ -1,0 +1,69 @@
+"""A frozen encoder laid out for inference. The encoder itself, and with it the checkpoint, stays as it is.
+
+BatchNorm in evaluation mode is an affine map of each channel: behind a convolution it becomes part of its weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+CPU_MICRO_BATCH = 8
+"""Images a CPU encodes at once: more fall out of its caches, fewer do not pay for the calls."""
+GPU_MICRO_BATCH = 128
+"""Images a GPU encodes at once: enough to fill it, and the memory of the early layers stays bounded."""
+
+
+def fold_batchnorm(backbone: nn.Module) -> nn.Module:
+    """A copy of ``backbone`` whose BatchNorms are part of the convolutions before them, where they follow one directly.
+
+    What cannot be traced is copied as it is.
+    """
+    try:
+        folded = fx.symbolic_trace(_copy(backbone))
+    except Exception:  # Python that depends on the images: nothing to fold safely.
+        return _copy(backbone)
+    modules = dict(folded.named_modules())
+    calls = [node.target for node in folded.graph.nodes if node.op == "call_module"]
+    for node in list(folded.graph.nodes):
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+            continue
+        (source,) = node.args
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+            continue
+        if type(modules[source.target]) is not nn.Conv2d or calls.count(source.target) > 1:
+            continue
+        convolution = fuse_conv_bn_eval(modules[source.target], modules[node.target])
+        folded.set_submodule(str(source.target), convolution)
+        modules[source.target] = convolution
+        node.replace_all_uses_with(source)
+        folded.graph.erase_node(node)
+    folded.delete_all_unused_submodules()
+    folded.recompile()
+    return folded
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy in evaluation mode; hooks and gradients are left behind."""
+    import copy
+
+    return copy.deepcopy(module).eval().requires_grad_(False)
+
+
+class FoldedEncoder(nn.Module):
+    """The encoder's backbone with BatchNorm folded, its weights in ``dtype`` once, channels last; images are encoded a few
+    at a time, which changes nothing but rounding."""
+
+    def __init__(self, backbone: nn.Module, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.backbone = fold_batchnorm(backbone).to(dtype).to(memory_format=torch.channels_last)
+        self.dtype = dtype
+
+    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """The native grid (B, D, h, w) of normalised images."""
+        size = GPU_MICRO_BATCH if images_B3HW.is_cuda else CPU_MICRO_BATCH
+        images_B3HW = images_B3HW.to(self.dtype)
+        if len(images_B3HW) <= size:
+            return self.backbone(images_B3HW)
+        return torch.cat([self.backbone(part) for part in images_B3HW.split(size)])

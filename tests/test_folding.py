@@ -1,0 +1,70 @@
+"""The folded encoder: the same grids as the encoder's own, for every family it can be of."""
+
+import pytest
+import torch
+from torch import nn
+
+from capray.model.encoder import Encoder
+from capray.model.folding import FoldedEncoder
+
+FAMILIES = [
+    "tiny",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "densenet121",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "vgg11_bn",
+    "squeezenet1_1",
+]
+
+
+def encoder_with_statistics(name: str) -> Encoder:
+    """An encoder whose BatchNorms have seen images: statistics, weights and biases that are not 0 and 1."""
+    torch.manual_seed(0)
+    encoder = Encoder(name)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return encoder.eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_folded_encoder_gives_the_same_grid(name):
+    encoder = encoder_with_statistics(name)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    images = torch.randn(3, 3, 64, 64).to(memory_format=torch.channels_last)
+    folded = FoldedEncoder(encoder.backbone)
+    with torch.inference_mode():
+        expected, found = encoder(images), folded(images)
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found / scale, expected / scale, atol=1e-5, rtol=1e-4)
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "remaining"), [("resnet18", 0), ("mobilenet_v2", 0), ("efficientnet_b0", 0)])
+def test_no_batchnorm_is_left(name, remaining):
+    folded = FoldedEncoder(Encoder(name).backbone)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == remaining
+
+
+def test_more_images_than_a_micro_batch():
+    encoder = encoder_with_statistics("resnet18")
+    images = torch.randn(19, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(FoldedEncoder(encoder.backbone)(images), encoder(images), atol=1e-4, rtol=1e-4)
+
+
+def test_a_backbone_that_cannot_be_traced_is_taken_as_it_is():
+    class Branching(nn.Module):
+        def forward(self, images):
+            return images * 2 if images.sum() > 0 else images
+
+    images = torch.ones(1, 3, 8, 8)
+    assert torch.equal(FoldedEncoder(Branching())(images), images * 2)
