@@ -134,7 +134,8 @@ def read_manifest(folder: Location, identity: FeatureIdentity, split: str, text:
     for name, value in wanted.items():
         if told[name] != value:
             raise DataError(
-                f"the feature cache {folder.uri!r} was built for something else (its {name}: {told[name]!r}, not {value!r}): {way_out}"
+                f"the feature cache {folder.uri!r} was built for something else (its {name}: {told[name]!r}, not "
+                f"{value!r}): {way_out}"
             )
     numbers = [int(match[1]) if (match := FILE.fullmatch(name)) else None for name in files]
     if numbers != list(range(len(text.units))):
