@@ -152,8 +152,8 @@ class Architecture(Preprocessing):
     """The captioner's shape: everything that rebuilds it around its weights and vocabulary."""
 
     encoder: str = "resnet101"
-    """Convolutional encoder: a torchvision model whose feature map is a grid (resnet18 … resnet152, mobilenet_v2,
-    efficientnet_b0, densenet121, vgg16, convnext_tiny …), or `tiny`, a small network to train from scratch."""
+    """Convolutional encoder: a ResNet of torchvision's, or another of its networks with a sequence of `features`
+    (mobilenet_v2, efficientnet_b0, densenet121, vgg16, convnext_tiny …); or `tiny`, a small one to train from scratch."""
     pool_grid: Annotated[int, Field(ge=1, le=64)] | None = None
     """Side of the grid after adaptive average pooling (14 in Show, Attend and Tell's reimplementations); the encoder's
     own grid when not given."""

@@ -117,7 +117,7 @@ class TestRefusals:
         file = next((tmp_path / "cache").glob("*/train/*.arrow"))
         whole = file.read_bytes()
         file.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
-        damaged = rf"{file.name}' of the feature cache is damaged: delete it, and it is built"
+        damaged = rf"{file.name}' of the feature cache is damaged: delete it, and it is rebuilt"
         with in_process(), pytest.raises(DataError, match=damaged):
             run(samples, tmp_path / "out", feature_cache=config.feature_cache)
 
@@ -135,7 +135,7 @@ class TestRefusals:
                 "files": ["../../secret", *manifest["files"][1:]],
             }
             path.write_text(json.dumps({**manifest, change: changed[change]}))
-        with pytest.raises(DataError, match=r"feature cache.*(another's|damaged).*delete"):
+        with pytest.raises(DataError, match=r"feature cache.*(something else|damaged).*delete"):
             build(samples, root)
 
     def test_a_missing_file_is_built_anew(self, root, samples):

@@ -4,6 +4,7 @@ import pytest
 
 from capray.captioning.fetching import Look
 from capray.captioning.second_looks import AS_TRANSIENT, LOOKS_PER_TASK, MAX_TASKS, MAX_WAITING, SecondLooks
+from capray.images import UNCERTAIN
 from capray.tables import FINAL_FAILURES, TRANSIENT_FAILURES
 
 
@@ -37,7 +38,8 @@ def ids(batches: list) -> list[list[str]]:
 
 
 def test_uncertain_kinds_are_called_by_a_transient_one():
-    assert set(AS_TRANSIENT) <= set(FINAL_FAILURES) and set(AS_TRANSIENT.values()) <= set(TRANSIENT_FAILURES)
+    assert set(AS_TRANSIENT) == set(UNCERTAIN) <= set(FINAL_FAILURES)
+    assert set(AS_TRANSIENT.values()) <= set(TRANSIENT_FAILURES)
 
 
 class TestWhen:

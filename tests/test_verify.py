@@ -217,7 +217,7 @@ def _job(out: Path) -> None:
         (_without_column, "part-run-1-00001.parquet has another schema than .*sha256 is missing"),
         (_null, "part-run-1-00001.parquet has 1 rows without caption"),
         (_another_model, "1 captions of .* are by model 'other', job.json names 'm': .*part-run-1-00001.parquet"),
-        (_unknown_kind, "1 failures are of kind 'bad_luck'"),
+        (_unknown_kind, "1 failures have an unknown error_type, 'bad_luck'"),
         (_changed_bytes, "the bytes of .*004.jpg .* are not those that were captioned"),
         (_lost_image, "the image of .*004.jpg cannot be read again: missing"),
         (_kept_columns, "carries the columns \\[\\], job.json says \\['n'\\]"),

@@ -56,7 +56,7 @@ class CaptioningSettings:
     Attributes:
         model: the captioner's folder or URI.
         model_id: what it was when the job began; another one is an error, not a mixture.
-        attention: whether to tell the attention.
+        attention: whether to return attention weights.
         batch_size: images captioned together.
         num_threads: threads it may use on the CPU.
         source_type: of the carried columns.

@@ -61,7 +61,7 @@ class Loader:
 class Look:
     """Another look at an image: the kind of failure it had, None when it was read and decoded.
 
-    ``certain`` says whether a failure seen before is final now: no other fault could have had this effect twice.
+    ``certain``: the failure is final, as no other fault could have had this effect twice.
     """
 
     image_id: str
@@ -143,7 +143,7 @@ class Fetcher:
         limits = self.reader.limits
         loader = Loader(self.preprocessing, limits)
         if not careful:
-            with _Watch(self.decode_seconds) as watch:
+            with _Watchdog(self.decode_seconds) as watch:
                 yield lambda data: watch.over(loader, data)
             return
         memory = _SPARE_BYTES + _BYTES_PER_PIXEL * limits.max_image_pixels + 4 * limits.max_image_bytes
@@ -218,7 +218,7 @@ def _is_proof(kind: str, place: Row) -> bool:
     return kind != "missing" or "witness" in place or not locate(place["uri"]).is_local
 
 
-class _Watch:
+class _Watchdog:
     """Ends this process when one image takes too long: the next attempt will be careful with it."""
 
     def __init__(self, seconds: float) -> None:
@@ -233,7 +233,7 @@ class _Watch:
         finally:
             self._since = None
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> _Watchdog:
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 

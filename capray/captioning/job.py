@@ -23,7 +23,7 @@ def caption(config: CaptionConfig, executor: Executor | None = None) -> Summary:
         LeaseHeldError: another run writes the output.
         CheckpointError: the model cannot be loaded.
         StorageError: storage that cannot be reached or written.
-        TryAgain: what passes: a mount, device or store that is away, ids that stay unaccounted for.
+        TryAgain: a temporary fault: a mount, device or store that is away, ids that stay unaccounted for.
         Interrupted: stopped by Ctrl-C or SIGTERM, what was done being published.
         CaprayError: everything fails, or files of the input cannot be read.
     """

@@ -85,7 +85,7 @@ def _check_apart(config: CaptionConfig, output: Output) -> None:
 
 
 def _job_of(config: CaptionConfig, model_id: str, sources: list[Source]) -> dict[str, Any]:
-    """What an output is bound to, but for the precision."""
+    """The settings that every later run on this output must match, except precision."""
     source_type = sources[0].source_type
     return {
         "schema_version": SCHEMA_VERSION,
@@ -112,6 +112,7 @@ def _check_job(config: CaptionConfig, output: Output, model_id: str, sources: li
     now = _job_of(config, model_id, sources)
     defaults = {name: field.default for name, field in Decoding.model_fields.items()}
     pairs = {name: (job["decoding"].get(name, defaults[name]), value) for name, value in now["decoding"].items()}
+    pairs["schema_version"] = (job["schema_version"], SCHEMA_VERSION)
     for name, default in (("kept_columns", {}), ("attention", False), ("shard", None)):
         pairs[name] = (job.get(name) or default, now[name])
     if config.precision != "auto":

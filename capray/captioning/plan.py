@@ -266,7 +266,7 @@ class Plan:
         return images, tars
 
     def _first_tars(self, tars: pa.Table, room: int | None) -> pa.Table:
-        """As many of ``tars`` as hold some ``room`` images; one, while it is not known how large images are."""
+        """The first ``tars`` expected to hold ``room`` images; just one while the mean image size is unknown."""
         if room is None:
             return tars
         mean = self.listing.mean_image_bytes

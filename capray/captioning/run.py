@@ -42,11 +42,11 @@ from capray.progress import ProgressDisplay
 from capray.tables import FINAL_FAILURES
 
 MAX_WAVES = 5
-"""Datasets over what is listed while the listing goes on; the last waits for its end."""
+"""At most this many passes while the listing goes on; the last waits for its end."""
 WAVE_GROWTH = 4
-"""A wave has at least this many times the images of all before it: each starts its actors again."""
+"""A wave waits until the listing is this many times what was planned before: every wave restarts the actors."""
 MAX_PASSES = 3
-"""Datasets over what is left."""
+"""At most this many passes over what is left."""
 MAX_CAREFUL = 10_000
 """Ids held of images that have killed a captioning process; what is beyond them is found out again."""
 WITNESS_SECONDS = 120.0
@@ -211,7 +211,7 @@ class Run:
                 work = self.plan.remaining(self.block_rows, self._room_left(), frozenset(given_up))
             if not work.num_units and self.listing.is_complete:
                 return
-            self._caption(work, "once more:")
+            self._caption(work, "retrying")
             if not self._changed:  # How often a container is listed again has a limit of its own.
                 passes_left -= 1
             if not self.listing.is_complete:
@@ -397,7 +397,7 @@ class Run:
             time.sleep(0.05)
         if witness:
             self._take_back(f"{witness}: no answer in {WITNESS_SECONDS:g} s")
-        self.display.say("they still can: the images are bad, going on")
+        self.display.say("images read earlier are still readable, so the failing images are really bad: going on")
         self.limits.reset()
 
     def _take_back(self, fault: str) -> None:
@@ -456,7 +456,7 @@ class Run:
     # For whoever watches.
 
     def _watch(self, figures: str, doing: str) -> None:
-        """Called again and again while the run waits."""
+        """Housekeeping while the run waits: signals, due parts, second looks, progress."""
         self._tick()
         self.display.update(0, figures, doing)
 
@@ -513,7 +513,7 @@ class Run:
 
 
 def _removed(num: int) -> str:
-    return f"{num:,} captions stood twice, from a run that was frozen: removed from the newer parts"
+    return f"{num:,} duplicate captions, written by a run after it had lost its lease, were removed"
 
 
 def retried_kinds(config: CaptionConfig) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from capray.storage import Location, Write, write_atomic
 from capray.tables import FAILURES, captions_schema, encode_parquet
 
 MAX_PART_BYTES = 64 * 2**20
-"""Of a part's rows in memory: so that it can be written within the lease's margin."""
+"""Most bytes of a part in memory, so that its write ends within the lease's margin."""
 _WRITES = 3
 """How often bytes are sent whose arrival was not confirmed."""
 

@@ -14,7 +14,7 @@ from capray.datasets.archives import Archive, fetch
 from capray.datasets.karpathy import KARPATHY_URL, find_karpathy, karpathy_archive, read_karpathy
 from capray.datasets.raw_folder import find_file, find_folder, open_folder, photos_in, read_json
 from capray.datasets.samples import Prepared
-from capray.datasets.selection import Listing, prepare_listing
+from capray.datasets.selection import RawDataset, prepare_dataset
 from capray.datasets.settings import CocoConfig
 from capray.errors import ConfigError, DataError
 from capray.storage import Location, check_empty
@@ -73,7 +73,7 @@ def prepare_coco(config: CocoConfig) -> Prepared:
     raw = open_folder(config.raw, "" if config.fetch else " (--fetch downloads COCO there)")
     splits = config.splits or _splits_of(raw)
     listing = _karpathy(raw, config.restval == "train") if splits == "karpathy" else _official(raw, splits)
-    return prepare_listing(listing, config, "coco")
+    return prepare_dataset(listing, config, "coco")
 
 
 def coco_id(image_id: str) -> int:
@@ -114,8 +114,8 @@ def _photos(raw: Location, part: str, named_by: str) -> dict[str, Location]:
     return photos_in(folder)
 
 
-def _official(raw: Location, year: str) -> Listing:
-    listing = Listing({}, {}, {})
+def _official(raw: Location, year: str) -> RawDataset:
+    listing = RawDataset({}, {}, {})
     assert listing.splits is not None
     for part, split in ((f"{part}{year}", split) for part, split in _SPLITS.items()):
         place = _captions_file(raw, part)
@@ -173,7 +173,7 @@ def _read_official(place: Location, notes: list[str]) -> dict[str, list[str]]:
     return captions | {name: [] for name in names.values() if name not in captions}
 
 
-def _karpathy(raw: Location, keep_restval: bool) -> Listing:
+def _karpathy(raw: Location, keep_restval: bool) -> RawDataset:
     place = find_karpathy(raw, "coco")
     if place is None:
         raise DataError(f"{raw.uri!r} has no dataset_coco.json: it is in {KARPATHY_URL}")
@@ -186,7 +186,7 @@ def _karpathy(raw: Location, keep_restval: bool) -> Listing:
         images |= _photos(raw, folder, "dataset_coco.json")
     for name, image_id in found.coco_ids.items():
         _check_id(name, image_id, "dataset_coco.json")
-    return Listing(images, found.captions, found.splits, notes)
+    return RawDataset(images, found.captions, found.splits, notes)
 
 
 def _check_id(name: str, image_id: object, file: str) -> None:

@@ -21,7 +21,7 @@ from capray.datasets.raw_folder import (
     read_tokens,
 )
 from capray.datasets.samples import Prepared
-from capray.datasets.selection import Listing, prepare_listing
+from capray.datasets.selection import RawDataset, prepare_dataset
 from capray.datasets.settings import Flickr30kConfig
 from capray.errors import ConfigError, DataError
 from capray.storage import Location, check_empty, is_file, locate
@@ -50,10 +50,10 @@ def prepare_flickr30k(config: Flickr30kConfig) -> Prepared:
         raise ConfigError(REQUEST)
     check_empty(config.output)
     raw = open_folder(config.raw, f". {REQUEST}")
-    return prepare_listing(_listing(raw, config), config, "flickr30k")
+    return prepare_dataset(_listing(raw, config), config, "flickr30k")
 
 
-def _listing(raw: Location, config: Flickr30kConfig) -> Listing:
+def _listing(raw: Location, config: Flickr30kConfig) -> RawDataset:
     images = find_photos(raw, _IMAGE_FOLDERS, f". {REQUEST}")
     notes: list[str] = []
     json = find_karpathy(raw, "flickr30k")
@@ -74,7 +74,7 @@ def _listing(raw: Location, config: Flickr30kConfig) -> Listing:
             f"{raw.uri!r} has captions but no splits: put {_JSON} (in {KARPATHY_URL}) there, list the images of each split "
             "(--split-lists train=train.txt dev=val.txt …), or divide the images (--split-fractions train=0.8,test=0.2)"
         )
-    return Listing(images, captions, splits, notes)
+    return RawDataset(images, captions, splits, notes)
 
 
 def _read_kaggle(place: Location, notes: list[str]) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from capray.datasets.archives import Archive, fetch
 from capray.datasets.karpathy import KARPATHY_URL, find_karpathy, karpathy_archive, read_karpathy
 from capray.datasets.raw_folder import find_file, find_photos, open_folder, read_names, read_text, read_tokens
 from capray.datasets.samples import Prepared
-from capray.datasets.selection import Listing, prepare_listing
+from capray.datasets.selection import RawDataset, prepare_dataset
 from capray.datasets.settings import Flickr8kConfig
 from capray.errors import DataError
 from capray.storage import Location, check_empty
@@ -52,10 +52,10 @@ def prepare_flickr8k(config: Flickr8kConfig) -> Prepared:
         json = (karpathy_archive("flickr8k"),) if config.splits == "karpathy" else ()
         fetch((*ARCHIVES, *json), config.raw)
     raw = open_folder(config.raw, "" if config.fetch else " (--fetch downloads Flickr8k there)")
-    return prepare_listing(_listing(raw, config), config, "flickr8k")
+    return prepare_dataset(_listing(raw, config), config, "flickr8k")
 
 
-def _listing(raw: Location, config: Flickr8kConfig) -> Listing:
+def _listing(raw: Location, config: Flickr8kConfig) -> RawDataset:
     images = find_photos(raw, _IMAGE_FOLDERS)
     notes: list[str] = []
     tokens, kaggle = find_file(raw, _TOKENS, _TEXT_FOLDERS), find_file(raw, _KAGGLE, _TEXT_FOLDERS)
@@ -64,7 +64,7 @@ def _listing(raw: Location, config: Flickr8kConfig) -> Listing:
         raise DataError(f"{raw.uri!r} has no dataset_flickr8k.json: it is in {KARPATHY_URL}")
     if json and (config.splits == "karpathy" or not (config.splits or tokens or kaggle)):
         found = read_karpathy(json, "flickr8k", notes)
-        return Listing(images, found.captions, found.splits, notes)
+        return RawDataset(images, found.captions, found.splits, notes)
     if tokens:
         captions = read_tokens(tokens)
     elif kaggle:
@@ -74,7 +74,7 @@ def _listing(raw: Location, config: Flickr8kConfig) -> Listing:
     splits = None
     if config.fractions is None:
         splits = {split: read_names(_split_list(raw, name), notes) for split, name in SPLITS.items()}
-    return Listing(images, captions, splits, notes)
+    return RawDataset(images, captions, splits, notes)
 
 
 def _read_kaggle(place: Location) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from capray.datasets.raw_folder import decode_text, lines_of, open_folder
 from capray.datasets.samples import Prepared
-from capray.datasets.selection import Listing, prepare_listing
+from capray.datasets.selection import RawDataset, prepare_dataset
 from capray.datasets.settings import FolderConfig, check_split_name
 from capray.errors import ConfigError, DataError
 from capray.storage import Location, check_empty, is_file, iter_files, list_names, locate, read_bytes
@@ -47,7 +47,7 @@ def prepare_folder(config: FolderConfig) -> Prepared:
     check_empty(config.output)
     raw = open_folder(config.raw)
     manifest = _manifest(raw, config.manifest)
-    listing = Listing({}, {}, None)
+    listing = RawDataset({}, {}, None)
     split_of: dict[str, str] = {}
     columns: _Columns | None = None
     for where, row in _rows(manifest):
@@ -66,7 +66,7 @@ def prepare_folder(config: FolderConfig) -> Prepared:
         name = entry.path[len(raw.path.rstrip("/")) + 1 :]
         if name in listing.captions or name.lower().endswith(_IMAGES):
             listing.images[name] = raw.join(name)
-    return prepare_listing(listing, config, "folder")
+    return prepare_dataset(listing, config, "folder")
 
 
 def _manifest(raw: Location, given: str | None) -> Location:

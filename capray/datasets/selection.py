@@ -1,6 +1,6 @@
 """From what a data set lists to the samples that are written: which images, in which split, and what is left out.
 
-Knows no data set's layout: each of them makes a ``Listing``, and ``prepare_listing`` does the rest.
+Knows no data set's layout: each of them makes a ``RawDataset``, and ``prepare_dataset`` does the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NAMES_SHOWN = 5
 
 
 @dataclass
-class Listing:
+class RawDataset:
     """What a data set says it holds. Nothing of it need fit together."""
 
     images: dict[str, Location]
@@ -36,7 +36,7 @@ class Listing:
     """What the reading of the layout already has to tell."""
 
 
-def prepare_listing(listing: Listing, settings: PrepareSettings, dataset: str) -> Prepared:
+def prepare_dataset(listing: RawDataset, settings: PrepareSettings, dataset: str) -> Prepared:
     """Write the Samples table of a data set.
 
     An image is used if it is there, has a caption that is not empty, is among the ``first`` such of the caption file, and
@@ -58,7 +58,7 @@ def prepare_listing(listing: Listing, settings: PrepareSettings, dataset: str) -
     fractions = settings.fractions
     if fractions is None:
         assert listing.splits is not None
-        listed = _judge_splits(listing.images, captions, listing.splits, notes)
+        listed = _check_splits(listing.images, captions, listing.splits, notes)
         kept = set(chosen)
         splits = {split: [name for name in names if name in kept] for split, names in listing.splits.items()}
     else:
@@ -94,10 +94,10 @@ def divide(names: Iterable[str], fractions: dict[str, float]) -> dict[str, list[
     return splits
 
 
-def _judge_splits(
+def _check_splits(
     images: dict[str, Location], captions: dict[str, list[str]], splits: dict[str, list[str]], notes: list[str]
 ) -> set[str]:
-    """Note what the splits list in vain; all the ids they list."""
+    """Note the images that splits list but that are missing or have no caption; return all ids they list."""
     listed: dict[str, str] = {}
     for split, names in splits.items():
         for name in names:

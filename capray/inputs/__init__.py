@@ -52,7 +52,7 @@ def are_containers(uri: str) -> bool:
 
 
 def _name_once(sources: list[Source]) -> None:
-    """Leave tables, tars and manifests that several inputs name to the first of them."""
+    """Drop containers that an earlier input already names."""
     seen: set[str] = set()
     for source in sources:
         if isinstance(source, Containers):

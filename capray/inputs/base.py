@@ -242,7 +242,7 @@ class Source(ABC):
             value = self.keep if name == "keep" else getattr(self.settings, name)
             if value:
                 raise ConfigError(
-                    f"{name} {value!r} means nothing for {self.place.uri!r}, which is {_KINDS[self.kind]}"
+                    f"{name} {value!r} does not apply to {self.place.uri!r}, which is {_KINDS[self.kind]}"
                 )
 
 

@@ -32,7 +32,7 @@ from capray.storage import Location, Write, storage_errors
 NUM_LISTERS = 16
 FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 100_000, 1_000_000
 FIRST_CHUNK_SECONDS, MAX_CHUNK_SECONDS = 3.0, 60.0
-"""A chunk is stored at this many rows or this age: early at first, later at a tenth of what was listed so far."""
+"""A chunk is stored at this many rows or this age; both grow to a tenth of what was listed so far, up to the most."""
 MAX_QUEUED_ROWS = 500_000
 """Rows that wait to be gathered while a chunk is stored."""
 MAX_RELISTS = 2
@@ -59,9 +59,9 @@ class _Unit:
 
     Attributes:
         version: of the container when its listing began; None of what is no container.
-        after: what its listing goes on behind.
+        after: the token from which its listing resumes.
         since: its rows count from this position on.
-        edition: how often it was begun again: pages of an earlier edition come too late.
+        edition: how often it was begun again: pages of older editions are dropped.
     """
 
     version: str | None = None

@@ -83,7 +83,7 @@ class Reader:
         return ((carried,) if carried else ()) + self.inputs[row["input"]].witnesses
 
     def _ahead(self, rows: list[Row], read: Callable[[Row], Outcome]) -> Iterator[Outcome]:
-        """Reads ahead of who takes the images, by no more than ``concurrency`` of them."""
+        """Prefetches at most ``concurrency`` images."""
         ahead: deque[Future[Outcome]] = deque()
         pool = ThreadPoolExecutor(self.concurrency)
         try:

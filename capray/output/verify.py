@@ -378,7 +378,7 @@ class _Verifier:
             f"SELECT error_type, count(*), any_value(file) FROM failures WHERE error_type NOT IN ({known}) GROUP BY ALL"
         ).fetchall()
         for kind, count, file in rows:
-            self._problem(f"{count:,} failures are of kind {kind!r}, which is none", 1, [file])
+            self._problem(f"{count:,} failures have an unknown error_type, {kind!r}", 1, [file])
         if len(self.outputs) > 1:
             crossed = """
                 SELECT count(DISTINCT f.image_id) FROM failures f JOIN captions c USING (image_id)
@@ -439,7 +439,7 @@ class _Verifier:
         for each in drawn:
             if each.image_id not in sought.found:
                 groups.setdefault(_BEHIND_TAR.split(each.uri or "", maxsplit=1)[0], []).append(each)
-        self.result.notes += [f"{each.image_id} stands in no table of the inputs" for each in groups.pop("", ())]
+        self.result.notes += [f"{each.image_id} is in none of the tables of the inputs" for each in groups.pop("", ())]
         reader = Reader.of(self.sources, ImageLimits(), _NUM_LISTERS, 0)
         tasks: list[Callable[[], _Digests]] = [partial(_read_by_uri, *each) for each in groups.items()]
         tasks += [partial(_read_by_id, reader, rows, sought) for rows in sought.by_container()]

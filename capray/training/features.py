@@ -134,7 +134,8 @@ def read_manifest(folder: Location, identity: FeatureIdentity, split: str, text:
     for name, value in wanted.items():
         if told[name] != value:
             raise DataError(
-                f"the feature cache {folder.uri!r} is another's: its {name} is {told[name]!r}, not {value!r}; {way_out}"
+                f"the feature cache {folder.uri!r} was built for something else (its {name}: {told[name]!r}, not "
+                f"{value!r}): {way_out}"
             )
     numbers = [int(match[1]) if (match := FILE.fullmatch(name)) else None for name in files]
     if numbers != list(range(len(text.units))):
@@ -164,7 +165,7 @@ def cached_dataset(
     vocabulary: Vocabulary,
     epoch_seed: EpochSeed | None = None,
 ):
-    """As ``reading.dataset``, with the features of ``cache`` in the place of pixels."""
+    """As ``sample_stream.dataset``, with the features of ``cache`` in the place of pixels."""
     items = [
         {"path": path, "row_group": group, "file": file} for (path, group), file in zip(units, cache.files, strict=True)
     ]
