@@ -176,6 +176,7 @@ class CaptioningActor:
     """
 
     def __init__(self, settings: CaptioningSettings):
+        cluster.end_with_raylet()
         self.node = f"{socket.gethostname()} {cluster.node_id()[:8]}".rstrip()
         self.settings = settings
         self.schema = results_schema(settings.source_type, settings.attention)

@@ -161,6 +161,8 @@ class _Encoding:
         """``encoder`` is a reference to it."""
         import ray
 
+        cluster.end_with_raylet()
+
         torch.set_num_threads(num_threads)
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from capray.cluster import own_error
+from capray.cluster import end_with_raylet, own_error
 from capray.config import Decoding, Optimisation, TrainConfig
 from capray.errors import DataError
 from capray.images import input_size
@@ -412,6 +412,7 @@ def train_worker(loop_config: dict[str, WorkerSettings]) -> None:
     A fault of the data or the settings would come again: it ends the training, on all workers alike, without the restarts
     that a lost worker gets.
     """
+    end_with_raylet()
     settings = loop_config["settings"]
     try:
         Worker(settings).train()
