@@ -46,6 +46,9 @@ _S3FS_ATTEMPTS = 2
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 """What S3 calls credentials that were good and are no longer."""
 
+_AWAY = (errno.ENOTCONN, errno.ESTALE, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH)
+"""What a mount says whose server is away."""
+
 _BROKEN_OFF = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientPayloadError"}
 """Botocore's errors of connections, and of answers that did not arrive whole; the last is aiohttp's."""
 
@@ -98,7 +101,7 @@ def locate(uri: str) -> Location:
     scheme = uri.split("://", 1)[0]
     try:
         fs = fsspec.filesystem(scheme, **(S3_OPTIONS if scheme in _S3_SCHEMES else {}))
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # Of some it wants more than the scheme: a host, an archive.
         raise StorageError(f"no filesystem for {uri!r}: {error}") from error
     if scheme not in _S3_SCHEMES:
         return Location(uri, fs, fs._strip_protocol(uri))
@@ -150,7 +153,7 @@ def storage_errors(doing: str) -> Generator[None]:
 
 
 def _kind_of(error: Exception) -> type[StorageError]:
-    return StorageUnavailable if _is_unanswered(error) else StorageError
+    return StorageUnavailable if is_unanswered(error) else StorageError
 
 
 @contextmanager
@@ -160,14 +163,16 @@ def write_errors(doing: str) -> Generator[None]:
         try:
             yield
         except Exception as error:
-            if not _is_unanswered(error):
+            if not is_unanswered(error):
                 raise
             raise WriteUnanswered(f"{doing}: {error}; it may have happened or not") from error
 
 
-def _is_unanswered(error: Exception) -> bool:
+def is_unanswered(error: Exception) -> bool:
     """Whether ``error`` is no refusal by the store: what botocore's retries ended with, or the deadline."""
     if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    if isinstance(error, OSError) and error.errno in _AWAY:
         return True
     if _BROKEN_OFF & {base.__name__ for base in type(error).__mro__}:
         return True
@@ -214,11 +219,20 @@ def iter_files(root: Location) -> Iterator[Entry]:
     """
     with storage_errors(f"listing {root.uri}"):
         if root.is_local:
-            for folder, folders, files in os.walk(root.path, onerror=_raise):
+            seen: set[tuple[int, int]] = set()
+            for folder, folders, files in os.walk(root.path, onerror=_raise, followlinks=True):
+                here = os.stat(folder)
+                if (here.st_dev, here.st_ino) in seen:
+                    folders.clear()
+                    continue
+                seen.add((here.st_dev, here.st_ino))
                 folders.sort()
                 for name in sorted(files):
                     path = os.path.join(folder, name)
-                    about = _stat(path)
+                    try:
+                        about = _stat(path)
+                    except FileNotFoundError:
+                        continue  # Gone since its folder was read.
                     yield Entry(path, path, about.st_size, file_version(about))
             return
         if hasattr(root.fs, "call_s3"):
@@ -254,10 +268,12 @@ def _raise(error: OSError) -> None:
 
 
 def _stat(path: str) -> os.stat_result:
-    """Of a link to nowhere, the link's."""
+    """Of a link to nowhere or to itself, the link's."""
     try:
         return os.stat(path)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise
         return os.lstat(path)
 
 

@@ -1,5 +1,6 @@
 """What kills an isolated function kills nothing else, and is told."""
 
+import errno
 import gc
 import os
 import signal
@@ -200,6 +201,21 @@ class TestStarting:
             Isolated(Doer, (), seconds=5).call(1)
         gc.collect()
         assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+    def test_no_file_handles_and_no_threads(self, monkeypatch):
+        """No fault of a value's, and no verdict on an image."""
+
+        def none_left(*arguments):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        def no_thread(*arguments):
+            raise RuntimeError("can't start new thread")
+
+        for name, failure in (("Pipe", none_left), ("within", no_thread)):
+            with monkeypatch.context() as patched, Isolated(Doer, (3,), seconds=5) as child:
+                patched.setattr(isolation, name, failure)
+                with pytest.raises(CannotStart):
+                    child.call(1)
 
     def test_one_that_never_answers(self, monkeypatch):
         monkeypatch.setattr(isolation, "_START_SECONDS", 0.3)

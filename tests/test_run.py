@@ -1,12 +1,15 @@
 """One run, without Ray: waves and passes, second looks, the breaker, limits, what is published when a run ends early."""
 
+import errno
 import hashlib
 import io
 import json
 import os
 import shutil
 import signal
+import subprocess
 import tarfile
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from capray.captioning import run as run_module
 from capray.captioning import writer
@@ -21,10 +25,11 @@ from capray.captioning.job import caption
 from capray.captioning.plan import Plan
 from capray.captioning.record import Summary
 from capray.captioning.stream import Stalled
-from capray.config import CaptionConfig
-from capray.errors import DataError, Interrupted, StorageError, TryAgain
+from capray.config import CaptionConfig, VerifyConfig
+from capray.errors import ConfigError, DataError, Interrupted, StorageError, TryAgain
 from capray.images import ImageError
-from capray.inputs import files, listing, reader
+from capray.inputs import byte_reader, files, listing, reader
+from capray.output.verify import verify
 from tests.conftest import write_photos
 from tests.local_executor import LocalExecutor, models_loaded_once
 from tests.oracle import check_exactly_once, current_failures, digests, read_parts
@@ -113,8 +118,206 @@ def digest(path: str | Path) -> bytes:
     return hashlib.sha256(Path(path).read_bytes()).digest()
 
 
+def spoil(file: Path, begin: int, end: int) -> None:
+    data = bytearray(file.read_bytes())
+    for at in range(begin, end if end > 0 else len(data) + end):
+        data[at] ^= 0x5A
+    file.write_bytes(data)
+
+
+def test_no_temporary_space_is_said(job, tmp_path, monkeypatch):
+    write_photos(job.input, 2)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(StorageError, match="no temporary space: .*set TMPDIR"):
+        job.run()
+
+
+def test_a_damaged_listing_is_made_again(job):
+    write_photos(job.input, 6)
+    job.run(limit=3)
+    for chunk in (job.output / "_capray" / "plan").glob("*/chunk-*.parquet"):
+        size = int.from_bytes(chunk.read_bytes()[-8:-4], "little")
+        spoil(chunk, chunk.stat().st_size - 8 - size, -8)
+    job.run()
+    job.check()
+
+
+class TestOneBadContainer:
+    """It is named, the others are captioned, and mended it is captioned too."""
+
+    @pytest.fixture
+    def tables(self, job, tmp_path) -> list[Path]:
+        job.input.mkdir()
+        photos = [Path(path).read_bytes() for path in write_photos(tmp_path / "photos", 9)]
+        for number in range(3):
+            table = pa.table({"image_id": [f"{number}-{i}" for i in range(3)], "image": photos[3 * number :][:3]})
+            pq.write_table(table, job.input / f"{number}.parquet", compression="zstd")
+        return sorted(job.input.iterdir())
+
+    @pytest.mark.parametrize("which", [0, 1])
+    @pytest.mark.parametrize("damage", ["junk", "thrift", "ids", "cut", "columns", "link", "denied"])
+    def test_a_table(self, job, tables, damage, which, monkeypatch):
+        table, whole = tables[which], tables[which].read_bytes()
+        size = int.from_bytes(whole[-8:-4], "little")
+        if damage == "junk":
+            table.write_bytes(b"junk" * 100)
+        elif damage == "thrift":
+            spoil(table, len(whole) - 8 - size, -8)
+        elif damage == "ids":
+            spoil(table, 4, 60)
+        elif damage == "cut":
+            os.truncate(table, len(whole) // 2)
+        elif damage == "columns":
+            twice = pa.table([pa.array(["x"]), pa.array(["y"]), pa.array([b"z"])], ["image_id", "image_id", "image"])
+            pq.write_table(twice, table)
+        elif damage == "link":
+            table.unlink()
+            table.symlink_to("/nowhere")
+        else:
+            read = byte_reader._read_file
+            denied = PermissionError(errno.EACCES, "Permission denied")
+
+            def refuse(path, *arguments):
+                if path == str(table):
+                    raise denied
+                return read(path, *arguments)
+
+            monkeypatch.setattr(byte_reader, "_read_file", refuse)
+        with pytest.raises(DataError, match=rf"1 files or folders .*{table.name}"):
+            job.run()
+        assert len(sha256s(job)) == 6
+        monkeypatch.undo()
+        table.unlink(missing_ok=True)
+        table.write_bytes(whole)
+        job.run()
+        assert len(sha256s(job)) == 9
+
+    def test_a_page_of_images_costs_its_row_group(self, job, tmp_path):
+        photos = [Path(path).read_bytes() for path in write_photos(tmp_path / "photos", 24)]
+        job.input.mkdir()
+        table = pa.table({"image_id": [f"{i:02d}" for i in range(24)], "image": photos})
+        file = job.input / "0.parquet"
+        pq.write_table(table, file, row_group_size=4, compression="zstd")
+        column = pq.read_metadata(file).row_group(1).column(1)
+        begin = column.dictionary_page_offset or column.data_page_offset
+        spoil(file, begin + column.total_compressed_size // 2, begin + column.total_compressed_size)
+        assert job.run(batch_size=64).current_failures == {"unreadable_storage": 4}
+        assert "row group 1" in job.failures()[0]["message"] and "0.parquet" in job.failures()[0]["message"]
+
+    def test_one_csv_of_several_without_the_column(self, job, tmp_path):
+        photos = write_photos(tmp_path / "photos", 3)
+        job.input.mkdir()
+        (job.input / "0.csv").write_text("\n".join(["uri", *photos]))
+        (job.input / "1.csv").write_text("other\nx")
+        with pytest.raises(DataError, match=r"1\.csv.* no column of URIs"):
+            job.run(input=f"{job.input}/*.csv")
+        assert len(sha256s(job)) == 3
+
+    def test_a_quote_that_is_not_closed(self, job, tmp_path):
+        """The CSV's rest was one URI, and missing."""
+        photos = write_photos(tmp_path / "photos", 5)
+        manifest = tmp_path / "list.csv"
+        manifest.write_text("\n".join(["uri", photos[0], f'"{photos[1]}', *photos[2:]]))
+        with pytest.raises(DataError, match="a URI of 4 lines: a quote is not closed"):
+            job.run(input=str(manifest))
+        assert not job.failures()
+
+    @pytest.mark.parametrize("uri", ["ftp://host/x.jpg", "zip://a.jpg::/tmp/x.zip", "hdfs://host/x", "nothing://x"])
+    def test_a_line_of_a_list_that_no_file_system_serves_costs_its_row(self, job, tmp_path, uri):
+        manifest = tmp_path / "list.txt"
+        manifest.write_text("\n".join([*write_photos(tmp_path / "photos", 3), uri]))
+        assert job.run(input=str(manifest)).current_failures == {"unreadable_storage": 1}
+        assert len(sha256s(job)) == 3
+
+
 class TestOddInputs:
     """What no image is lost in, and none takes the place of another."""
+
+    def test_sparse_members_of_a_tar(self, job, tmp_path):
+        """`tar -S` packs them: read by their places they were other bytes than in a first reading."""
+        photos = tmp_path / "photos"
+        for i in range(0, 120, 40):
+            for path in write_photos(photos / str(i), 40, seed=i):
+                Path(path).rename(photos / f"{i}-{Path(path).name}")
+            holes = photos / f"{i}-sparse.bmp"
+            Image.new("RGB", (100, 100)).save(holes)
+            data = holes.read_bytes()
+            with holes.open("wb") as file:
+                file.write(data[:4096])
+                file.truncate(len(data) - 1)
+                file.seek(len(data) - 1)
+                file.write(data[-1:])
+            (photos / str(i)).rmdir()
+        names = sorted(path.name for path in photos.iterdir())
+        job.input.mkdir()
+        subprocess.run(["tar", "-S", "-cf", str(job.input / "0.tar"), "-C", str(photos), *names], check=True)
+        summary = job.run()
+        assert summary.passes == 2, "some were read by their places"
+        assert sha256s(job) == {f"{job.input}/0.tar#{name}": digest(photos / name) for name in names}
+
+    def test_a_link_to_itself_and_a_linked_folder_of_tars(self, job, tmp_path):
+        write_tars(tmp_path / "elsewhere", 1, 3)
+        write_tars(job.input, 1, 2)
+        (job.input / "linked").symlink_to(tmp_path / "elsewhere")
+        (job.input / "again").symlink_to(job.input)
+        assert job.run().captions == 5
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / "a.jpg").symlink_to("a.jpg")
+        output = str(tmp_path / "out2")
+        assert job.run(input=str(tmp_path / "images"), output=output).current_failures == {"missing": 1}
+
+    def test_images_behind_a_thousand_tars_are_not_left_out_unsaid(self, job, tmp_path, monkeypatch):
+        monkeypatch.setattr("capray.inputs._SAMPLE", 3)
+        write_tars(job.input, 3, 1)
+        write_photos(job.input / "z", 2)
+        with pytest.raises(ConfigError, match="2 files of other kinds too.*--input-kind tar"):
+            job.run()
+        assert job.run(input_kind="tar").captions == 3
+
+    def test_an_id_in_a_tar_and_in_a_table_stands_once(self, job, tmp_path):
+        write_tars(job.input, 1, 3)
+        photos = [Path(path).read_bytes() for path in write_photos(tmp_path / "others", 4, seed=9)]
+        ids = [*(f"{job.input}/000.tar#photo-{i:04d}.jpg" for i in range(2)), "x", "y"]
+        table = tmp_path / "t.parquet"
+        pq.write_table(pa.table({"image_id": ids, "image": photos}), table)
+        summary = job.run(also=(str(table),))
+        assert (summary.captions, summary.captioned_before, summary.duplicates) == (5, 0, 2)
+        assert len(sha256s(job)) == 5
+
+    def test_a_shard_without_images(self, job):
+        write_tars(job.input, 1, 2)
+        shards = [job.run(shard=f"{i}/3", output=f"{job.output}-{i}") for i in (1, 2, 3)]
+        assert sorted(summary.captions for summary in shards) == [0, 0, 2]
+        outputs = [f"{job.output}-{i}" for i in (1, 2, 3)]
+        verification = verify(VerifyConfig(output=outputs[0], also=tuple(outputs[1:]), against=(str(job.input),)))
+        assert not verification.problems
+
+    def test_an_input_whose_name_is_no_utf8(self, job, tmp_path):
+        with pytest.raises(ConfigError, match="no UTF-8"):
+            job.run(input=os.fsdecode(bytes(tmp_path) + b"/\xff"))
+
+    def test_an_input_that_was_there_before(self, job):
+        write_photos(job.input, 4)
+        job.run(limit=2)
+        job.input.rename(job.input.with_name("away"))
+        for _ in range(2):
+            with pytest.raises(TryAgain, match="could read it before: is a mount away"):
+                job.run()
+            job.input.mkdir(exist_ok=True)
+        job.input.rmdir()
+        job.input.with_name("away").rename(job.input)
+        job.run()
+        job.check()
+        with pytest.raises(ConfigError, match="nothing at"):
+            job.run(input=str(job.input.with_name("mistyped")))
+
+    @pytest.mark.parametrize("retry_failed", [None, ()])
+    def test_a_limit_comes_to_all_images_in_the_end(self, job, retry_failed):
+        for path in write_photos(job.input, 8)[:3]:
+            Path(path).write_bytes(b"junk")
+        for _ in range(4):
+            job.run(limit=2, retry_failed=retry_failed)
+        assert len(sha256s(job)) == 5 and len(current_failures(str(job.output))) == 3
 
     def test_keys_of_a_sidecar_with_dots(self, job, tmp_path):
         job.input.mkdir()

@@ -82,6 +82,9 @@ class Isolated:
         try:
             # A value that the child does not take hangs as an answer does that it does not give.
             ok, result = within(self.seconds, partial(_exchange, self._pipe, value))
+        except RuntimeError as error:  # No thread can be started.
+            self.close()
+            raise CannotStart(f"{_NO_START}: {error}") from error
         except TimeoutError:
             self.close()
             raise Crashed(f"took over {self.seconds:g} seconds") from None
@@ -113,7 +116,10 @@ class Isolated:
         self.close()
 
     def _start(self) -> None:
-        ours, theirs = Pipe()
+        try:
+            ours, theirs = Pipe()
+        except OSError as error:
+            raise CannotStart(f"{_NO_START}: {error}") from error
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         code = "from capray.captioning.isolation import serve; serve()"
         command = [sys.executable, "-c", code, str(theirs.fileno()), str(os.getpid())]

@@ -7,7 +7,7 @@ from typing import Any
 
 from capray.captioning.canary import canary_score
 from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
-from capray.errors import ConfigError, OutputConflictError
+from capray.errors import CaprayError, ConfigError, OutputConflictError, TryAgain
 from capray.inference import Inference
 from capray.inputs import Source, open_sources
 from capray.output import Output
@@ -60,7 +60,12 @@ def open_job(config: CaptionConfig) -> OpenedJob:
         raise ConfigError(f"the model at {config.model!r} has no attention: leave --attention out")
     output = Output(config.output)
     _check_apart(config, output)
-    sources = open_sources(config.inputs, config.subset(SourceSettings), config.keep)
+    try:
+        sources = open_sources(config.inputs, config.subset(SourceSettings), config.keep)
+    except CaprayError as error:
+        if output.last_inputs() != list(config.inputs):
+            raise
+        raise TryAgain(f"{error}; a run on this output could read it before: is a mount away?") from error
     preprocessing = architecture.subset(Preprocessing)
     job = OpenedJob(config, output, sources, model_id, preprocessing, canary_score(inference))
     job.bound_to()
@@ -115,7 +120,7 @@ def _check_job(config: CaptionConfig, output: Output, model_id: str, sources: li
     pairs["schema_version"] = (job["schema_version"], SCHEMA_VERSION)
     for name, default in (("kept_columns", {}), ("attention", False), ("shard", None)):
         pairs[name] = (job.get(name) or default, now[name])
-    if config.precision != "auto":
+    if config.precision != "auto" and "precision" in job:
         pairs["precision"] = (job["precision"], config.precision)
     changed = [f"{name}: {before} -> {value}" for name, (before, value) in pairs.items() if before != value]
     if changed:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from capray.captioning.settled import ID, TAR, Settled, insert
 from capray.captioning.units import UnitFiles, Work
+from capray.errors import StorageError
 from capray.inputs.listing import NEVER, Listing
 from capray.output import Output, duckdb_errors, first_row, parquet_files
 from capray.storage import Location, Write, read_bytes
@@ -166,9 +167,14 @@ class Plan:
 
     def _rows(self, file: Location, taken: list[_Chunk]) -> Iterator[pa.RecordBatch]:
         """The rows of a chunk as _TAKEN; the chunk is added to those ``taken``."""
-        rows = pq.ParquetFile(pa.BufferReader(read_bytes(file)))
-        begin = rows.read_row_group(0, columns=["position"])["position"][0].as_py()
-        yield from map(self._taken, rows.iter_batches(columns=["position", "input", "image_id", "kind", "container"]))
+        try:
+            rows = pq.ParquetFile(pa.BufferReader(read_bytes(file)))
+            begin = rows.read_row_group(0, columns=["position"])["position"][0].as_py()
+            yield from map(
+                self._taken, rows.iter_batches(columns=["position", "input", "image_id", "kind", "container"])
+            )
+        except (pa.ArrowException, OSError) as error:
+            raise StorageError(f"{file.uri!r} is damaged ({error}): --relist lists the inputs afresh") from error
         taken.append(_Chunk(file, begin, begin + rows.metadata.num_rows))
 
     def _taken(self, rows: pa.RecordBatch) -> pa.RecordBatch:
@@ -230,7 +236,7 @@ class Plan:
         chunks = sorted(chunks, key=lambda chunk: chunk.begin)
         images, tars = self._positions(chunks, others)
         if limit is not None:
-            images[np.flatnonzero(images)[limit:]] = False
+            images = self._longest_untried(images, chunks[0].begin, limit)
         num_images = int(images.sum())
         found: list[pa.Table] = [self.listing.schema.empty_table()]
         with UnitFiles(self.listing.folder, self._num_files, self.listing.schema, block_rows, self.write) as files:
@@ -264,6 +270,22 @@ class Plan:
         images &= inside
         tars &= inside
         return images, tars
+
+    def _longest_untried(self, images: np.ndarray, first: int, limit: int) -> np.ndarray:
+        """Of ``images`` no more than ``limit``: those never attempted before those attempted long ago, so that a few which
+        fail each time hold up no others."""
+        tried = np.zeros(len(images), np.int64)
+        reader = self._connection.sql(f"""
+            SELECT position - {first}, epoch_us(max(failed_at)) FROM counted JOIN failed USING (id)
+            WHERE position BETWEEN {first} AND {first + len(images) - 1} GROUP BY 1
+        """).to_arrow_reader(100_000)
+        for positions, times in reader:
+            tried[positions.to_numpy()] = times.to_numpy()
+        chosen = np.flatnonzero(images)
+        chosen = chosen[np.argsort(tried[chosen], kind="stable")[:limit]]
+        kept = np.zeros_like(images)
+        kept[chosen] = True
+        return kept
 
     def _first_tars(self, tars: pa.Table, room: int | None) -> pa.Table:
         """The first ``tars`` expected to hold ``room`` images; just one while the mean image size is unknown."""

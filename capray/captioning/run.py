@@ -117,6 +117,8 @@ class Run:
                     raise
                 if self.listing.is_complete and not self.summary.left:
                     self.listing.close()
+                if not self.summary.passes:  # A shard may be empty.
+                    self._bind()
                 self.summary.status = "complete"
                 self.record.write()
             except BaseException as error:
@@ -292,8 +294,12 @@ class Run:
         if "precision" not in self.bound_to:
             precision = cluster.resolved_precision(self.config.precision, self.executor.pool.gpus_per_actor > 0)
             self.bound_to |= {"precision": precision}
-            self.write(self.output.job, json.dumps(self.bound_to, indent=2).encode())
+            self._bind()
         return self.bound_to["precision"]
+
+    def _bind(self) -> None:
+        """Write to which job the output belongs."""
+        self.write(self.output.job, json.dumps(self.bound_to, indent=2).encode())
 
     # What comes out of a pass.
 
@@ -417,9 +423,10 @@ class Run:
         num_removed = self.settled.remove_duplicates(self.write)
         if num_removed:
             self.display.say(_removed(num_removed))
-            self.summary.captioned_before = self.settled.num_captions - self._summary().captions
+            self.writer.num_captions = self.settled.num_captions_of(self.summary.run_id)
+            self.summary.captioned_before = self.settled.num_captions - self.writer.num_captions
         wanted = self.plan.count_wanted()
-        if not wanted.images and not self._tried_tars and not self.listing.faults:
+        if not (wanted.images or self._tried_tars or self.listing.faults or self.config.shard):
             split = f" in split {self.config.split!r}" if self.config.split else ""
             raise ConfigError(f"there are no images at {', '.join(map(repr, self.config.inputs))}{split}")
         summary = self.summary
@@ -441,8 +448,9 @@ class Run:
             some = "; ".join(f"{uri}: {reason}" for uri, reason in list(faults.items())[:5])
             passes_by_itself = all(isinstance(reason, TryAgain) for reason in faults.values())
             raise (TryAgain if passes_by_itself else DataError)(
-                f"all else is done, but {len(faults)} files of the input cannot be read: {some}; mend them and run the same "
-                "command again, or leave them out with --exclude"
+                f"{len(faults)} files or folders of the input cannot be read: {some}; "
+                f"{'all else is done; ' if self._room_left() is None else ''}mend them and run the same command again, or "
+                "leave them out with --exclude"
             )
         if self._room_left() is None and not self.listing.is_complete:
             raise TryAgain("not all was listed: run the same command again")
@@ -513,7 +521,7 @@ class Run:
 
 
 def _removed(num: int) -> str:
-    return f"{num:,} duplicate captions, written by a run after it had lost its lease, were removed"
+    return f"{num:,} duplicate captions were removed (of ids in two inputs, or by a run that had lost its lease)"
 
 
 def retried_kinds(config: CaptionConfig) -> tuple[str, ...]:

@@ -69,10 +69,15 @@ class Settled:
         self._stack = ExitStack()
 
     def __enter__(self) -> Settled:
-        self.folder = self._stack.enter_context(_temporary_folder())
-        self.connection: duckdb.DuckDBPyConnection = self._stack.enter_context(
-            open_duckdb(f"{self.folder}/spill", self.output.root, database=f"{self.folder}/ids.duckdb")
-        )
+        import duckdb
+
+        try:
+            self.folder = self._stack.enter_context(_temporary_folder())
+            self.connection: duckdb.DuckDBPyConnection = self._stack.enter_context(
+                open_duckdb(f"{self.folder}/spill", self.output.root, database=f"{self.folder}/ids.duckdb")
+            )
+        except (OSError, duckdb.IOException) as error:
+            raise StorageError(f"no temporary space: {error}: set TMPDIR to a folder on a disk with room") from error
         final = ", ".join(f"'{kind}'" for kind in FINAL_FAILURES)
         retried = ", ".join(f"'{kind}'" for kind in self.retried) or "''"
         this_run = f"run_id = '{self.run_id}'"
@@ -102,6 +107,13 @@ class Settled:
     def num_captions(self) -> int:
         """The captions in the parts read so far."""
         return first_row(self.connection, "SELECT count(*) FROM captioned")[0]
+
+    def num_captions_of(self, run_id: str) -> int:
+        """Those in the parts of a run."""
+        own = [number for number, part in self._parts.items() if f"/part-{run_id}-" in part.path]
+        return first_row(
+            self.connection, f"SELECT count(*) FROM captioned WHERE list_contains({own}::INTEGER[], part)"
+        )[0]
 
     def refresh(self) -> None:
         """Read the parts that were published since the last time.
@@ -158,7 +170,8 @@ class Settled:
     def remove_duplicates(self, write: Write) -> int:
         """Remove ids that stand in two caption parts from the newer part, replacing it under its name; how many there were.
 
-        They come from a writer that was frozen past its lease and woke up. Of two runs the later id string is the newer.
+            They come from a writer that was frozen past its lease and woke up, or from ids that stand in two inputs, one of
+        them a tar whose members were not known. Of two runs the later id string is the newer.
         """
         self.refresh()
         doubled: set[int] = set()

@@ -20,7 +20,8 @@ from capray.storage import Entry, Location, entry_of, is_file, is_folder, is_glo
 
 _SAMPLE = 1000
 _ENDINGS = {"manifest": MANIFESTS, "parquet": (".parquet",), "tar": (".tar",)}
-_SIDECARS = (".parquet", ".json", ".txt", ".csv")
+_BESIDE = {"manifest": (), "parquet": (".json", ".md"), "tar": (".parquet", ".json", ".txt", ".csv")}
+"""What lies beside the files of a kind."""
 _NUM_WITNESSES = 4
 
 __all__ = ["Source", "are_containers", "open_sources"]
@@ -67,6 +68,10 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
             f"{uri!r}: http(s) URIs are not read; fetch them into tar shards or a bucket first (img2dataset)"
         )
     place = locate(uri)
+    if place.is_local and not _is_utf8(place.path):
+        raise ConfigError(
+            f"{uri!a}: the name of this input is no UTF-8, which ids and tables need: rename it, or link to it"
+        )
     files = _files(place)
     sample = list(itertools.islice(files, _SAMPLE))
     while sample and all(is_hidden(_below(place, entry), (".", "_")) for entry in sample[-_SAMPLE:]):
@@ -82,6 +87,14 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
             itertools.islice((entry.path for entry in sample if opens(entry.path)), _NUM_WITNESSES)
         )
     return source
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _source_of(
@@ -105,6 +118,11 @@ def _source_of(
     found = [entry for entry in shown if entry.path.lower().endswith(endings)]
     if not found:
         raise ConfigError(f"no files ending in {' or '.join(endings)} at {uri!r}")
+    if settings.input_kind == "auto" and (others := _others(kind, shown)):
+        raise ConfigError(
+            f"{uri!r} begins like a {kind} input, but holds {len(others):,} files of other kinds too ({others[0].uri!r} …): "
+            f"say --input-kind {kind} to leave those out, or --input-kind images"
+        )
     if kind == "manifest":
         return Manifest(place, settings, keep, found, hidden)
     if kind == "parquet":
@@ -115,14 +133,24 @@ def _source_of(
     return Tars(place, settings, keep, found, sidecars, hidden)
 
 
+def _others(kind: str, files: list[Entry]) -> list[Entry]:
+    """Those of ``files`` that have no place among files of ``kind``."""
+    return [entry for entry in files if not entry.path.lower().endswith((*_ENDINGS[kind], *_BESIDE[kind]))]
+
+
 def _files(place: Location) -> Iterator[Entry]:
     """The files the input names: itself, the matches of its glob, or all below it."""
     if is_glob(place):
         with storage_errors(f"listing {place.uri}"):
             found = place.fs.glob(place.path, detail=True)
         for path, info in sorted(found.items()):
-            if info["type"] == "file":
-                yield entry_of(place, path, info)
+            if info["type"] != "file":
+                continue
+            try:
+                entry = entry_of(place, path, info)
+            except FileNotFoundError:
+                continue  # Gone since.
+            yield entry
     elif is_file(place):
         yield entry_at(place)
     elif place.is_local and not is_folder(place):
@@ -152,12 +180,9 @@ def _kind_of(place: Location, sample: list[Entry]) -> str:
     for name in names:
         if fnmatch.fnmatch(name, "*.tar.*") or name.endswith(".tgz"):
             raise ConfigError(f"{name!r} is a compressed tar, which is not read: unpack the compression (gunzip) first")
-    if any(name.endswith(".tar") for name in names) and all(name.endswith((".tar", *_SIDECARS)) for name in names):
-        return "tar"
-    if any(name.endswith(".parquet") for name in names) and all(
-        name.endswith((".parquet", ".json", ".md")) for name in names
-    ):
-        return "parquet"
+    for kind in ("tar", "parquet"):
+        if any(name.endswith(_ENDINGS[kind]) for name in names) and not _others(kind, shown):
+            return kind
     if is_glob(place) and names and all(name.endswith(MANIFESTS) for name in names):
         return "manifest"
     return "images"

@@ -226,6 +226,10 @@ class Source(ABC):
     def units(self) -> list[str]:
         """The units known at the start; each can be listed independently."""
 
+    def name_of(self, unit: str) -> str:
+        """``unit`` in words for the user."""
+        return unit
+
     @abstractmethod
     def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
         """The pages of a unit as it is now, from the start or behind the page that gave ``after``.
@@ -289,6 +293,12 @@ def reading_errors(unit: str, file: str | None = None) -> Generator[None]:
             raise kind(f"reading {error.message}") from error
         except (pa.ArrowException, gzip.BadGzipFile, zlib.error, EOFError, UnicodeError) as error:
             raise DataError(f"{(file or unit)!r}: {error}") from error
+        except OSError as error:
+            if error.errno is not None or type(error) is not OSError:
+                raise
+            raise DataError(f"{(file or unit)!r}: {error}") from error  # Of pyarrow's, about what it has read.
+        except (KeyError, RecursionError, TypeError) as error:
+            raise DataError(f"{(file or unit)!r}: {type(error).__name__}: {error}") from error
 
 
 _KINDS = {

@@ -31,6 +31,9 @@ class Images(Source):
     def units(self) -> list[str]:
         return [f"0:{self.place.path}"]
 
+    def name_of(self, unit: str) -> str:
+        return self._uri(unit.split(":", 1)[1])
+
     def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
         level, path = unit.split(":", 1)
         with storage_errors(f"listing {self.place.uri}"):

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capray.config import CaptionConfig, SourceSettings
-from capray.errors import CaprayError, DataError
+from capray.errors import CaprayError, ConfigError, StorageUnavailable
 from capray.inputs.base import ContainerChanged, Page, Source, TarMembers
 from capray.inputs.places import encode_places, places_schema
 from capray.storage import Location, Write, storage_errors
@@ -170,8 +170,8 @@ class Listing:
                 return
             names = [*first["adopted"], *names]
             progress = self._progress(names)
-        except (pa.ArrowInvalid, ValueError, KeyError):
-            return
+        except (pa.ArrowInvalid, ValueError, KeyError, TypeError):
+            return  # A chunk is damaged, or somebody else's.
         if progress[-1]["closed"]:
             return
         for name, each in zip(names, progress, strict=True):
@@ -189,7 +189,12 @@ class Listing:
         def read(name: str) -> dict[str, Any]:
             place = self.plan.join(name)
             with storage_errors(f"reading {place.uri}"):
-                return json.loads(pq.read_metadata(place.path, filesystem=place.fs).metadata[_METADATA])
+                try:
+                    return json.loads(pq.read_metadata(place.path, filesystem=place.fs).metadata[_METADATA])
+                except OSError as error:
+                    if error.errno is None:
+                        raise ValueError(str(error)) from error  # Of pyarrow's, about what it has read.
+                    raise
 
         with ThreadPoolExecutor(NUM_LISTERS) as pool:
             return list(pool.map(read, names))
@@ -406,17 +411,25 @@ class Listing:
             if isinstance(page, ContainerChanged) and self._may_relist(key):
                 self._begin_again(key, None)
                 self._begin([key])
-            elif isinstance(page, (ContainerChanged, DataError)):
-                self.faults[key[1]] = page
-                self._open.discard(key)
             elif isinstance(page, Exception):
-                raise page if isinstance(page, CaprayError) else CaprayError(f"listing {key[1]!r}: {page!r}") from page
+                if not isinstance(page, CaprayError):
+                    raise CaprayError(f"listing {key[1]!r}: {page!r}") from page
+                if not self._is_fault(key, page):
+                    raise page
+                self.faults[self.sources[key[0]].name_of(key[1])] = page
+                self._open.discard(key)
             elif page is None:
                 unit.is_done = True
                 self._touched.add(key)
                 self._open.discard(key)
             else:
                 self._take_page(key, unit, page)
+
+    def _is_fault(self, key: _Key, error: CaprayError) -> bool:
+        """Whether ``error`` is of this unit alone: the others are listed, and the run ends with it."""
+        if isinstance(error, ConfigError):
+            return sum(number == key[0] for number, _ in self._units) > 1
+        return not isinstance(error, StorageUnavailable)
 
     def _take_page(self, key: _Key, unit: _Unit, page: Page) -> None:
         unit.after = page.after

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -17,7 +18,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from capray.config import SourceSettings
-from capray.errors import ConfigError, DataError
+from capray.errors import CaprayError, ConfigError, DataError, TryAgain
 from capray.inputs.base import ROWS_PER_PAGE, Containers, Selection, reading_errors, rows_of
 from capray.inputs.byte_reader import CHUNK_BYTES, Stream
 from capray.inputs.versions import check_version
@@ -25,6 +26,8 @@ from capray.storage import Entry, Location, object_version, read_bytes
 
 _ABSOLUTE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.\-]*://")
 CSV_BLOCK_BYTES = 16 * 2**20
+_MOST_TRIED = 20
+"""Files that are tried for their schema: when so many in a row are no Parquet, the input is none."""
 _URI_NAMES = ("uri", "url", "path")
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".ndjson.gz", ".txt.gz")
 
@@ -51,9 +54,7 @@ class Parquet(Containers):
         self, place: Location, settings: SourceSettings, keep: tuple[str, ...], files: list[Entry], hidden: int = 0
     ):
         super().__init__(place, settings, keep, files, hidden)
-        first = files[0].uri
-        with reading_errors(first):
-            schema = opened_parquet(Stream(first)).schema_arrow
+        first, schema = first_schema(files)
         names = schema.names
         split = "split" if settings.split else None
         for name in filter(None, (split, *keep)):
@@ -120,6 +121,25 @@ class Parquet(Containers):
         columns["uri"] = table[self._uri].cast(pa.string())
         _refuse_web(columns["uri"], uri)
         return rows_of("object", columns, container=uri, version=version)
+
+
+def first_schema(files: list[Entry]) -> tuple[str, pa.Schema]:
+    """The first of the Parquet ``files`` that can be read, and its schema. What is wrong with the others is found out when
+    they are listed.
+
+    Raises:
+        DataError, StorageError: none can be, and what is wrong with the first.
+    """
+    faults: list[CaprayError] = []
+    for entry in files[:_MOST_TRIED]:
+        try:
+            with reading_errors(entry.uri):
+                return entry.uri, opened_parquet(Stream(entry.uri)).schema_arrow
+        except TryAgain:
+            raise
+        except CaprayError as error:
+            faults.append(error)
+    raise faults[0]
 
 
 def opened_parquet(stream: Stream) -> pq.ParquetFile:
@@ -211,7 +231,7 @@ class Manifest(Containers):
 
     def _text(self, uri: str, stream: Stream) -> Iterator[pa.Table]:
         with _unpacked(uri, stream) as file:
-            lines = filter(None, (line.rstrip(b"\r\n") for line in file))
+            lines = filter(None, (line.rstrip(b"\r\n") for line in _without_mark(file)))
             for batch in _batched(lines, ROWS_PER_PAGE):
                 try:
                     names = pa.array([line.decode() for line in batch], pa.string())
@@ -242,9 +262,20 @@ class Manifest(Containers):
         folder = posixpath.dirname(uri)
         _refuse_web(rows["uri"], uri)
         names = rows["uri"].to_pylist()
+        for name in names:
+            if name is not None and name.count("\n") > 1:
+                raise DataError(
+                    f"{uri!r} has a URI of {name.count(chr(10)) + 1} lines: a quote is not closed at {name[:60]!r}"
+                )
         whole = [name if name is None or _ABSOLUTE.match(name) else f"{folder}/{name}" for name in names]
         columns = {name: rows[name] for name in rows.column_names} | {"uri": whole}
         return rows_of("object", columns, container=uri, version=version)
+
+
+def _without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """``lines`` without the byte order mark that some editors begin a file with."""
+    for number, line in enumerate(lines):
+        yield line if number else line.removeprefix(codecs.BOM_UTF8)
 
 
 def _unpacked(uri: str, stream: Stream) -> Any:

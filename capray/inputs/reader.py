@@ -25,7 +25,7 @@ from capray.inputs.base import Changed, Event, Failed, Found, InputReading, Sour
 from capray.inputs.byte_reader import Patience, Stream, ignore, read_image, read_range
 from capray.inputs.parquet import opened_parquet
 from capray.inputs.places import MEMBERS, Row
-from capray.inputs.tars import HEADER_BYTES, images_of, member_in, opened
+from capray.inputs.tars import HEADER_BYTES, content_in, images_of, member_in, opened
 from capray.inputs.versions import VersionChanged
 from capray.inputs.witnesses import witnesses
 from capray.storage import locate
@@ -159,7 +159,17 @@ class Reader:
                 raise VersionChanged(f"only {file.num_row_groups} row groups")
             waiting, first = deque(of_group), 0
             columns = [reading.id_column, reading.image_column]
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns):
+            batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)
+            while waiting:
+                try:
+                    batch = next(batches, None)
+                except (pa.ArrowException, OSError) as error:
+                    # A page of this row group is spoilt, which says nothing of the others.
+                    message = f"{rows[0]['container']}, row group {group}: {error}"
+                    yield from (Failed(row, ImageError("unreadable_storage", message)) for row in waiting)
+                    break
+                if batch is None:
+                    raise VersionChanged(f"only {first} rows in row group {group}")
                 while waiting and waiting[0]["row"] < first + batch.num_rows:
                     row = waiting.popleft()
                     at = row["row"] - first
@@ -171,10 +181,6 @@ class Reader:
                     else:
                         yield Found(row, data)
                 first += batch.num_rows
-                if not waiting:
-                    break
-            if waiting:
-                raise VersionChanged(f"only {first} rows in row group {group}")
 
     def _members(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[Outcome]:
         yield from self._ahead(rows, lambda row: self._member(row, patience))
@@ -184,11 +190,17 @@ class Reader:
         offset, size, limit = row["offset"], row["size"], self.limits.max_image_bytes
         # Of what is certainly too large the header alone.
         length = size if size <= limit + HEADER_BYTES else HEADER_BYTES
-        data = read_range(row["container"], offset, offset + length, row["version"] or "", patience)
+        try:
+            data = read_range(row["container"], offset, offset + length, row["version"] or "", patience)
+        except ImageError as error:
+            if error.kind == "missing" and error.certain:
+                raise  # The whole tar is gone.
+            return Failed(row, error)
         member = member_in(data)
         if member is None or member.name != row["member"]:
             raise VersionChanged(f"no member {row['member']} at byte {offset}")
-        content = data[member.offset_data : member.offset_data + member.size]
+        end = member.offset_data + member.size
+        content = content_in(data) if member.issparse() else data[member.offset_data : end]
         return self._of_member(row, member, content, len(content) == member.size)
 
     def _of_member(self, row: Row, member: tarfile.TarInfo, data: bytes, whole: bool) -> Outcome:

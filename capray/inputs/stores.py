@@ -9,7 +9,7 @@ from typing import Any
 from fsspec.asyn import sync
 
 from capray.inputs.witnesses import wait_until
-from capray.storage import Location
+from capray.storage import Location, is_unanswered
 
 ANSWER_SECONDS = 60.0
 """The most this request may take, botocore's retries included."""
@@ -31,16 +31,12 @@ def wait_for_answer(place: Location, seconds: float, notify: Callable[[str], Non
 
 
 def _answers(fs: Any, bucket: str) -> bool:
-    from botocore.exceptions import ClientError
-
     async def ask() -> None:
         client = await fs.set_session()
         await client.head_bucket(Bucket=bucket)
 
     try:
         sync(fs.loop, ask, timeout=ANSWER_SECONDS)
-    except ClientError as error:
-        return error.response["ResponseMetadata"].get("HTTPStatusCode", 500) < 500
-    except Exception:
-        return False
+    except Exception as error:
+        return not is_unanswered(error)
     return True

@@ -17,7 +17,7 @@ from capray.config import SourceSettings
 from capray.errors import DataError
 from capray.inputs.base import Containers, reading_errors, rows_of
 from capray.inputs.byte_reader import CHUNK_BYTES, Stream
-from capray.inputs.parquet import _choose, _require, _struct, opened_parquet
+from capray.inputs.parquet import _choose, _require, _struct, first_schema, opened_parquet
 from capray.inputs.versions import check_version, entry_at
 from capray.storage import Entry, Location, locate
 
@@ -56,11 +56,9 @@ class Tars(Containers):
                     f"{without[0]!r} has no Parquet sidecar (img2dataset writes one), which keep and id_column need"
                 )
         elif files:
-            first = sidecars[files[0].uri]
-            with reading_errors(first.uri):
-                schema = opened_parquet(Stream(first.uri)).schema_arrow
+            first, schema = first_schema([sidecars[entry.uri] for entry in files])
             for name in (*keep, *filter(None, (settings.id_column,)), "key"):
-                _require(name, schema.names, first.uri)
+                _require(name, schema.names, first)
             if keep:
                 self._source_type = pa.struct([pa.field(name, schema.field(name).type) for name in keep])
 
@@ -89,6 +87,7 @@ class Tars(Containers):
 
     def _by_sidecar(self, uri: str, stream: Stream) -> tuple[pa.Table, str]:
         sidecar, table = self._sidecars[uri], opened_parquet(stream).read()
+        table.validate(full=True)  # Strings may be no UTF-8.
         if "status" in table.column_names:
             table = table.filter(pa.array([status == "success" for status in table["status"].to_pylist()], pa.bool_()))
         if "key" not in table.column_names:
@@ -148,6 +147,16 @@ def member_in(data: bytes) -> tarfile.TarInfo | None:
             return tar.next()
     except tarfile.TarError:
         return None
+
+
+def content_in(data: bytes) -> bytes:
+    """The content of the member whose header ``data`` begins with, as far as it is in ``data``: that of a sparse one lies
+    packed."""
+    with tarfile.open(fileobj=io.BytesIO(data), **_OPTIONS) as tar, suppress(tarfile.ReadError):
+        member = tar.next()
+        file = tar.extractfile(member) if member is not None and member.isreg() else None
+        return file.read() if file is not None else b""
+    return b""
 
 
 def images_of(tar: tarfile.TarFile, max_bytes: int) -> Iterator[tuple[tarfile.TarInfo, bytes, bool]]:

@@ -9,7 +9,7 @@ import json
 import secrets
 import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,6 +70,14 @@ class Output:
                 f"{SCHEMA_VERSION}: upgrade capray"
             )
         return job
+
+    def last_inputs(self) -> list[str]:
+        """The inputs of the last run that opened its own; none when nothing is known of any."""
+        for name in reversed(list_names(self.runs, ".json")):
+            with suppress(ValueError, KeyError, TypeError):
+                settings = json.loads(read_bytes(self.runs.join(name)))["settings"]
+                return [settings["input"], *settings.get("also", ())]
+        return []
 
     def parts(self, folder: Location) -> list[Location]:
         """The parts published in ``captions`` or ``failures`` now, oldest run first."""

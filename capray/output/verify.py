@@ -209,7 +209,11 @@ class _Verifier:
             decoding, others = first.get("decoding") or {}, other.get("decoding") or {}
             pairs |= {name: (decoding.get(name), others.get(name)) for name in sorted({*decoding, *others})}
             for name, (one, two) in pairs.items():
-                if one != two and (one or two):
+                is_unknown = name == "precision" and None in (
+                    one,
+                    two,
+                )  # Of an empty shard, where nothing was captioned.
+                if one != two and (one or two) and not is_unknown:
                     self._problem(f"{name} of {output.root.uri} is {two!r}, of {known[0][0].root.uri} {one!r}")
         self.result.checked.append("that the outputs have one model and one set of settings")
         shards = {job["shard"] for _, job in known if job.get("shard")}
