@@ -267,6 +267,7 @@ def launch(
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code. A user's mistake is one line on standard error."""
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # What still asks Ray at the end must not start another one.
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app.meta(arguments, exit_on_error=False, print_error=False)

@@ -559,7 +559,7 @@ class ExplainConfig(RegistrySettings, ImageLimits, Decoding):
         if self.photo is not None and self.table is None:
             raise ValueError("photo goes with table: the image itself is the photo otherwise")
         if self.out is None and self.html is None:
-            raise ValueError("give out, a picture to write (figure.png), or html, a page")
+            raise ValueError("give --out, a picture to write (figure.png), or --html, a page")
         return self
 
 
@@ -717,7 +717,7 @@ class QueryConfig(Settings):
         if self.search is not None and self.sample is not None:
             raise ValueError("search and sample are two questions: ask one")
         if (self.export is None) != (self.out is None):
-            raise ValueError("export needs out, the file to write, and out needs export, its format")
+            raise ValueError("--export needs --out, the file to write, and --out needs --export, its format")
         if self.coco_id is not None and self.export != "coco":
             raise ValueError("coco_id goes with export coco")
         return self

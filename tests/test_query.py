@@ -453,8 +453,8 @@ class TestExport:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"export": "csv"}, "export needs out"),
-            ({"out": "x"}, "out needs export"),
+            ({"export": "csv"}, "--export needs --out"),
+            ({"out": "x"}, "--out needs --export"),
             ({"sql": "SELECT 1", "search": "x"}, "search has no use beside a query"),
             ({"search": "x", "sample": 1}, "ask one"),
             ({"coco_id": "x"}, "coco_id goes with export coco"),

@@ -292,6 +292,13 @@ class TestOddInputs:
         verification = verify(VerifyConfig(output=outputs[0], also=tuple(outputs[1:]), against=(str(job.input),)))
         assert not verification.problems
 
+    def test_a_file_whose_name_is_no_utf8(self, job):
+        """Its id has the bytes in words; it is there all the same."""
+        (photo,) = write_photos(job.input, 1)
+        os.rename(photo, os.fsencode(job.input) + b"/caf\xe9.jpg")
+        assert job.run().captions == 1
+        assert list(sha256s(job)) == [f"{job.input}/caf\\xe9.jpg"]
+
     def test_an_input_whose_name_is_no_utf8(self, job, tmp_path):
         with pytest.raises(ConfigError, match="no UTF-8"):
             job.run(input=os.fsdecode(bytes(tmp_path) + b"/\xff"))

@@ -66,8 +66,8 @@ class Summary:
         lines = [
             f"{self.images:,} images: {self.captioned_before + self.captions:,} captioned, "
             f"{sum(self.current_failures.values()):,} failed",
-            f"this run: {self.captions:,} captions, {sum(self.failures.values()):,} failures in {duration(self.seconds)} "
-            f"({self.images_per_second:.1f} images/s), {self.parts} parts",
+            f"this run: {self.captions:,} captions, {sum(self.failures.values()):,} failed attempts in "
+            f"{duration(self.seconds)} ({self.images_per_second:.1f} images/s), {self.parts} parts",
         ]
         lines += [f"  {kind}: {count:,}" for kind, count in sorted(self.current_failures.items())]
         notes = []

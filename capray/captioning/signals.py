@@ -33,6 +33,7 @@ class Signals:
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
+        os.write(2, b"\nstopping: what is done is published first; once more to stop at once\n")
         if self._raises:
             self.check()
 

@@ -63,7 +63,7 @@ class Parquet(Containers):
         uri = _choose(settings.uri_column, _URI_NAMES, names, first) if image is None else None
         if image is None and uri is None:
             raise ConfigError(
-                f"{first!r} has no column of images or URIs that is known: name it with image_column or uri_column; "
+                f"{first!r} has no column of images or URIs that is known: name it with --image-column or --uri-column; "
                 f"its columns: {', '.join(names)}"
             )
         if image is not None and not _is_binary(schema.field(image).type):
@@ -73,7 +73,7 @@ class Parquet(Containers):
         image_id = _choose(settings.id_column, ("image_id",), names, first) or uri
         if image_id is None:
             raise ConfigError(
-                f"{first!r} needs a column of image ids: name it with id_column; its columns: {', '.join(names)}"
+                f"{first!r} needs a column of image ids: name it with --id-column; its columns: {', '.join(names)}"
             )
         self._id, self._image, self._uri, self._split = image_id, image, uri, split
         self._source_type = pa.struct([pa.field(name, schema.field(name).type) for name in keep]) if keep else None
@@ -244,7 +244,8 @@ class Manifest(Containers):
         chosen = _choose(self.settings.uri_column, _URI_NAMES, columns, uri)
         if chosen is None:
             raise ConfigError(
-                f"{uri!r} has no column of URIs that is known: name it with uri_column; its columns: {', '.join(columns)}"
+                f"{uri!r} has no column of URIs that is known: name it with --uri-column, or give it a header if its first "
+                f"line is none; its columns: {', '.join(columns)}"
             )
         for name in self.keep:
             _require(name, columns, uri)

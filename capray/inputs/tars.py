@@ -6,6 +6,7 @@ With a sidecar the images are known without reading the tar; without one its mem
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,8 @@ from capray.inputs.parquet import _choose, _require, _struct, first_schema, open
 from capray.inputs.versions import check_version, entry_at
 from capray.storage import Entry, Location, locate
 
+BEHIND_TAR = re.compile(r"(?<=\.tar)#", re.IGNORECASE)
+"""Where the URI of a tar's member names the member."""
 HEADER_BYTES = 16 * 2**10
 """As many bytes hold the header of any member, its long name included."""
 _MAX_PADDING = 2**16
@@ -53,7 +56,7 @@ class Tars(Containers):
         if without:
             if keep or settings.id_column:
                 raise DataError(
-                    f"{without[0]!r} has no Parquet sidecar (img2dataset writes one), which keep and id_column need"
+                    f"{without[0]!r} has no Parquet sidecar (img2dataset writes one), which --keep and --id-column need"
                 )
         elif files:
             first, schema = first_schema([sidecars[entry.uri] for entry in files])

@@ -55,7 +55,8 @@ def _backbone(name: str, weights: str | None) -> nn.Sequential:
         raise ConfigError(f"encoder {name!r} with weights {weights!r}: {error}{hint}") from error
     except OSError as error:
         raise ConfigError(
-            f"could not download the weights {weights!r} of {name}: {error}; download them elsewhere and give the file"
+            f"could not download the ImageNet weights ({weights}) of {name}: {error}; download them elsewhere and give "
+            "the file: --weights FILE"
         ) from error
     if isinstance(network, torchvision.models.ResNet):
         stem_and_stages = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import resource
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from capray.inputs.base import Changed, Failed, Found, TarUnreadable
 from capray.inputs.byte_reader import read_image
 from capray.inputs.places import PLACES, Row
 from capray.inputs.reader import Reader
-from capray.inputs.tars import images_of, members_of, opened
+from capray.inputs.tars import BEHIND_TAR, images_of, members_of, opened
 from capray.inputs.versions import VersionChanged
 from capray.output import Output, first_row, open_duckdb, parquet_files, quoted, require_output
 from capray.progress import ProgressDisplay, duration
@@ -53,7 +52,6 @@ _NUM_READERS = 4
 _NUM_LISTERS = 16
 _CHUNK_ROWS = 200_000
 _BATCH_ROWS = 65_536
-_BEHIND_TAR = re.compile(r"(?<=\.tar)#", re.IGNORECASE)
 _OPTIONAL = ("source", "tokens", "attention")
 _BOUND_BY = ("model_id", "precision", "schema_version", "attention", "kept_columns")
 """What job.json says besides the decoding settings that must be the same for all outputs of one work."""
@@ -442,7 +440,7 @@ class _Verifier:
         groups: dict[str, list[_Drawn]] = {}
         for each in drawn:
             if each.image_id not in sought.found:
-                groups.setdefault(_BEHIND_TAR.split(each.uri or "", maxsplit=1)[0], []).append(each)
+                groups.setdefault(BEHIND_TAR.split(each.uri or "", maxsplit=1)[0], []).append(each)
         self.result.notes += [f"{each.image_id} is in none of the tables of the inputs" for each in groups.pop("", ())]
         reader = Reader.of(self.sources, ImageLimits(), _NUM_LISTERS, 0)
         tasks: list[Callable[[], _Digests]] = [partial(_read_by_uri, *each) for each in groups.items()]
@@ -489,7 +487,7 @@ class _Sought:
     def __init__(self, drawn: list[_Drawn]):
         self.ids = {each.image_id for each in drawn}
         self.found: set[str] = set()
-        self._tars = {_BEHIND_TAR.split(image_id, maxsplit=1)[0] for image_id in self.ids}
+        self._tars = {BEHIND_TAR.split(image_id, maxsplit=1)[0] for image_id in self.ids}
         self._rows: list[Row] = []
         self._lock = threading.Lock()
 

@@ -14,6 +14,7 @@ from capray.config import ImageLimits, ReportConfig
 from capray.errors import ConfigError
 from capray.images import ImageError, decode
 from capray.inputs.byte_reader import read_image
+from capray.inputs.tars import BEHIND_TAR
 from capray.output import first_row, require_output
 from capray.query.views import create_views
 from capray.report.charts import bars, lines
@@ -186,7 +187,9 @@ def _pictures(
                 data = found.get(image_id)
             else:
                 uri = wanted[image_id]
-                data = read_image(uri, limits.max_image_bytes) if uri is not None and "#" not in uri else None
+                data = (
+                    read_image(uri, limits.max_image_bytes) if uri is not None and not BEHIND_TAR.search(uri) else None
+                )
             return None if data is None else thumbnail(data, limits)
         except ImageError:
             return None
