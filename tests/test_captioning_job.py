@@ -206,7 +206,7 @@ def test_a_tar_that_cannot_be_read_is_a_fault_and_all_else_is_done(tmp_path, pho
     with tarfile.open(tmp_path / "shards" / "a.tar", "w") as tar:
         add_to_tar(tar, "x.jpg", image_bytes())
     (tmp_path / "shards" / "b.tar").write_bytes(b"no tar" * 1000)
-    with pytest.raises(CaprayError, match=r"1 files of the input cannot be read: .*b\.tar"):
+    with pytest.raises(CaprayError, match=r"1 files or folders of the input cannot be read: .*b\.tar"):
         run(tmp_path / "shards", tmp_path / "out", model)
     assert len(read_parts(str(tmp_path / "out"), "captions")) == 1
 
