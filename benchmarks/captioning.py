@@ -12,13 +12,12 @@ Twice: 12 steps where no caption ends early; and captions that end, <end> biased
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from measuring import interleaved, record
-from PIL import Image
+from photos import JPEG_SIZE, photos
 from tutorial import TutorialCaptioner
 
 from capray.config import Architecture, Decoding
@@ -41,18 +40,6 @@ BARS = {
 }
 TUTORIAL_BARS = {"fp32": 3.4, "bf16": 12.0}
 NUM_IMAGES, NUM_STEPS = 32, 12
-JPEG_SIZE = (500, 375)
-
-
-def photos(count: int) -> list[bytes]:
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(count):
-        pixels = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).resize(JPEG_SIZE, Image.Resampling.BICUBIC).save(buffer, "JPEG")
-        found.append(buffer.getvalue())
-    return found
 
 
 def build(encoder: str) -> Captioner:

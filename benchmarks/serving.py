@@ -9,35 +9,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import io
 import tempfile
 import time
 
 import httpx
 import numpy as np
 import torch
-from PIL import Image
+from photos import photos
 
 from capray.config import Architecture, Decoding, ServeConfig
 from capray.images import load
+from capray.inference import Inference
 from capray.model.captioner import Captioner
-from capray.model.checkpoint import load_captioner, save_captioner
+from capray.model.checkpoint import save_captioner
 from capray.serving.server import start
 from capray.vocabulary import END, Vocabulary
 
 PORT = 8765
-
-
-def photos(count: int) -> list[bytes]:
-    """Photos of 500 x 375 pixels, as Flickr's are."""
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(count):
-        pixels = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC).save(buffer, "JPEG")
-        found.append(buffer.getvalue())
-    return found
 
 
 def random_model(folder: str) -> str:
@@ -68,14 +56,13 @@ async def load_server(address: str, images: list[bytes], clients: int, seconds: 
 
 
 def reference(model: str, images: list[bytes], batch_size: int, seconds: float) -> float:
-    captioner, _ = load_captioner(model)
     torch.set_num_threads(1)
-    pixels = [load(image, captioner.architecture)[0] for image in images][:batch_size]
+    inference = Inference.load(model, "cpu", batch_size=batch_size)
+    pixels = [load(image, inference.captioner.architecture)[0] for image in images][:batch_size]
     done, started = 0, time.monotonic()
-    with torch.inference_mode():
-        while time.monotonic() - started < seconds:
-            captioner.caption(captioner.encode_all(pixels), Decoding())
-            done += len(pixels)
+    while time.monotonic() - started < seconds:
+        inference(pixels, Decoding())
+        done += len(pixels)
     return done / (time.monotonic() - started)
 
 

@@ -8,7 +8,6 @@ The captioner is laid out for inference once (BatchNorm folded, weights cast, wo
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,11 +17,11 @@ import torch
 from capray.config import Decoding
 from capray.device import DeviceError, is_device_error, is_out_of_memory
 from capray.images import normalise
-from capray.model.captioner import NO_CAPTION, Captioner, Hypothesis, autocast, search
+from capray.model.captioner import NO_CAPTION, Captioner, Hypothesis, autocast, search, stacked
 from capray.model.checkpoint import load_captioner
 from capray.model.decoder import Memory
 from capray.model.folding import FoldedEncoder
-from capray.model.prepared import PreparedDecoder, SearchMemory
+from capray.model.prepared import PreparedDecoder
 
 CPU_BATCH, GPU_BATCH = 64, 512
 """Images captioned together, where nothing else is asked for."""
@@ -43,14 +42,6 @@ class Explained(NamedTuple):
     hypothesis: Hypothesis
     attention_TP: torch.Tensor
     log_probs_T: torch.Tensor
-
-
-class _Pixels(NamedTuple):
-    """Images on the device, those of one size together, and where each stood."""
-
-    batches: list[torch.Tensor]
-    order: list[int]
-    copied: torch.cuda.Event | None = None
 
 
 class Inference:
@@ -104,19 +95,17 @@ class Inference:
 
     def memory(self, images: Sequence[np.ndarray]) -> Memory:
         """What teacher forcing attends over."""
-        grids, order = self._grids(self._copied(images))
-        with torch.inference_mode(), autocast(self.device, self.precision):
-            memory = Memory.cat([self.captioner.memory_of_cached_grid(grid) for grid in grids])
-        return memory if order is None else memory.select(order)
+        return self._memory(*self._grids(self._copied(images)))
 
+    @torch.inference_mode()
     def explained(self, image: np.ndarray, decoding: Decoding) -> Explained | None:
         """The best caption of an image, and where the captioner looked; None where it gives no finite probability."""
-        (outcome,) = self._together([image], decoding, attention=False)
-        if not outcome.hypotheses:
+        (hypotheses,), grids, places = self._search([image], decoding)
+        if not hypotheses:
             return None
-        best = outcome.hypotheses[0]
-        memory = self.memory([image])
-        with torch.inference_mode(), autocast(self.device, self.precision):
+        best = hypotheses[0]
+        memory = self._memory(grids, places)
+        with autocast(self.device, self.precision):
             (alpha_TP,) = self.captioner.attend(memory, [best.token_ids])
             (log_probs_T,) = self.captioner.log_probs(memory, [best.token_ids])
         return Explained(best, alpha_TP, log_probs_T)
@@ -142,55 +131,44 @@ class Inference:
 
     @torch.inference_mode()
     def _together(self, images: Sequence[np.ndarray], decoding: Decoding, attention: bool) -> list[Captioned]:
-        pixels = self._copied(images)
-        memory, grids = self._search_memory(pixels)
-        found = search(self.decoder, memory, self.captioner.vocabulary, decoding)
+        found, grids, places = self._search(images, decoding)
         weights: Sequence[torch.Tensor | None] = [None] * len(found)
         if attention:
+            memory = self._memory(grids, places)
             with autocast(self.device, self.precision):
-                whole = Memory.cat([self.captioner.memory_of_cached_grid(grid) for grid in grids])
-                if (order := self._places(pixels)) is not None:
-                    whole = whole.select(order)
-                weights = self.captioner.attend(whole, [h[0].token_ids if h else () for h in found])
+                weights = self.captioner.attend(memory, [h[0].token_ids if h else () for h in found])
         return [
             Captioned(hypotheses, alpha if alpha is None else alpha.tolist())
-            if hypotheses and math.isfinite(hypotheses[0].log_prob)
+            if hypotheses
             else Captioned([], None, NO_CAPTION)
             for hypotheses, alpha in zip(found, weights, strict=True)
         ]
 
-    def _copied(self, images: Sequence[np.ndarray]) -> _Pixels:
-        """The images on the device; to a GPU from pinned memory and on a stream of its own, to go on beside its work."""
-        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, image in enumerate(images):
-            by_shape[image.shape].append(i)
-        order = [i for group in by_shape.values() for i in group]
-        batches = [torch.from_numpy(np.stack([images[i] for i in group])) for group in by_shape.values()]
-        if self.device.type != "cuda":
-            return _Pixels(batches, order)
-        with torch.cuda.stream(torch.cuda.Stream(self.device)) as stream:
-            batches = [batch.pin_memory().to(self.device, non_blocking=True) for batch in batches]
-            copied = torch.cuda.Event()
-            copied.record(stream)
-        return _Pixels(batches, order, copied)
-
-    def _places(self, pixels: _Pixels) -> torch.Tensor | None:
-        """Where the images of the batches stand in the order they were given; None where nothing moved."""
-        if pixels.order == list(range(len(pixels.order))):
-            return None
-        return torch.tensor(np.argsort(pixels.order), device=self.device)
-
     @torch.inference_mode()
-    def _grids(self, pixels: _Pixels) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        if pixels.copied is not None:
-            torch.cuda.current_stream().wait_event(pixels.copied)
-            for batch in pixels.batches:
-                batch.record_stream(torch.cuda.current_stream())
-        grids = [self.encoder(normalise(batch, self.captioner.architecture)) for batch in pixels.batches]
-        return grids, self._places(pixels)
-
-    @torch.inference_mode()
-    def _search_memory(self, pixels: _Pixels) -> tuple[SearchMemory, list[torch.Tensor]]:
-        grids, order = self._grids(pixels)
+    def _search(
+        self, images: Sequence[np.ndarray], decoding: Decoding
+    ) -> tuple[list[list[Hypothesis]], list[torch.Tensor], torch.Tensor | None]:
+        """The hypotheses of each image, none where the best has no finite probability; and its grids and places."""
+        grids, places = self._grids(self._copied(images))
         memory = self.decoder.memory_of_grids(grids, self.captioner.architecture.pool_grid)
-        return memory if order is None else memory.keep(order), grids
+        memory = memory if places is None else memory.keep(places)
+        found = search(self.decoder, memory, self.captioner.vocabulary, decoding)
+        return [h if h and math.isfinite(h[0].log_prob) else [] for h in found], grids, places
+
+    @torch.inference_mode()
+    def _memory(self, grids: list[torch.Tensor], places: torch.Tensor | None) -> Memory:
+        with autocast(self.device, self.precision):
+            memory = Memory.cat([self.captioner.memory_of_cached_grid(grid) for grid in grids])
+        return memory if places is None else memory.select(places)
+
+    def _copied(self, images: Sequence[np.ndarray]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """The images on the device, as ``stacked`` has them."""
+        batches, places = stacked(images)
+        return [batch.to(self.device) for batch in batches], None if places is None else places.to(self.device)
+
+    @torch.inference_mode()
+    def _grids(
+        self, pixels: tuple[list[torch.Tensor], torch.Tensor | None]
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        batches, places = pixels
+        return [self.encoder(normalise(batch, self.captioner.architecture)) for batch in batches], places

@@ -188,6 +188,11 @@ def s3_answer(error: BaseException) -> tuple[int | None, str]:
     return None, ""
 
 
+def is_of_arrow(error: OSError) -> bool:
+    """Whether pyarrow raised ``error``, about what it has read: no failure of storage."""
+    return type(error) is OSError and error.errno is None
+
+
 def file_version(about: os.stat_result) -> str:
     """Changes when a file is rewritten. Not its inode: those of FUSE and NFS differ by node."""
     return f"{about.st_size}-{about.st_mtime_ns}"
@@ -219,18 +224,11 @@ def iter_files(root: Location) -> Iterator[Entry]:
     """
     with storage_errors(f"listing {root.uri}"):
         if root.is_local:
-            seen: set[tuple[int, int]] = set()
-            for folder, folders, files in os.walk(root.path, onerror=_raise, followlinks=True):
-                here = os.stat(folder)
-                if (here.st_dev, here.st_ino) in seen:
-                    folders.clear()
-                    continue
-                seen.add((here.st_dev, here.st_ino))
-                folders.sort()
-                for name in sorted(files):
+            for folder, names in walk(root.path):
+                for name in names:
                     path = os.path.join(folder, name)
                     try:
-                        about = _stat(path)
+                        about = stat_of(path) or os.lstat(path)
                     except FileNotFoundError:
                         continue  # Gone since its folder was read.
                     yield Entry(path, path, about.st_size, file_version(about))
@@ -263,18 +261,32 @@ def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], 
         arguments["ContinuationToken"] = answer["NextContinuationToken"]
 
 
+def walk(root: str) -> Iterator[tuple[str, list[str]]]:
+    """The folders from ``root`` down in the order of their names, links to folders followed once, each with the names of
+    the files in it, sorted. Raises OSError for one that cannot be listed."""
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders.sort()
+        yield folder, sorted(names)
+
+
 def _raise(error: OSError) -> None:
     raise error
 
 
-def _stat(path: str) -> os.stat_result:
-    """Of a link to nowhere or to itself, the link's."""
+def stat_of(path: str) -> os.stat_result | None:
+    """None for a link to nowhere or to itself."""
     try:
         return os.stat(path)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise
-        return os.lstat(path)
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return None
+        raise
 
 
 def list_names(folder: Location, suffix: str = "", folders: bool = False) -> list[str]:

@@ -117,7 +117,7 @@ class Run:
                     raise
                 if self.listing.is_complete and not self.summary.left:
                     self.listing.close()
-                if not self.summary.passes:  # A shard may be empty.
+                if "precision" not in self.bound_to:  # Nothing was captioned yet: a shard may be empty.
                     self._bind()
                 self.summary.status = "complete"
                 self.record.write()

@@ -23,7 +23,7 @@ from capray.errors import ConfigError, DataError, StorageError, TryAgain
 from capray.images import ImageError
 from capray.inputs.places import PLACES, Kind, Row
 from capray.inputs.versions import VersionChanged
-from capray.storage import Entry, Location, storage_errors
+from capray.storage import Entry, Location, is_of_arrow, storage_errors
 
 ROWS_PER_PAGE = 100_000
 
@@ -294,9 +294,9 @@ def reading_errors(unit: str, file: str | None = None) -> Generator[None]:
         except (pa.ArrowException, gzip.BadGzipFile, zlib.error, EOFError, UnicodeError) as error:
             raise DataError(f"{(file or unit)!r}: {error}") from error
         except OSError as error:
-            if error.errno is not None or type(error) is not OSError:
+            if not is_of_arrow(error):
                 raise
-            raise DataError(f"{(file or unit)!r}: {error}") from error  # Of pyarrow's, about what it has read.
+            raise DataError(f"{(file or unit)!r}: {error}") from error
         except (KeyError, RecursionError, TypeError) as error:
             raise DataError(f"{(file or unit)!r}: {type(error).__name__}: {error}") from error
 

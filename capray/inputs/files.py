@@ -5,14 +5,13 @@ A prefix is listed level by level until there are prefixes enough to list side b
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from capray.inputs.base import ROWS_PER_PAGE, Page, Source, is_hidden, rows_of
-from capray.storage import Location, is_file, s3_pages, storage_errors
+from capray.storage import Location, is_file, s3_pages, stat_of, storage_errors, walk
 
 MAX_LEVELS = 3
 """Levels below the input that are looked into for prefixes to list side by side."""
@@ -64,21 +63,14 @@ class Images(Source):
     def _list_folder(self, root: str, after: list[str] | None) -> Iterator[Page]:
         """Every regular file below ``root`` in the order of its folders' names, links to folders followed once."""
         files: list[tuple[str, int]] = []
-        seen: set[tuple[int, int]] = set()
         last = after
-        for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
-            here = os.stat(folder)
-            if (here.st_dev, here.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((here.st_dev, here.st_ino))
-            folders.sort()
-            for name in sorted(names):
+        for folder, names in walk(root):
+            for name in names:
                 path = os.path.join(folder, name)
                 # By order, not by finding it again: what the last page ended with may be gone.
                 if after is not None and (_parts(folder), name) <= (_parts(after[0]), after[1]):
                     continue
-                info = _stat(path)
+                info = stat_of(path)
                 if info is None or stat.S_ISREG(info.st_mode):
                     files.append((path, info.st_size if info else 0))
                     last = [folder, name]
@@ -104,20 +96,6 @@ class Images(Source):
             )
 
 
-def _stat(path: str) -> os.stat_result | None:
-    """None for a link to nowhere or to itself, which is listed and will be missing."""
-    try:
-        return os.stat(path)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
-            return None
-        raise
-
-
 def _parts(folder: str) -> list[str]:
-    """What folders sort by in the order ``os.walk`` comes to them."""
+    """What folders sort by in the order ``walk`` comes to them."""
     return folder.split(os.sep)
-
-
-def _raise(error: OSError) -> None:
-    raise error

@@ -27,7 +27,7 @@ from capray.config import CaptionConfig, SourceSettings
 from capray.errors import CaprayError, ConfigError, StorageUnavailable
 from capray.inputs.base import ContainerChanged, Page, Source, TarMembers
 from capray.inputs.places import encode_places, places_schema
-from capray.storage import Location, Write, storage_errors
+from capray.storage import Location, Write, is_of_arrow, storage_errors
 
 NUM_LISTERS = 16
 FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 100_000, 1_000_000
@@ -192,8 +192,8 @@ class Listing:
                 try:
                     return json.loads(pq.read_metadata(place.path, filesystem=place.fs).metadata[_METADATA])
                 except OSError as error:
-                    if error.errno is None:
-                        raise ValueError(str(error)) from error  # Of pyarrow's, about what it has read.
+                    if is_of_arrow(error):
+                        raise ValueError(str(error)) from error
                     raise
 
         with ThreadPoolExecutor(NUM_LISTERS) as pool:

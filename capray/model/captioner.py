@@ -103,17 +103,11 @@ class Captioner(nn.Module):
     def encode_all(self, images: Sequence[np.ndarray]) -> Memory:
         """The memory of images (H, W, 3), uint8, or of kept grids (D, h, w), float16, of any sizes: each size is encoded
         as a batch of its own."""
-        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, image in enumerate(images):
-            by_shape[image.shape].append(i)
-        order = [i for group in by_shape.values() for i in group]
-        batches = (torch.from_numpy(np.stack([images[i] for i in group])) for group in by_shape.values())
+        batches, places = stacked(images)
         memory = Memory.cat(
             [self.encode(b) if b.dtype == torch.uint8 else self.memory_of_cached_grid(b) for b in batches]
         )
-        if order == list(range(len(images))):
-            return memory
-        return memory.select(torch.tensor(np.argsort(order), device=self.device))
+        return memory if places is None else memory.select(places.to(self.device))
 
     def forward(
         self, memory: Memory, inputs_BKT: torch.Tensor, lengths_BK: torch.Tensor
@@ -166,6 +160,17 @@ def search(
         decoder.next_scores, decoder.start(memory), len(memory.grid_BQD), decoding, memory.grid_BQD.device
     )
     return hypotheses_of(beams, vocabulary)
+
+
+def stacked(images: Sequence[np.ndarray]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """``images`` as a batch for each of their sizes, and where in the batches, one after the other, each image is; None
+    where they are in their order."""
+    by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, image in enumerate(images):
+        by_shape[image.shape].append(i)
+    order = [i for group in by_shape.values() for i in group]
+    batches = [torch.from_numpy(np.stack([images[i] for i in group])) for group in by_shape.values()]
+    return batches, None if order == list(range(len(order))) else torch.tensor(np.argsort(order))
 
 
 def hypotheses_of(beams: Beams, vocabulary: Vocabulary) -> list[list[Hypothesis]]:
