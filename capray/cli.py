@@ -268,7 +268,14 @@ def launch(
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code. A user's mistake is one line on standard error."""
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # What still asks Ray at the end must not start another one.
-    signal.signal(signal.SIGTERM, _terminate)
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Interrupted("terminated", number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         app.meta(arguments, exit_on_error=False, print_error=False)
     except CaprayError as error:
@@ -280,6 +287,12 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:
+        if not received:
+            raise
+        return _fail(
+            "interrupted", 128 + received[0]
+        )  # Libraries (DuckDB) put errors of their own in a signal's place.
     return 0
 
 
@@ -304,10 +317,6 @@ def _describe(error: cyclopts.CycloptsError) -> str:
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise Interrupted("terminated", number)
 
 
 def _fail(message: str, code: int) -> int:

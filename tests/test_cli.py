@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from tests.test_query import write_captions, write_job
 
 @pytest.fixture(autouse=True)
 def signals():
-    """``run`` answers SIGTERM its own way; give the tests theirs back."""
-    before = signal.getsignal(signal.SIGTERM)
+    """``run`` answers signals its own way; give the tests theirs back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -184,6 +186,14 @@ class TestEnds:
         code, _, err = call("train", "s", "o")
         assert code == 143
         assert err == "capray: terminated\n"
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_query_stops_for_a_signal(self, call, tmp_path, number, code):
+        write_job(Output(str(tmp_path)))
+        call("query", tmp_path)  # A signal can be lost in the import of an extension module.
+        endless = "SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE (a.range * b.range) % 7 = 3"
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+        assert call("query", tmp_path, endless)[0] == code
 
     def test_a_reader_that_has_enough(self, tmp_path):
         write_job(Output(str(tmp_path)))

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
+import socket
 import tempfile
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from capray.errors import ConfigError, DataError, StorageError
 from capray.storage import Location, exists, list_names, locate, read_bytes, storage_errors
@@ -126,10 +130,40 @@ def open_duckdb(temporary: str, *places: Location, database: str = ":memory:") -
     }
     remote = {type(place.fs): place.fs for place in places if not place.is_local}
     reading = f"reading {', '.join(place.uri for place in places)}"
-    with duckdb.connect(database, config=settings) as connection, duckdb_errors(reading):
+    with (
+        duckdb.connect(database, config=settings) as connection,
+        _stopped_by_signals(connection),
+        duckdb_errors(reading),
+    ):
         for fs in remote.values():
             connection.register_filesystem(fs)
         yield connection
+
+
+@contextmanager
+def _stopped_by_signals(connection: duckdb.DuckDBPyConnection) -> Generator[None]:
+    """Ctrl-C and SIGTERM stop the query that runs: Python's own handlers wait until it returns."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def interrupt() -> None:
+        while number := reader.recv(1):
+            if number[0] in (signal.SIGINT, signal.SIGTERM):
+                connection.interrupt()
+
+    watcher = threading.Thread(target=interrupt, daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
+        watcher.join()
+        reader.close()
 
 
 @contextmanager
@@ -151,11 +185,15 @@ def duckdb_errors(doing: str) -> Generator[None]:
 
 
 def create_view(connection: duckdb.DuckDBPyConnection, name: str, files: list[Location], schema: pa.Schema) -> None:
-    """A view over Parquet ``files`` of one schema; over no rows of ``schema`` where there are none."""
-    if files:
-        connection.execute(f"CREATE VIEW {name} AS SELECT * FROM {parquet_files(files)}")
-    else:
-        connection.register(name, schema.empty_table())
+    """A view over Parquet ``files`` of one schema; over no rows of ``schema`` where there are none.
+
+    The empty table is a file too: one of Arrow's would have DuckDB import pandas, which takes a second and loses a Ctrl-C.
+    """
+    if not files:
+        (temporary,) = first_row(connection, "SELECT current_setting('temp_directory')")
+        files = [locate(temporary).join(f"no_{name}.parquet")]
+        pq.write_table(schema.empty_table(), files[0].path)
+    connection.execute(f"CREATE VIEW {name} AS SELECT * FROM {parquet_files(files)}")
 
 
 def parquet_files(files: list[Location], *options: str) -> str:

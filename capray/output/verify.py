@@ -37,7 +37,7 @@ from capray.inputs.places import PLACES, Row
 from capray.inputs.reader import Reader
 from capray.inputs.tars import BEHIND_TAR, images_of, members_of, opened
 from capray.inputs.versions import VersionChanged
-from capray.output import Output, first_row, open_duckdb, parquet_files, quoted, require_output
+from capray.output import Output, create_view, first_row, open_duckdb, parquet_files, quoted, require_output
 from capray.progress import ProgressDisplay, duration
 from capray.storage import Location, exists, identity, list_names, locate, read_bytes
 from capray.tables import CAPTIONS, FAILURES, FINAL_FAILURES, TRANSIENT_FAILURES
@@ -339,8 +339,7 @@ class _Verifier:
         for table, base in (("captions", CAPTIONS), ("failures", FAILURES)):
             names = _QUERIED[table]
             types = {name: base.field(name).type for name in names}
-            empty = pa.table({**{name: pa.array([], kind) for name, kind in types.items()}})
-            connection.register(f"no_{table}", empty)
+            create_view(connection, f"no_{table}", [], base)
             selects = [f"SELECT 0::USMALLINT AS output, '' AS file, {', '.join(names)} FROM no_{table}"]
             for number in range(len(self.outputs)):
                 files = []
