@@ -65,6 +65,7 @@ def connect() -> None:
     context.raise_original_map_exception = True  # for own_error
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # Tracebacks of what is raised here anyhow.
     if not ray.is_initialized():
         with _keeping_signal_handlers():
             _init()

@@ -32,7 +32,7 @@ class LeaseHeldError(TryAgain):
 
 
 class CheckpointError(CaprayError):
-    """A model folder that is missing, damaged, incomplete, too new, or unsafe to load."""
+    """A model folder that is damaged, incomplete, too new, or unsafe to load."""
 
 
 class DataError(CaprayError):

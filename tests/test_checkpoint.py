@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from capray.config import Decoding
-from capray.errors import CheckpointError
+from capray.errors import CheckpointError, ConfigError
 from capray.model.captioner_files import model_id_of
 from capray.model.checkpoint import load_captioner, save_captioner
 
@@ -44,7 +44,7 @@ def test_on_s3(model, s3):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="not a captioner folder"):
+    with pytest.raises(ConfigError, match="not a captioner folder"):
         load_captioner(str(tmp_path / "nothing"))
 
 
@@ -55,7 +55,7 @@ def test_a_training_folder_points_to_its_best(folder, tmp_path):
     for file in folder.iterdir():
         if file.is_file():
             (outer / "best" / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(CheckpointError, match="did you mean .*best"):
+    with pytest.raises(ConfigError, match="did you mean .*best"):
         load_captioner(str(outer))
 
 

@@ -344,7 +344,7 @@ class TestPhotos:
     def test_a_model_that_is_none(self, call, tmp_path):
         (photo,) = write_photos(tmp_path / "photos", 1)
         code, out, err = call("caption", photo, "--model", tmp_path / "photos")
-        assert (code, out) == (1, "")
+        assert (code, out) == (2, "")
         assert "not a captioner folder" in err
 
     def test_limits_hold_here_too(self, call, model, tmp_path):

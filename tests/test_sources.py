@@ -281,6 +281,17 @@ class TestParquet:
             ("row", "6", 1, 0, {"tags": ["u", "v"], "n": 6}),
         ]
 
+    def test_views_are_kept_as_what_they_show(self, tmp_path):
+        names, photos = ["a", "b"], [b"x", b"y"]
+        columns = {
+            "image_id": pa.array(names, pa.string_view()),
+            "image": pa.array(photos, pa.binary_view()),
+            "note": pa.array(names, pa.string_view()),
+        }
+        source = opened(write_table(tmp_path / "x.parquet", columns), ["note"])
+        assert source.source_type == pa.struct([("note", pa.string())])
+        assert some(listed(source), "image_id", "source") == [("a", {"note": "a"}), ("b", {"note": "b"})]
+
     @pytest.mark.parametrize(
         ("columns", "options", "message"),
         [

@@ -76,7 +76,9 @@ class Parquet(Containers):
                 f"{first!r} needs a column of image ids: name it with --id-column; its columns: {', '.join(names)}"
             )
         self._id, self._image, self._uri, self._split = image_id, image, uri, split
-        self._source_type = pa.struct([pa.field(name, schema.field(name).type) for name in keep]) if keep else None
+        self._source_type = (
+            pa.struct([pa.field(name, _kept(schema.field(name).type)) for name in keep]) if keep else None
+        )
 
     @property
     def source_type(self) -> pa.DataType | None:
@@ -123,6 +125,11 @@ class Parquet(Containers):
         return rows_of("object", columns, container=uri, version=version)
 
 
+def _kept(kind: pa.DataType) -> pa.DataType:
+    """How a column to keep is written: views as what they show, for want of Arrow's functions for them."""
+    return {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind)
+
+
 def first_schema(files: list[Entry]) -> tuple[str, pa.Schema]:
     """The first of the Parquet ``files`` that can be read, and its schema. What is wrong with the others is found out when
     they are listed.
@@ -165,7 +172,8 @@ def _refuse_web(uris: pa.ChunkedArray, where: str) -> None:
 
 
 def _is_binary(column_type: pa.DataType) -> bool:
-    return pa.types.is_binary(column_type) or pa.types.is_large_binary(column_type)
+    is_one_of = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(is_one(column_type) for is_one in is_one_of)
 
 
 class Manifest(Containers):

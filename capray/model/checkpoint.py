@@ -97,7 +97,7 @@ def _read_files(folder: str) -> dict[str, bytes]:
         if len(missing) == len(FILES):
             nested = [sub for sub in ("best", "last") if CONFIG in list_names(place.join(sub))]
             hint = f"; did you mean {place.join(nested[0]).uri!r}?" if nested else ""
-            raise CheckpointError(f"{folder!r} is not a captioner folder: it has no {', '.join(missing)}{hint}")
+            raise ConfigError(f"{folder!r} is not a captioner folder: it has no {', '.join(missing)}{hint}")
         raise CheckpointError(f"{folder!r} is incomplete: it has no {', '.join(missing)}")
     return {name: read_bytes(place.join(name)) for name in FILES}
 

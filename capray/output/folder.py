@@ -6,6 +6,7 @@ Knows which rows are current; knows nothing of Ray, models or how the rows came 
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import signal
 import socket
@@ -191,6 +192,7 @@ def create_view(connection: duckdb.DuckDBPyConnection, name: str, files: list[Lo
     """
     if not files:
         (temporary,) = first_row(connection, "SELECT current_setting('temp_directory')")
+        os.makedirs(temporary, exist_ok=True)
         files = [locate(temporary).join(f"no_{name}.parquet")]
         pq.write_table(schema.empty_table(), files[0].path)
     connection.execute(f"CREATE VIEW {name} AS SELECT * FROM {parquet_files(files)}")
