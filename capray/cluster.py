@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -67,21 +68,32 @@ def connect() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # Tracebacks of what is raised here anyhow.
     if not ray.is_initialized():
-        with _keeping_signal_handlers():
+        with _signals_wait():
             _init()
 
 
 @contextmanager
-def _keeping_signal_handlers() -> Generator[None]:
-    """Ray puts handlers of its own in place, under which SIGTERM aborts the process."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    is_main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in numbers} if is_main else {}
+def _signals_wait() -> Generator[None]:
+    """Ctrl-C and SIGTERM wait until the block is left: a Ray that is half started crashes the process at its end. A second
+    one ends it at once. Ray puts handlers of its own in place, under which SIGTERM aborts: the former ones come back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def wait(number: int, frame: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    handlers = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
 
 
 def _init() -> None:
@@ -103,13 +115,31 @@ def _init() -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     global _started_here
     _started_here = True
-    ray.init(
-        address="local",
-        num_cpus=local_cores() + 1,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with _standard_error_without(b"Set ray log level from environment variable"):
+        ray.init(
+            address="local",
+            num_cpus=local_cores() + 1,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+@contextmanager
+def _standard_error_without(unwanted: bytes) -> Generator[None]:
+    """Hold back what is written to the process's standard error, C++ included; lines with ``unwanted`` in them for good."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if unwanted not in line))
 
 
 def own_error(error: BaseException) -> CaprayError | None:

@@ -6,6 +6,10 @@ import subprocess
 import sys
 import time
 
+import pytest
+
+from capray import cluster
+
 HUNG = """
 import os, signal, sys, time
 from capray.cluster import end_with_raylet
@@ -57,3 +61,11 @@ def test_a_process_that_no_raylet_started_is_left_alone():
     time.sleep(0.5)
     assert is_alive(child)
     os.kill(child, signal.SIGKILL)
+
+
+def test_a_signal_waits_until_ray_has_started():
+    done = []
+    with pytest.raises(KeyboardInterrupt), cluster._signals_wait():
+        signal.raise_signal(signal.SIGINT)
+        done.append("started")
+    assert done == ["started"]

@@ -35,6 +35,8 @@ MAX_IN_FLIGHT = 2
 """Blocks an actor is given at once."""
 GROWTH = 8
 """A pool of GPU actors may grow to this many times its size, as nodes join."""
+END_SECONDS = 10.0
+"""How long Ray Data may take to end an execution that is given up."""
 TICK_SECONDS = 0.2
 STALL_SECONDS = 60.0
 """When a node was lost and no result came for so long, what is left waits for actors that cannot restart."""
@@ -240,11 +242,20 @@ def _streamed(data: Any) -> Generator[Iterator[pa.Table | None]]:
     finally:
         stop.set()
         reader.join(2)
-        execution = (
-            data._current_executor
-        )  # Ray ends an execution by no public name; one that gives nothing more would stay.
-        if reader.is_alive() and execution is not None:
-            execution.shutdown(force=True)
+        if reader.is_alive():
+            _end_executions()
+            reader.join(END_SECONDS)
+
+
+def _end_executions() -> None:
+    """End what Ray Data executes in this process: one that gives nothing more would stay, and end the process with 1 when
+    Ray is shut down under it. There is no public name for this, and a dataset knows its execution only after a table."""
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+    for thread in threading.enumerate():
+        if isinstance(thread, StreamingExecutor):
+            thread.shutdown(force=True)
+            thread.join(END_SECONDS)
 
 
 def _told(error: BaseException) -> CaprayError:
