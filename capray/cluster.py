@@ -74,11 +74,13 @@ def connect() -> None:
 
 @contextmanager
 def _signals_wait() -> Generator[None]:
-    """Ctrl-C and SIGTERM wait until the block is left: a Ray that is half started crashes the process at its end. A second
-    one ends it at once. Ray puts handlers of its own in place, under which SIGTERM aborts: the former ones come back."""
+    """Ctrl-C and SIGTERM wait until Ray has started: one that is half started crashes the process at its end. A second
+    signal ends it at once. Ray's own handler, under which SIGTERM aborts the process, is not put in their place."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    from ray._private import utils
+
     received: list[int] = []
 
     def wait(number: int, frame: object) -> None:
@@ -86,10 +88,13 @@ def _signals_wait() -> Generator[None]:
             os._exit(128 + number)
         received.append(number)
 
+    set_handler = utils.set_sigterm_handler
+    setattr(utils, "set_sigterm_handler", lambda handler: None)  # noqa: B010
     handlers = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        utils.set_sigterm_handler = set_handler
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if received:

@@ -65,7 +65,12 @@ def test_a_process_that_no_raylet_started_is_left_alone():
 
 def test_a_signal_waits_until_ray_has_started():
     done = []
-    with pytest.raises(KeyboardInterrupt), cluster._signals_wait():
-        signal.raise_signal(signal.SIGINT)
-        done.append("started")
+
+    def start():
+        with cluster._signals_wait():
+            signal.raise_signal(signal.SIGINT)
+            done.append("started")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
     assert done == ["started"]
