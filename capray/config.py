@@ -254,7 +254,7 @@ class Optimisation(Settings):
     """Batches whose gradients make one step, exactly that of one batch as large as all of them."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of an exponential moving average of the weights, which is what is validated and saved as the
-    captioner (0.999, say); no average when not given."""
+    captioner (0.999, say); (1 + step) / (10 + step) while that is less. No average when not given."""
 
     schedule: Literal["constant", "step", "plateau", "cosine"] = "constant"
     """Course of the learning rates: constant; times schedule_factor every schedule_epochs; the same after
@@ -263,7 +263,7 @@ class Optimisation(Settings):
     """What `step` and `plateau` multiply the learning rates by."""
     schedule_epochs: Annotated[int, Field(ge=1)] = 8
     """Epochs between two cuts of `step`; epochs without a gain before a cut of `plateau`."""
-    schedule_metric: Literal["bleu_4", "val_loss"] = "bleu_4"
+    schedule_metric: Literal["bleu_4", "cider_d", "val_loss"] = "bleu_4"
     """Validation metric that `plateau` watches."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps in which the learning rates of `cosine` first rise in a line."""
@@ -352,16 +352,20 @@ class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Ar
 
     epochs: Annotated[int, Field(ge=1)] = 20
     """Passes over the training split."""
+    epoch: Literal["images", "pairs"] = "images"
+    """What an epoch has once: every image, or, with captions_per_image 1, every image-caption pair."""
     batch_size: Annotated[int, Field(ge=1)] = 160
     """Image-caption pairs per step, over all workers."""
     label_smoothing: Fraction = 0.1
-    """Share of the target's probability spread over the other emittable words."""
+    """Share of the target's probability spread over all words that may be emitted: not `<unk>`."""
     doubly_stochastic: Annotated[float, Field(ge=0)] = 1.0
     """Weight of Show, Attend and Tell's doubly stochastic term (section 4.2.1, eq. 14); 0 without attention."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass; weights and losses stay fp32."""
+    select_by: Literal["bleu_4", "cider_d"] = "bleu_4"
+    """Validation metric by which an epoch is the best: what `best/` holds and what patience waits for."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Stop after this many epochs without a better validation BLEU-4; never when not given."""
+    """Stop after this many epochs without a better one (see select_by); never when not given."""
     seed: int = 0
     """Seed of initial weights, shuffling, augmentation and dropout: the same seed and number of workers give the same
     losses."""
@@ -399,6 +403,8 @@ class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Ar
             raise ValueError("doubly_stochastic needs attention weights: set it to 0 with attention 'none'")
         if self.batch_size < self.num_workers:
             raise ValueError(f"batch_size {self.batch_size} is less than num_workers {self.num_workers}")
+        if self.epoch == "pairs" and self.captions_per_image == "all":
+            raise ValueError("epoch 'pairs' goes with captions_per_image 1: with all, an epoch has every pair already")
         if self.register_as is not None and self.tracking_uri == "none":
             raise ValueError("register_as needs an MLflow server: leave tracking_uri 'none' out")
         return self

@@ -7,7 +7,7 @@ import torch
 from capray.config import Architecture, Decoding
 from capray.errors import CheckpointError, ConfigError
 from capray.images import normalise
-from capray.model.captioner import Captioner
+from capray.model.captioner import Captioner, autocast
 from capray.model.encoder import Encoder
 from capray.model.loss import collate
 from capray.vocabulary import END, START, Vocabulary
@@ -57,6 +57,21 @@ def test_teacher_forced_and_step_by_step_logits_agree(variant):
             live = batch.lengths_BK > t
             stepped = captioner.decoder.logits(state.hidden_BKH)
             torch.testing.assert_close(forced[:, :, t][live], stepped[live], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["additive", "none"])
+def test_the_cell_stays_in_fp32_under_bf16(variant):
+    captioner = make(**VARIANTS[variant])
+    decoder = captioner.decoder
+    batch = collate([[[4, 5, 6, 7]] * 2] * 2, max_words=10)
+    with torch.no_grad(), autocast("cpu", "bf16"):
+        memory = captioner.encode(images(2))
+        state = decoder.start(memory, 2)
+        for t in range(4):
+            state, _ = decoder.step(decoder.embedding(batch.inputs_BKT[..., t]), state, memory)
+            assert (state.hidden_BKH.dtype, state.cell_BKH.dtype) == (torch.bfloat16, torch.float32)
+        states, _ = captioner(memory, batch.inputs_BKT, batch.lengths_BK)
+    torch.testing.assert_close(states[:, :, 3], state.hidden_BKH, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("variant", ["additive", "relu", "gru", "none", "none-gru"])

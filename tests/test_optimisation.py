@@ -109,15 +109,16 @@ def test_the_cosine_rises_in_a_line_falls_to_nothing_and_stays_there():
 
 
 def test_the_average_follows_the_weights_and_gives_way_to_them():
-    captioner, optimiser = make(ema_decay=0.75)
+    captioner, optimiser = make(ema_decay=0.25)
     weight = captioner.decoder.output.weight
     expected = None
-    for epoch in range(3):
+    for epoch in range(5):
         for parameter in optimiser.parameters:
             parameter.grad = torch.full_like(parameter, epoch + 1.0)
         optimiser.step()
         own = weight.detach().clone()
-        expected = own if expected is None else 0.75 * expected + 0.25 * own
+        decay = min(0.25, (1 + epoch) / (10 + epoch))
+        expected = own if expected is None else decay * expected + (1 - decay) * own
     with optimiser.averaged():
         torch.testing.assert_close(weight.detach(), expected)
     assert torch.equal(weight, own) and not torch.equal(own, expected)
@@ -130,6 +131,8 @@ def test_the_average_follows_the_weights_and_gives_way_to_them():
         ({"batch_size": 32, "captions_per_image": "1"}, 1, math.ceil(100 / 32)),
         ({"batch_size": 32, "accumulate_batches": 2}, 1, 2),
         ({"batch_size": 2}, 5, 100),
+        ({"batch_size": 32, "captions_per_image": "1", "epoch": "pairs"}, 5, math.ceil(500 / 32)),
+        ({"batch_size": 33, "captions_per_image": "1", "accumulate_batches": 2}, 1, 2),
     ],
 )
 def test_steps_of_an_epoch(settings, num_captions, expected):

@@ -58,6 +58,21 @@ def test_a_ratio_between_keeps_that_share_of_the_references_words(captioner):
     assert 0.1 < changed < 0.35 < (free.inputs_BKT != many.inputs_BKT)[..., 1:].float().mean()
 
 
+def test_the_fed_words_are_the_likeliest_in_the_pass_that_learns_whatever_dropout_leaves(captioner):
+    captioner.decoder.dropout.p = 0.5
+    captioner.train()
+    memory = memory_of(captioner)
+    mask = captioner.decoder.dropout_mask(*BATCH.inputs_BKT.shape)
+    fed = feed_own_words(captioner, memory, BATCH, 0.0, mask)
+    with torch.no_grad():
+        states, _ = captioner(memory, fed.inputs_BKT, fed.lengths_BK)
+        own, other = (captioner.decoder.logits(states, m).argmax(-1) for m in (mask, None))
+    given = torch.arange(BATCH.inputs_BKT.shape[-1] - 1) < BATCH.lengths_BK[..., None] - 1
+    assert torch.equal(fed.inputs_BKT[..., 1:][given], own[..., :-1][given])
+    assert not torch.equal(own, other)
+    assert not torch.equal(loss_sums(captioner, memory, fed, 0.0, mask).nll, loss_sums(captioner, memory, fed).nll)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_weight_of_the_decoder_learns_from_free_running(captioner, precision):
     captioner.train()

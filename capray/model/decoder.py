@@ -33,7 +33,7 @@ class Memory(NamedTuple):
 
 
 class State(NamedTuple):
-    """The recurrent state; ``cell`` is the LSTM's memory and unused by the GRU."""
+    """The recurrent state; ``cell`` is the LSTM's memory, always in fp32, and unused by the GRU."""
 
     hidden_BKH: torch.Tensor
     cell_BKH: torch.Tensor
@@ -125,7 +125,7 @@ class Decoder(nn.Module):
             cell_BH = self.initial_cell(mean_BD) if self.initial_cell else hidden_BH
             if self.squashes_start:
                 hidden_BH, cell_BH = hidden_BH.tanh(), cell_BH.tanh()
-        return State(*(part[:, None].expand(-1, num_captions, -1) for part in (hidden_BH, cell_BH)))
+        return State(*(part[:, None].expand(-1, num_captions, -1) for part in (hidden_BH, cell_BH.float())))
 
     def weights(self) -> Weights:
         """The weights of ``step``, in the precision that autocast asks for."""
@@ -150,7 +150,8 @@ class Decoder(nn.Module):
         weights = weights or self.weights()
         shape = words_BKE.shape[:2]
         words_NG = functional.linear(words_BKE.flatten(0, 1), weights.words_GE, weights.bias_G)
-        state_N = State(*(part.flatten(0, 1).to(weights.state_OH.dtype) for part in state))
+        state_N = State(*(part.flatten(0, 1) for part in state))
+        state_N = state_N._replace(hidden_BKH=state_N.hidden_BKH.to(weights.state_OH.dtype))
 
         def attend(query_NA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             assert self.attention is not None
@@ -192,19 +193,27 @@ class Decoder(nn.Module):
     def _recur(
         self, inputs_NG: torch.Tensor, gates_NG: torch.Tensor, hidden_NH: torch.Tensor, cell_NH: torch.Tensor
     ) -> State:
-        """torch's LSTMCell and GRUCell from the products of their input and of their state."""
+        """torch's LSTMCell and GRUCell from the products of their input and of their state. What an LSTM adds up over many
+        steps, its cell, would lose small changes to the rounding of bf16."""
         if self.is_lstm:
             keep_in, forget, candidate, out = (inputs_NG + gates_NG).chunk(4, 1)
             cell_NH = forget.sigmoid() * cell_NH + keep_in.sigmoid() * candidate.tanh()
-            return State(out.sigmoid() * cell_NH.tanh(), cell_NH)
+            return State((out.sigmoid() * cell_NH.tanh()).to(hidden_NH.dtype), cell_NH)
         (reset_in, update_in, new_in), (reset, update, new) = inputs_NG.chunk(3, 1), gates_NG.chunk(3, 1)
         new = torch.tanh(new_in + torch.sigmoid(reset_in + reset) * new)
         hidden_NH = torch.lerp(new, hidden_NH, torch.sigmoid(update_in + update))
         return State(hidden_NH, hidden_NH)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Unnormalised scores of the next word (…, V) for states (…, H)."""
-        return self.output(self.dropout(hidden))
+    def dropout_mask(self, *shape: int) -> torch.Tensor | None:
+        """What dropout makes of ones (…, H), for ``logits`` of several passes that must see the same; None where nothing is
+        dropped."""
+        if not self.training or not self.dropout.p:
+            return None
+        return self.dropout(torch.ones(*shape, self.cell.hidden_size, device=self.embedding.weight.device))
+
+    def logits(self, hidden: torch.Tensor, dropout_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Unnormalised scores of the next word (…, V) for states (…, H); ``dropout_mask`` takes the place of dropout."""
+        return self.output(self.dropout(hidden) if dropout_mask is None else hidden * dropout_mask.to(hidden.dtype))
 
     def _attend_at(self, memory: Memory, image_N: torch.Tensor, caption_N: torch.Tensor, shape: list[int]) -> Attend:
         """Attention for captions that stand at (``image_N``, ``caption_N``) among ``shape`` images and captions."""
@@ -245,7 +254,8 @@ class Decoder(nn.Module):
         bias_NO = _Deferred.apply(weights.bias_O.expand(len(words_NG), -1), weights.state_OH, states)
         sizes = [num_running for num_running, _, _ in extents]
         weights = Weights(*(part.detach() for part in weights))
-        state = State(*(part.flatten(0, 1)[order_N].to(words_NG.dtype) for part in self.start(memory, num_captions)))
+        state = State(*(part.flatten(0, 1)[order_N] for part in self.start(memory, num_captions)))
+        state = state._replace(hidden_BKH=state.hidden_BKH.to(words_NG.dtype))
         hidden, alpha = [], []
         for words, bias, (num, *shape) in zip(words_NG.split(sizes), bias_NO.split(sizes), extents, strict=True):
             if shape[0] < len(memory.grid_BPD):

@@ -33,11 +33,14 @@ def teacher_forcing_ratio(config: Feeding, epoch: int) -> float:
 
 
 @torch.no_grad()
-def feed_own_words(captioner: Captioner, memory: Memory, batch: Batch, ratio: float) -> Batch:
+def feed_own_words(
+    captioner: Captioner, memory: Memory, batch: Batch, ratio: float, dropout_mask_BKTH: torch.Tensor | None = None
+) -> Batch:
     """``batch`` with each input after ``<start>`` kept with probability ``ratio``, and else replaced by the likeliest word
     that the captioner gives after the inputs before it.
 
-    Choosing a word passes no gradient, so a teacher-forced pass over the new inputs has the gradient of free running.
+    Choosing a word passes no gradient, so a teacher-forced pass over the new inputs has the gradient of free running,
+    where both have the same ``dropout_mask_BKTH``.
     """
     if ratio >= 1:
         return batch
@@ -48,7 +51,8 @@ def feed_own_words(captioner: Captioner, memory: Memory, batch: Batch, ratio: fl
     state = decoder.start(memory, inputs_BKT.shape[1])
     for t in range(inputs_BKT.shape[-1] - 1):
         state, _ = decoder.step(decoder.embedding(inputs_BKT[..., t]), state, memory, weights)
-        own_BK = decoder.logits(state.hidden_BKH).argmax(-1)
+        mask_BKH = None if dropout_mask_BKTH is None else dropout_mask_BKTH[:, :, t]
+        own_BK = decoder.logits(state.hidden_BKH, mask_BKH).argmax(-1)
         inputs_BKT[..., t + 1] = torch.where(is_own_BKT[..., t + 1], own_BK, inputs_BKT[..., t + 1])
     torch.clear_autocast_cache()  # It holds casts of the weights now that would pass no gradient on.
     return batch._replace(inputs_BKT=inputs_BKT)

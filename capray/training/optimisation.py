@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel
 
 from capray.config import Optimisation, TrainConfig
 from capray.model.captioner import Captioner
@@ -52,8 +52,24 @@ class CosineWithWarmup:
         return (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
+class MovingAverage:
+    """Follows the weights with the decay min(``decay``, (1 + n) / (10 + n)) at the n-th step, so that the random start is
+    soon forgotten (as in TensorFlow's ExponentialMovingAverage with num_updates)."""
+
+    def __init__(self, decay: float):
+        self.decay = decay
+
+    @torch.no_grad()
+    def __call__(self, averages: PARAM_LIST, weights: PARAM_LIST, num_averaged: torch.Tensor | int) -> None:
+        step = int(num_averaged)
+        torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+
 def steps_per_epoch(num_images: int, num_pairs: int, config: TrainConfig, num_workers: int) -> int:
-    """The steps of one epoch, close to exactly: images fill a worker's batch as far as their captions fit whole."""
+    """The steps of one epoch over ``num_pairs`` pairs: exactly with one caption of an image in a step, else close to it, as
+    images fill a worker's batch as far as their captions fit whole."""
+    if config.captions_per_image == "1":
+        return math.ceil(num_pairs / (config.batch_size * config.accumulate_batches))
     pairs_per_image = max(1, num_pairs / num_images)
     images_per_batch = max(1, int(config.batch_size // num_workers / pairs_per_image))
     return math.ceil(num_images / (images_per_batch * num_workers * config.accumulate_batches))
@@ -76,7 +92,7 @@ class Optimiser:
         self.average: AveragedModel | None = None
         if config.ema_decay is not None:
             trained = nn.ParameterList(self.parameters)
-            self.average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+            self.average = AveragedModel(trained, multi_avg_fn=MovingAverage(config.ema_decay))
 
     def _build_scheduler(self, num_steps: int):
         config = self.config

@@ -29,7 +29,7 @@ from capray.cluster import end_with_raylet, own_error
 from capray.config import Decoding, Optimisation, TrainConfig
 from capray.errors import DataError
 from capray.images import input_size
-from capray.metrics import corpus_bleu
+from capray.metrics import corpus_figures
 from capray.model.accuracy import accuracy_sums
 from capray.model.captioner import Captioner, autocast
 from capray.model.checkpoint import pack
@@ -56,9 +56,14 @@ class Progress:
 
     epoch: int = 0
     step: int = 0
-    best_bleu_4: float = -1.0
+    best_score: float = -1.0
     best_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+
+    @classmethod
+    def stored(cls, values: dict[str, Any]) -> Progress:
+        """The progress from a checkpoint; 0.1.0 had but BLEU-4 to select by."""
+        return cls(**{"best_score" if name == "best_bleu_4" else name: value for name, value in values.items()})
 
 
 def is_finished(epoch: int, best_epoch: int, config: TrainConfig) -> bool:
@@ -76,8 +81,11 @@ class TrainingStep(nn.Module):
 
     def forward(self, pixels: list[np.ndarray], batch: Batch, teacher_forcing_ratio: float = 1.0) -> LossSums:
         memory = self.captioner.encode_all(pixels)
-        batch = feed_own_words(self.captioner, memory, batch, teacher_forcing_ratio)
-        return loss_sums(self.captioner, memory, batch, self.label_smoothing)
+        mask = None
+        if teacher_forcing_ratio < 1:
+            mask = self.captioner.decoder.dropout_mask(*batch.inputs_BKT.shape)
+            batch = feed_own_words(self.captioner, memory, batch, teacher_forcing_ratio, mask)
+        return loss_sums(self.captioner, memory, batch, self.label_smoothing, mask)
 
 
 def reduce_sums(values: Sequence[float], device: torch.device) -> list[float]:
@@ -196,7 +204,7 @@ class Worker:
             )
         self.captioner.load_state_dict(weights)
         self.optimiser.load_state_dict(state["optimiser"])
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.stored(state["progress"])
 
     def _new_reading(self) -> Reading:
         return Reading(cached=self.encoder_sha256 is not None)
@@ -216,9 +224,10 @@ class Worker:
             progress = self.progress
             progress.epoch += 1
             progress.history.append({"epoch": progress.epoch, **metrics})
-            improved = metrics["bleu_4"] > progress.best_bleu_4
+            score = metrics[self.config.select_by]
+            improved = score > progress.best_score
             if improved:
-                progress.best_bleu_4, progress.best_epoch = metrics["bleu_4"], progress.epoch
+                progress.best_score, progress.best_epoch = score, progress.epoch
             self._publish(metrics, improved)
 
     def train_epoch(self) -> dict[str, float]:
@@ -340,7 +349,8 @@ class Worker:
         nll, forced_hits, free_hits, tokens = reduce_sums(sums.tolist(), self.device)
         if not everyone:
             raise DataError(f"no image of split {config.validation_split!r} could be decoded")
-        bleu = corpus_bleu([captions for _, captions in everyone.values()], [text for text, _ in everyone.values()])
+        texts, references = zip(*everyone.values(), strict=True)
+        figures = corpus_figures(references, texts, "bleu", "cider_d")
         self.samples = [
             {"image_id": i, "caption": everyone[i][0], "references": everyone[i][1]}
             for i in self.pictures
@@ -353,7 +363,7 @@ class Worker:
             "val_perplexity": math.exp(min(loss, 700)),
             "val_teacher_forced_top5_accuracy": forced_hits / tokens,
             "val_free_running_top5_accuracy": free_hits / tokens,
-            **bleu,
+            **figures,
             "val_images": float(len(everyone)),
             "val_images_per_second": len(everyone) / seconds,
         }
@@ -396,7 +406,7 @@ class Worker:
         bleu = " ".join(f"{metrics[f'bleu_{n}']:.3f}" for n in range(1, 5))
         line = (
             f"epoch {self.progress.epoch}: loss {metrics['train_loss']:.4f}  val loss {metrics['val_loss']:.4f}  "
-            f"BLEU-1..4 {bleu}  "
+            f"BLEU-1..4 {bleu}  CIDEr-D {metrics['cider_d']:.3f}  "
             f"{metrics['train_images_per_second']:.1f} images/s{'  (best)' if improved else ''}"
         )
         if undecodable:
