@@ -310,7 +310,16 @@ class Feeding(Settings):
         return self
 
 
-class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Architecture):
+class SelfCriticalSettings(Settings):
+    """What self-critical training draws and rewards."""
+
+    samples_per_image: Annotated[int, Field(ge=2)] = 5
+    """Captions that self-critical training draws for each image; the baseline of each is the mean of the others."""
+    bleu_reward_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the sentence's BLEU-4 (0 to 1) in the reward, beside its CIDEr-D (0 to 10)."""
+
+
+class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, ImageLimits, Decoding, Architecture):
     """Train a captioner on a Samples table with data-parallel Ray Train."""
 
     positional: ClassVar[tuple[str, ...]] = ("samples", "output")
@@ -350,6 +359,9 @@ class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Ar
     captions_per_image: Literal["1", "all"] = "all"
     """Captions an image brings to a step: `1`, drawn again each epoch, or `all`, sharing one encoding."""
 
+    stage: Literal["cross_entropy", "self_critical"] = "cross_entropy"
+    """What is learnt from: the references, or the reward of captions drawn by the captioner of init_from (Rennie et al.
+    2017)."""
     epochs: Annotated[int, Field(ge=1)] = 20
     """Passes over the training split."""
     epoch: Literal["images", "pairs"] = "images"
@@ -407,6 +419,17 @@ class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Ar
             raise ValueError("epoch 'pairs' goes with captions_per_image 1: with all, an epoch has every pair already")
         if self.register_as is not None and self.tracking_uri == "none":
             raise ValueError("register_as needs an MLflow server: leave tracking_uri 'none' out")
+        return self
+
+    @model_validator(mode="after")
+    def _self_critical(self) -> Self:
+        if self.stage == "self_critical":
+            if self.init_from is None:
+                raise ValueError("stage 'self_critical' needs init_from, a captioner trained with cross-entropy")
+            if self.captions_per_image == "1":
+                raise ValueError("stage 'self_critical' needs captions_per_image all: the references of its reward")
+            if self.teacher_forcing_ratio < 1 or self.teacher_forcing_decay is not None:
+                raise ValueError("teacher_forcing_ratio and its schedule are of stage 'cross_entropy': leave them out")
         return self
 
     @model_validator(mode="after")

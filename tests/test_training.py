@@ -34,6 +34,7 @@ from capray.tables import SAMPLES, encode_parquet
 from capray.tracking.registry import find_model
 from capray.training.job import TrainResult, measure_epoch, train
 from capray.training.sample_stream import DECODED, Reading, draw_caption
+from capray.training.stages import CrossEntropy
 from capray.training.worker import Progress, TrainingStep, backward, empty_batch
 from capray.vocabulary import Vocabulary, tokenise
 from tests.conftest import TINY, in_process
@@ -58,7 +59,7 @@ CONFIG = TrainConfig(samples="s", output="o", **SETTINGS)
 def make_step() -> TrainingStep:
     torch.manual_seed(0)
     captioner = Captioner(Architecture(**TINY), Vocabulary([f"w{i}" for i in range(8)]), fine_tune_from="all")
-    return TrainingStep(captioner, label_smoothing=0.1).train()
+    return TrainingStep(captioner, CrossEntropy(label_smoothing=0.1)).train()
 
 
 def gradients(step, share, counts):

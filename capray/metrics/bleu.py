@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from capray.metrics.ngrams import ORDERS, NGram, Tokens, ngram_counts
 from capray.metrics.statistics import Corpus, Statistics, Words
-
-ORDERS = range(1, 5)
 
 
 def bleu(corpus: Corpus) -> Statistics:
@@ -35,3 +36,29 @@ def _figures(sums: np.ndarray) -> dict[str, np.ndarray]:
     log_mean = np.cumsum(log_precision, -1) / list(ORDERS)
     scores = np.exp(log_brevity[..., None] + log_mean)
     return {f"bleu_{order}": scores[..., order - 1] for order in ORDERS}
+
+
+class SentenceBleu:
+    """BLEU-4 of single captions against the ``references`` of one image, one added to matches and n-grams of all orders but
+    the first (Lin and Och 2004, section 4): NLTK's ``sentence_bleu`` with ``method2``, fast enough for a reward."""
+
+    def __init__(self, references: Sequence[Tokens]):
+        self.most: Counter[NGram] = Counter()
+        for words in references:
+            self.most |= ngram_counts(words)
+        self.lengths = [len(words) for words in references]
+
+    def score(self, words: Tokens) -> float:
+        """BLEU-4 of the caption ``words``, 0 to 1."""
+        counts = ngram_counts(words)
+        matches = [0] * len(ORDERS)
+        for ngram in counts.keys() & self.most.keys():
+            matches[len(ngram) - 1] += min(counts[ngram], self.most[ngram])
+        if not matches[0]:
+            return 0.0
+        precisions = [matches[0] / len(words)]
+        for order in ORDERS[1:]:
+            precisions.append((matches[order - 1] + 1) / (max(1, len(words) - order + 1) + 1))
+        closest = min(self.lengths, key=lambda length: (abs(length - len(words)), length))
+        brevity = min(1.0, math.exp(1 - closest / len(words)))
+        return brevity * math.prod(precisions) ** (1 / len(ORDERS))

@@ -215,7 +215,7 @@ class Decoder(nn.Module):
         """Unnormalised scores of the next word (…, V) for states (…, H); ``dropout_mask`` takes the place of dropout."""
         return self.output(self.dropout(hidden) if dropout_mask is None else hidden * dropout_mask.to(hidden.dtype))
 
-    def _attend_at(self, memory: Memory, image_N: torch.Tensor, caption_N: torch.Tensor, shape: list[int]) -> Attend:
+    def attend_at(self, memory: Memory, image_N: torch.Tensor, caption_N: torch.Tensor, shape: list[int]) -> Attend:
         """Attention for captions that stand at (``image_N``, ``caption_N``) among ``shape`` images and captions."""
 
         def attend(query_NA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -262,7 +262,7 @@ class Decoder(nn.Module):
                 memory = Memory(*(part[: shape[0]] for part in memory))
             state = State(*(part[:num] for part in state))
             states.append(state.hidden_BKH.detach())
-            attend = self._attend_at(memory, order_N[:num] // num_captions, order_N[:num] % num_captions, shape)
+            attend = self.attend_at(memory, order_N[:num] // num_captions, order_N[:num] % num_captions, shape)
             state, alpha_NP, context_ND = self.advance(words, bias, state, weights, attend)
             contexts.append(context_ND.detach())
             hidden.append(state.hidden_BKH)

@@ -16,6 +16,7 @@ from capray.training_files import HISTORY, SAMPLES, SETTINGS
 
 CURVES = (
     ("loss", {"train_loss": "training", "val_loss": "validation"}),
+    ("reward", {"train_reward": "training"}),
     ("BLEU", {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}),
     ("CIDEr-D", {"cider_d": "CIDEr-D"}),
     (

@@ -30,6 +30,7 @@ from capray.training.features import Cache, cached_dataset, choose_root, identif
 from capray.training.initial_captioner import Weights, adopt_captioner, build_captioner, build_vocabulary
 from capray.training.metrics_board import board_class
 from capray.training.sample_stream import EpochSeed, dataset
+from capray.training.stages import prepare_stage
 from capray.training.worker import WorkerSettings, is_finished, train_worker
 from capray.training_files import HISTORY, SETTINGS
 from capray.vocabulary import Vocabulary, tokenise
@@ -204,6 +205,7 @@ def _fit(
         vocabulary.words,
         word_vectors,
         None if weights is None else ray.put(weights),
+        ray.put(prepare_stage(config, [[vocabulary.encode(words) for words in image] for image in tokens])),
         pictures,
         board,
         num_threads=max(1, int(cpus)),

@@ -1,4 +1,4 @@
-"""Which words the decoder is given in training: the reference's, or its own.
+"""Cross-entropy with the captioner's own words given, always or by chance (scheduled sampling).
 
 Bengio, Vinyals, Jaitly, Shazeer (2015), *Scheduled Sampling for Sequence Prediction with Recurrent Neural Networks*.
 
@@ -8,13 +8,37 @@ Axes: B images, K captions of an image, T steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 
-from capray.config import Feeding
+from capray.config import Feeding, TrainConfig
 from capray.model.captioner import Captioner
 from capray.model.decoder import Memory
-from capray.model.loss import Batch
+from capray.model.loss import Batch, loss_sums
+from capray.training.stages.base import Sums
+from capray.training.stages.cross_entropy import CrossEntropy
+
+
+class FreeRunning(CrossEntropy):
+    """The words fed are chosen under the dropout that the captioner then learns under."""
+
+    def __init__(self, feeding: Feeding, label_smoothing: float):
+        super().__init__(label_smoothing)
+        self.feeding = feeding
+
+    @classmethod
+    def prepare(cls, config: TrainConfig, captions: Sequence[Sequence[Sequence[int]]]) -> Self:
+        return cls(config.subset(Feeding), config.label_smoothing)
+
+    def loss(self, captioner: Captioner, memory: Memory, batch: Batch, epoch: int) -> Sums:
+        mask_BKTH = captioner.decoder.dropout_mask(*batch.inputs_BKT.shape)
+        fed = feed_own_words(captioner, memory, batch, teacher_forcing_ratio(self.feeding, epoch), mask_BKTH)
+        return Sums(*loss_sums(captioner, memory, fed, self.label_smoothing, mask_BKTH))
+
+    def scheduled(self, epoch: int) -> dict[str, float]:
+        return {"teacher_forcing_ratio": teacher_forcing_ratio(self.feeding, epoch)}
 
 
 def teacher_forcing_ratio(config: Feeding, epoch: int) -> float:
