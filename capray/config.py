@@ -157,6 +157,9 @@ class Architecture(Preprocessing):
     pool_grid: Annotated[int, Field(ge=1, le=64)] | None = None
     """Side of the grid after adaptive average pooling (14 in Show, Attend and Tell's reimplementations); the encoder's
     own grid when not given."""
+    grid_projection: Annotated[int, Field(ge=1)] | None = None
+    """Width that a linear layer brings the grid to before the decoder sees it, for fewer weights wherever the grid comes in
+    (as in Luo's implementation of Rennie et al. 2017, without its ReLU); the encoder's own when not given."""
     attention: Literal["additive", "multiplicative", "none"] = "additive"
     """Additive (Bahdanau), multiplicative (Luong), or none (Show and Tell: the pooled image is the first input)."""
     attention_activation: Literal["tanh", "relu"] = "tanh"
@@ -167,6 +170,8 @@ class Architecture(Preprocessing):
     """Width of additive attention's and of the concat score's hidden layer."""
     embed_dim: Annotated[int, Field(ge=1)] = 256
     """Width of the word embedding."""
+    tie_embeddings: bool = False
+    """Score words by their embeddings, to which a linear layer brings the state (Press and Wolf 2017, Inan et al. 2017)."""
     hidden_dim: Annotated[int, Field(ge=1)] = 512
     """Width of the decoder's state."""
     cell: Literal["lstm", "gru"] = "lstm"
@@ -256,6 +261,10 @@ class Optimisation(Settings):
     """Decay per step of an exponential moving average of the weights, which is what is validated and saved as the
     captioner (0.999, say); (1 + step) / (10 + step) while that is less. No average when not given."""
 
+    average_epochs: Annotated[int, Field(ge=2)] | None = None
+    """Validate and save the mean of the weights at the end of the last so many epochs (Vaswani et al. 2017, section 6.1); no
+    mean when not given."""
+
     schedule: Literal["constant", "step", "plateau", "cosine"] = "constant"
     """Course of the learning rates: constant; times schedule_factor every schedule_epochs; the same after
     schedule_epochs without a gain in schedule_metric; or down a cosine to 0 at the last step, after warmup_steps."""
@@ -274,6 +283,8 @@ class Optimisation(Settings):
             raise ValueError(
                 f"momentum is of rmsprop and sgd, not of {self.optimizer}: leave it out or choose one of them"
             )
+        if self.ema_decay is not None and self.average_epochs is not None:
+            raise ValueError("ema_decay and average_epochs are two averages of the weights: choose one")
         if self.warmup_steps and self.schedule != "cosine":
             raise ValueError(
                 f"warmup_steps is of schedule 'cosine', not of {self.schedule!r}: leave it out or choose cosine"

@@ -26,6 +26,10 @@ VARIANTS = {
     "none-gru": {"attention": "none", "cell": "gru"},
     "pooled": {"pool_grid": 7},
     "pooled-down": {"pool_grid": 2},
+    "projected": {"grid_projection": 24},
+    "projected-none": {"grid_projection": 24, "attention": "none"},
+    "projected-pooled": {"grid_projection": 24, "pool_grid": 7},
+    "tied": {"tie_embeddings": True},
 }
 
 
@@ -144,8 +148,9 @@ def test_an_image_alone_and_in_a_batch_gets_the_same_captions(variant):
         assert [h.log_prob for h in alone] == pytest.approx([h.log_prob for h in together[i]], abs=1e-4)
 
 
-def test_log_prob_is_the_teacher_forced_one_of_the_caption():
-    captioner = make()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_log_prob_is_the_teacher_forced_one_of_the_caption(variant):
+    captioner = make(**VARIANTS[variant])
     memory = captioner.encode(images(3))
     for i, hypotheses in enumerate(captioner.caption(memory, Decoding(beam_size=4, max_length=6))):
         for hypothesis in hypotheses:
@@ -195,6 +200,26 @@ def test_images_of_different_sizes_are_captioned_together_as_alone():
     for i, array in enumerate(arrays):
         alone = captioner.encode_all([array])
         torch.testing.assert_close(together.grid_BPD[i], alone.grid_BPD[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_projected_grid_is_all_that_the_decoder_sees():
+    captioner = make(grid_projection=24)
+    assert captioner.encode(images(2)).grid_BPD.shape == (2, 16, 24)
+    assert captioner.decoder.cell.weight_ih.shape[1] == TINY["embed_dim"] + 24
+
+
+def test_tied_words_are_scored_by_their_embeddings():
+    captioner = make(tie_embeddings=True)
+    hidden = torch.randn(3, TINY["hidden_dim"])
+    with torch.no_grad():
+        captioner.decoder.words_bias_V.normal_()
+        expected = captioner.decoder.output(hidden) @ captioner.decoder.embedding.weight.T
+        torch.testing.assert_close(
+            captioner.decoder.logits(hidden), expected + captioner.decoder.words_bias_V, atol=1e-5, rtol=1e-5
+        )
+    saved = sum(p.numel() for p in make().parameters()) - sum(p.numel() for p in captioner.parameters())
+    width, words = TINY["embed_dim"], len(VOCABULARY)
+    assert saved == TINY["hidden_dim"] * words - (TINY["hidden_dim"] * width + width)
 
 
 def test_keep_aspect_without_pooling_is_refused():

@@ -27,6 +27,7 @@ def go(optimiser: Optimiser, epochs: range, seed: int = 0) -> None:
             for parameter in optimiser.parameters:
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
             optimiser.step()
+        optimiser.keep_weights()
         optimiser.end_epoch({"bleu_4": min(epoch, 1) / 10, "val_loss": 3.0})
 
 
@@ -44,6 +45,7 @@ VARIANTS = {
     "rmsprop": {"optimizer": "rmsprop", "momentum": 0.5, "schedule": "plateau", "schedule_epochs": 2},
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "schedule": "cosine", "warmup_steps": 3, "clip": "value"},
     "average": {"ema_decay": 0.9, "clip": "none"},
+    "epochs": {"average_epochs": 4},
 }
 
 
@@ -122,6 +124,17 @@ def test_the_average_follows_the_weights_and_gives_way_to_them():
     with optimiser.averaged():
         torch.testing.assert_close(weight.detach(), expected)
     assert torch.equal(weight, own) and not torch.equal(own, expected)
+
+
+def test_the_mean_is_of_the_last_epochs():
+    captioner, optimiser = make(average_epochs=2)
+    weight, ends = captioner.decoder.output.weight, []
+    for epoch in range(3):
+        go(optimiser, range(epoch, epoch + 1))
+        ends.append(weight.detach().clone())
+    with optimiser.averaged():
+        torch.testing.assert_close(weight.detach(), (ends[1] + ends[2]) / 2)
+    assert torch.equal(weight, ends[2])
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,10 @@ class Decoder(nn.Module):
     def __init__(self, architecture: Architecture, grid_dim: int, vocabulary_size: int):
         super().__init__()
         embed_dim, hidden_dim = architecture.embed_dim, architecture.hidden_dim
+        self.grid_projection = None
+        if architecture.grid_projection is not None:
+            self.grid_projection = nn.Linear(grid_dim, architecture.grid_projection)
+            grid_dim = architecture.grid_projection
         self.attention = build_attention(architecture, grid_dim)
         self.embedding = nn.Embedding(vocabulary_size, embed_dim)
         if self.attention is None:
@@ -100,15 +104,18 @@ class Decoder(nn.Module):
         self.is_lstm = architecture.cell == "lstm"
         self.cell = (nn.LSTMCell if self.is_lstm else nn.GRUCell)(input_dim, hidden_dim)
         self.dropout = nn.Dropout(architecture.output_dropout)
-        self.output = nn.Linear(hidden_dim, vocabulary_size)
+        self.output = nn.Linear(hidden_dim, embed_dim if architecture.tie_embeddings else vocabulary_size)
+        self.words_bias_V = nn.Parameter(torch.zeros(vocabulary_size)) if architecture.tie_embeddings else None
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
-        nn.init.uniform_(self.output.weight, -0.1, 0.1)
-        nn.init.zeros_(self.output.bias)
+        if self.words_bias_V is None:
+            nn.init.uniform_(self.output.weight, -0.1, 0.1)
+            nn.init.zeros_(self.output.bias)
 
-    def memory_of_grid(self, grid_BPD: torch.Tensor, keys_BPA: torch.Tensor | None = None) -> Memory:
-        """The memory of ``grid_BPD``, with its keys where they were projected before pooling."""
-        if keys_BPA is None:
-            keys_BPA = self.attention.project(grid_BPD) if self.attention is not None else grid_BPD[..., :0]
+    def memory_of_grid(self, grid_BPD: torch.Tensor) -> Memory:
+        """The memory of ``grid_BPD``, as the encoder gives it. All of it is linear, so that pooling may come after it."""
+        if self.grid_projection is not None:
+            grid_BPD = self.grid_projection(grid_BPD)
+        keys_BPA = self.attention.project(grid_BPD) if self.attention is not None else grid_BPD[..., :0]
         return Memory(grid_BPD, keys_BPA)
 
     def start(self, memory: Memory, num_captions: int) -> State:
@@ -213,7 +220,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: torch.Tensor, dropout_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Unnormalised scores of the next word (…, V) for states (…, H); ``dropout_mask`` takes the place of dropout."""
-        return self.output(self.dropout(hidden) if dropout_mask is None else hidden * dropout_mask.to(hidden.dtype))
+        hidden = self.dropout(hidden) if dropout_mask is None else hidden * dropout_mask.to(hidden.dtype)
+        if self.words_bias_V is None:
+            return self.output(hidden)
+        return functional.linear(self.output(hidden), self.embedding.weight, self.words_bias_V)
 
     def attend_at(self, memory: Memory, image_N: torch.Tensor, caption_N: torch.Tensor, shape: list[int]) -> Attend:
         """Attention for captions that stand at (``image_N``, ``caption_N``) among ``shape`` images and captions."""

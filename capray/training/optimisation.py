@@ -89,6 +89,8 @@ class Optimiser:
         self.parameters = [p for p in captioner.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(captioner, config)
         self.scheduler = self._build_scheduler(num_steps)
+        self.epochs: list[list[torch.Tensor]] = []
+        """The weights at the end of the last ``average_epochs``."""
         self.average: AveragedModel | None = None
         if config.ema_decay is not None:
             trained = nn.ParameterList(self.parameters)
@@ -129,6 +131,12 @@ class Optimiser:
         if isinstance(self.scheduler, lr_scheduler.LambdaLR):
             self.scheduler.step()
 
+    def keep_weights(self) -> None:
+        """Keep the weights as they are after the steps of an epoch, where the epochs' mean is wanted."""
+        if self.config.average_epochs is not None:
+            kept = [p.detach().clone() for p in self.parameters]
+            self.epochs = [*self.epochs, kept][-self.config.average_epochs :]
+
     def end_epoch(self, metrics: dict[str, float]) -> None:
         """What the schedule makes of the epoch's metrics, which must be the same on all workers."""
         if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
@@ -139,20 +147,27 @@ class Optimiser:
     @contextmanager
     def averaged(self) -> Generator[None]:
         """The captioner has its averaged weights meanwhile (its own where no average is kept)."""
-        if self.average is None:
+        average = self._average()
+        if average is None:
             yield
             return
         own = [p.detach().clone() for p in self.parameters]
-        _copy(self.average.parameters(), self.parameters)
+        _copy(average, self.parameters)
         try:
             yield
         finally:
             _copy(own, self.parameters)
 
+    def _average(self) -> Iterable[torch.Tensor] | None:
+        if self.epochs:
+            return [torch.stack(weights).mean(0) for weights in zip(*self.epochs, strict=True)]
+        return None if self.average is None else self.average.parameters()
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and containers only."""
         parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "average": self.average}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return {**state, "epochs": self.epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
@@ -160,6 +175,7 @@ class Optimiser:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        self.epochs = state.get("epochs", [])
 
 
 @torch.no_grad()

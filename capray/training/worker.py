@@ -213,6 +213,7 @@ class Worker:
     def train(self) -> None:
         while not self.finished:
             metrics = self.train_epoch()
+            self.optimiser.keep_weights()
             with self.optimiser.averaged():
                 metrics |= self.validate()
             metrics = {name: float(value) for name, value in metrics.items()}
