@@ -358,8 +358,9 @@ class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, Ima
     freeze_word_vectors: bool = False
     """Whether the word embedding is left as it starts."""
     feature_cache: str = "auto"
-    """Where a frozen encoder's features are kept, so that each image is encoded once: a folder or URI; `auto`, which is
-    `_features` beside the samples (in the output where that cannot be written); `none` to encode in every epoch."""
+    """Where what the encoder's frozen blocks make of an image is kept, so that they see it once: a folder or URI; `auto`,
+    which is `_features` beside the samples (in the output where that cannot be written) with a whole encoder frozen, and
+    `none` with a fine-tuned one; `none` to encode in every epoch."""
 
     min_word_count: Annotated[int, Field(ge=1)] = 5
     """Words seen less often in the training split become the unknown word."""
