@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,9 +42,11 @@ class SentenceBleu:
     the first (Lin and Och 2004, section 4): NLTK's ``sentence_bleu`` with ``method2``, fast enough for a reward."""
 
     def __init__(self, references: Sequence[Tokens]):
-        self.most: Counter[NGram] = Counter()
+        self.most: dict[NGram, int] = {}
         for words in references:
-            self.most |= ngram_counts(words)
+            for ngram, count in ngram_counts(words).items():
+                if count > self.most.get(ngram, 0):
+                    self.most[ngram] = count
         self.lengths = [len(words) for words in references]
 
     def score(self, words: Tokens) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from itertools import chain
 
 ORDERS = range(1, 5)
 Tokens = Sequence[Hashable]
@@ -13,7 +14,5 @@ NGram = tuple[Hashable, ...]
 
 def ngram_counts(words: Tokens) -> Counter[NGram]:
     """How often each n-gram of 1 to 4 words occurs."""
-    counts: Counter[NGram] = Counter()
-    for order in ORDERS:
-        counts.update(zip(*(words[i:] for i in range(order)), strict=False))
-    return counts
+    shifted = [words[i:] for i in range(max(ORDERS))]
+    return Counter(chain.from_iterable(zip(*shifted[:order], strict=False) for order in ORDERS))
