@@ -38,8 +38,10 @@ def _figures(sums: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class SentenceBleu:
-    """BLEU-4 of single captions against the ``references`` of one image, one added to matches and n-grams of all orders but
-    the first (Lin and Och 2004, section 4): NLTK's ``sentence_bleu`` with ``method2``, fast enough for a reward."""
+    """BLEU-4 of single captions against the ``references`` of one image: NLTK's ``sentence_bleu``, fast enough for a reward.
+
+    It is 0 where no 4-gram matches. Smoothing would give most to the shortest captions, which have the fewest 4-grams.
+    """
 
     def __init__(self, references: Sequence[Tokens]):
         self.most: dict[NGram, int] = {}
@@ -55,11 +57,9 @@ class SentenceBleu:
         matches = [0] * len(ORDERS)
         for ngram in counts.keys() & self.most.keys():
             matches[len(ngram) - 1] += min(counts[ngram], self.most[ngram])
-        if not matches[0]:
+        if not all(matches):
             return 0.0
-        precisions = [matches[0] / len(words)]
-        for order in ORDERS[1:]:
-            precisions.append((matches[order - 1] + 1) / (max(1, len(words) - order + 1) + 1))
+        precisions = [matched / (len(words) - order + 1) for order, matched in zip(ORDERS, matches, strict=True)]
         closest = min(self.lengths, key=lambda length: (abs(length - len(words)), length))
         brevity = min(1.0, math.exp(1 - closest / len(words)))
         return brevity * math.prod(precisions) ** (1 / len(ORDERS))
