@@ -102,7 +102,7 @@ class Captioner(nn.Module):
 
     def _encode_cached(self, features_BDhw: torch.Tensor) -> Memory:
         features_BDhw = features_BDhw.to(self.device, _dtype_of_autocast(self.device), non_blocking=True)
-        return self.memory_of_grid(self.encoder.finish(features_BDhw.to(memory_format=torch.channels_last)))
+        return self.memory_of_grid(self.encoder.finish(features_BDhw))
 
     def encode_all(self, images: Sequence[np.ndarray]) -> Memory:
         """The memory of images (H, W, 3), uint8, or of what the encoder's frozen blocks made of them (D, h, w), float16, of

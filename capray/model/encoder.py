@@ -194,6 +194,8 @@ class Encoder(nn.Module):
 
     def finish(self, features_BDhw: torch.Tensor) -> torch.Tensor:
         """The native grid from what ``begin`` gave."""
+        if self._tuned:
+            features_BDhw = features_BDhw.to(memory_format=torch.channels_last)
         for block in self._tuned:
             features_BDhw = block(features_BDhw)
         return features_BDhw
