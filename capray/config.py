@@ -157,6 +157,9 @@ class Architecture(Preprocessing):
     pool_grid: Annotated[int, Field(ge=1, le=64)] | None = None
     """Side of the grid after adaptive average pooling (14 in Show, Attend and Tell's reimplementations); the encoder's
     own grid when not given."""
+    grid_projection: Annotated[int, Field(ge=1)] | None = None
+    """Width that a linear layer brings the grid to before the decoder sees it, for fewer weights wherever the grid comes in
+    (as in Luo's implementation of Rennie et al. 2017, without its ReLU); the encoder's own when not given."""
     attention: Literal["additive", "multiplicative", "none"] = "additive"
     """Additive (Bahdanau), multiplicative (Luong), or none (Show and Tell: the pooled image is the first input)."""
     attention_activation: Literal["tanh", "relu"] = "tanh"
@@ -167,6 +170,8 @@ class Architecture(Preprocessing):
     """Width of additive attention's and of the concat score's hidden layer."""
     embed_dim: Annotated[int, Field(ge=1)] = 256
     """Width of the word embedding."""
+    tie_embeddings: bool = False
+    """Score words by their embeddings, to which a linear layer brings the state (Press and Wolf 2017, Inan et al. 2017)."""
     hidden_dim: Annotated[int, Field(ge=1)] = 512
     """Width of the decoder's state."""
     cell: Literal["lstm", "gru"] = "lstm"
@@ -254,7 +259,11 @@ class Optimisation(Settings):
     """Batches whose gradients make one step, exactly that of one batch as large as all of them."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of an exponential moving average of the weights, which is what is validated and saved as the
-    captioner (0.999, say); no average when not given."""
+    captioner (0.999, say); (1 + step) / (10 + step) while that is less. No average when not given."""
+
+    average_epochs: Annotated[int, Field(ge=2)] | None = None
+    """Validate and save the mean of the weights at the end of the last so many epochs (Vaswani et al. 2017, section 6.1); no
+    mean when not given."""
 
     schedule: Literal["constant", "step", "plateau", "cosine"] = "constant"
     """Course of the learning rates: constant; times schedule_factor every schedule_epochs; the same after
@@ -263,7 +272,7 @@ class Optimisation(Settings):
     """What `step` and `plateau` multiply the learning rates by."""
     schedule_epochs: Annotated[int, Field(ge=1)] = 8
     """Epochs between two cuts of `step`; epochs without a gain before a cut of `plateau`."""
-    schedule_metric: Literal["bleu_4", "val_loss"] = "bleu_4"
+    schedule_metric: Literal["bleu_4", "cider_d", "val_loss"] = "bleu_4"
     """Validation metric that `plateau` watches."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps in which the learning rates of `cosine` first rise in a line."""
@@ -274,6 +283,8 @@ class Optimisation(Settings):
             raise ValueError(
                 f"momentum is of rmsprop and sgd, not of {self.optimizer}: leave it out or choose one of them"
             )
+        if self.ema_decay is not None and self.average_epochs is not None:
+            raise ValueError("ema_decay and average_epochs are two averages of the weights: choose one")
         if self.warmup_steps and self.schedule != "cosine":
             raise ValueError(
                 f"warmup_steps is of schedule 'cosine', not of {self.schedule!r}: leave it out or choose cosine"
@@ -310,7 +321,16 @@ class Feeding(Settings):
         return self
 
 
-class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Architecture):
+class SelfCriticalSettings(Settings):
+    """What self-critical training draws and rewards."""
+
+    samples_per_image: Annotated[int, Field(ge=2)] = 5
+    """Captions that self-critical training draws for each image; the baseline of each is the mean of the others."""
+    bleu_reward_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the sentence's BLEU-4 (0 to 1) in the reward, beside its CIDEr-D (0 to 10)."""
+
+
+class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, ImageLimits, Decoding, Architecture):
     """Train a captioner on a Samples table with data-parallel Ray Train."""
 
     positional: ClassVar[tuple[str, ...]] = ("samples", "output")
@@ -338,8 +358,9 @@ class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Ar
     freeze_word_vectors: bool = False
     """Whether the word embedding is left as it starts."""
     feature_cache: str = "auto"
-    """Where a frozen encoder's features are kept, so that each image is encoded once: a folder or URI; `auto`, which is
-    `_features` beside the samples (in the output where that cannot be written); `none` to encode in every epoch."""
+    """Where what the encoder's frozen blocks make of an image is kept, so that they see it once: a folder or URI; `auto`,
+    which is `_features` beside the samples (in the output where that cannot be written) with a whole encoder frozen, and
+    `none` with a fine-tuned one; `none` to encode in every epoch."""
 
     min_word_count: Annotated[int, Field(ge=1)] = 5
     """Words seen less often in the training split become the unknown word."""
@@ -350,18 +371,25 @@ class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Ar
     captions_per_image: Literal["1", "all"] = "all"
     """Captions an image brings to a step: `1`, drawn again each epoch, or `all`, sharing one encoding."""
 
+    stage: Literal["cross_entropy", "self_critical"] = "cross_entropy"
+    """What is learnt from: the references, or the reward of captions drawn by the captioner of init_from (Rennie et al.
+    2017)."""
     epochs: Annotated[int, Field(ge=1)] = 20
     """Passes over the training split."""
+    epoch: Literal["images", "pairs"] = "images"
+    """What an epoch has once: every image, or, with captions_per_image 1, every image-caption pair."""
     batch_size: Annotated[int, Field(ge=1)] = 160
     """Image-caption pairs per step, over all workers."""
     label_smoothing: Fraction = 0.1
-    """Share of the target's probability spread over the other emittable words."""
+    """Share of the target's probability spread over all words that may be emitted: not `<unk>`."""
     doubly_stochastic: Annotated[float, Field(ge=0)] = 1.0
     """Weight of Show, Attend and Tell's doubly stochastic term (section 4.2.1, eq. 14); 0 without attention."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass; weights and losses stay fp32."""
+    select_by: Literal["bleu_4", "cider_d"] = "bleu_4"
+    """Validation metric by which an epoch is the best: what `best/` holds and what patience waits for."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Stop after this many epochs without a better validation BLEU-4; never when not given."""
+    """Stop after this many epochs without a better one (see select_by); never when not given."""
     seed: int = 0
     """Seed of initial weights, shuffling, augmentation and dropout: the same seed and number of workers give the same
     losses."""
@@ -399,8 +427,21 @@ class TrainConfig(Augmentation, Feeding, Optimisation, ImageLimits, Decoding, Ar
             raise ValueError("doubly_stochastic needs attention weights: set it to 0 with attention 'none'")
         if self.batch_size < self.num_workers:
             raise ValueError(f"batch_size {self.batch_size} is less than num_workers {self.num_workers}")
+        if self.epoch == "pairs" and self.captions_per_image == "all":
+            raise ValueError("epoch 'pairs' goes with captions_per_image 1: with all, an epoch has every pair already")
         if self.register_as is not None and self.tracking_uri == "none":
             raise ValueError("register_as needs an MLflow server: leave tracking_uri 'none' out")
+        return self
+
+    @model_validator(mode="after")
+    def _self_critical(self) -> Self:
+        if self.stage == "self_critical":
+            if self.init_from is None:
+                raise ValueError("stage 'self_critical' needs init_from, a captioner trained with cross-entropy")
+            if self.captions_per_image == "1":
+                raise ValueError("stage 'self_critical' needs captions_per_image all: the references of its reward")
+            if self.teacher_forcing_ratio < 1 or self.teacher_forcing_decay is not None:
+                raise ValueError("teacher_forcing_ratio and its schedule are of stage 'cross_entropy': leave them out")
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ import torch
 from capray.config import Architecture, Decoding
 from capray.errors import CheckpointError, ConfigError
 from capray.images import normalise
-from capray.model.captioner import Captioner
+from capray.model.captioner import Captioner, autocast
 from capray.model.encoder import Encoder
 from capray.model.loss import collate
 from capray.vocabulary import END, START, Vocabulary
@@ -26,6 +26,10 @@ VARIANTS = {
     "none-gru": {"attention": "none", "cell": "gru"},
     "pooled": {"pool_grid": 7},
     "pooled-down": {"pool_grid": 2},
+    "projected": {"grid_projection": 24},
+    "projected-none": {"grid_projection": 24, "attention": "none"},
+    "projected-pooled": {"grid_projection": 24, "pool_grid": 7},
+    "tied": {"tie_embeddings": True},
 }
 
 
@@ -57,6 +61,21 @@ def test_teacher_forced_and_step_by_step_logits_agree(variant):
             live = batch.lengths_BK > t
             stepped = captioner.decoder.logits(state.hidden_BKH)
             torch.testing.assert_close(forced[:, :, t][live], stepped[live], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["additive", "none"])
+def test_the_cell_stays_in_fp32_under_bf16(variant):
+    captioner = make(**VARIANTS[variant])
+    decoder = captioner.decoder
+    batch = collate([[[4, 5, 6, 7]] * 2] * 2, max_words=10)
+    with torch.no_grad(), autocast("cpu", "bf16"):
+        memory = captioner.encode(images(2))
+        state = decoder.start(memory, 2)
+        for t in range(4):
+            state, _ = decoder.step(decoder.embedding(batch.inputs_BKT[..., t]), state, memory)
+            assert (state.hidden_BKH.dtype, state.cell_BKH.dtype) == (torch.bfloat16, torch.float32)
+        states, _ = captioner(memory, batch.inputs_BKT, batch.lengths_BK)
+    torch.testing.assert_close(states[:, :, 3], state.hidden_BKH, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("variant", ["additive", "relu", "gru", "none", "none-gru"])
@@ -129,8 +148,9 @@ def test_an_image_alone_and_in_a_batch_gets_the_same_captions(variant):
         assert [h.log_prob for h in alone] == pytest.approx([h.log_prob for h in together[i]], abs=1e-4)
 
 
-def test_log_prob_is_the_teacher_forced_one_of_the_caption():
-    captioner = make()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_log_prob_is_the_teacher_forced_one_of_the_caption(variant):
+    captioner = make(**VARIANTS[variant])
     memory = captioner.encode(images(3))
     for i, hypotheses in enumerate(captioner.caption(memory, Decoding(beam_size=4, max_length=6))):
         for hypothesis in hypotheses:
@@ -180,6 +200,26 @@ def test_images_of_different_sizes_are_captioned_together_as_alone():
     for i, array in enumerate(arrays):
         alone = captioner.encode_all([array])
         torch.testing.assert_close(together.grid_BPD[i], alone.grid_BPD[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_projected_grid_is_all_that_the_decoder_sees():
+    captioner = make(grid_projection=24)
+    assert captioner.encode(images(2)).grid_BPD.shape == (2, 16, 24)
+    assert captioner.decoder.cell.weight_ih.shape[1] == TINY["embed_dim"] + 24
+
+
+def test_tied_words_are_scored_by_their_embeddings():
+    captioner = make(tie_embeddings=True)
+    hidden = torch.randn(3, TINY["hidden_dim"])
+    with torch.no_grad():
+        captioner.decoder.words_bias_V.normal_()
+        expected = captioner.decoder.output(hidden) @ captioner.decoder.embedding.weight.T
+        torch.testing.assert_close(
+            captioner.decoder.logits(hidden), expected + captioner.decoder.words_bias_V, atol=1e-5, rtol=1e-5
+        )
+    saved = sum(p.numel() for p in make().parameters()) - sum(p.numel() for p in captioner.parameters())
+    width, words = TINY["embed_dim"], len(VOCABULARY)
+    assert saved == TINY["hidden_dim"] * words - (TINY["hidden_dim"] * width + width)
 
 
 def test_keep_aspect_without_pooling_is_refused():

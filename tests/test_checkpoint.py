@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from capray.config import Decoding
+from capray.config import Architecture, Decoding
 from capray.errors import CheckpointError, ConfigError
+from capray.model.captioner import Captioner
 from capray.model.captioner_files import model_id_of
 from capray.model.checkpoint import load_captioner, save_captioner
+from capray.vocabulary import Vocabulary
+from tests.conftest import TINY
 
 
 @pytest.fixture
@@ -28,6 +31,15 @@ def test_round_trip(model, tmp_path):
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
     decoding = Decoding(beam_size=3)
     assert captioner.caption(captioner.encode(pixels), decoding) == again.caption(again.encode(pixels), decoding)
+
+
+@pytest.mark.parametrize("settings", [{"tie_embeddings": True}, {"grid_projection": 24}], ids=str)
+def test_options_of_the_decoder_come_back(settings, tmp_path):
+    captioner = Captioner(Architecture(**TINY, **settings), Vocabulary(["a", "b"]))
+    save_captioner(captioner, str(tmp_path / "saved"))
+    again, _ = load_captioner(str(tmp_path / "saved"))
+    assert again.architecture == captioner.architecture
+    assert all(torch.equal(value, captioner.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def test_the_folder_holds_three_files_and_the_id_is_made_of_them(model):

@@ -20,6 +20,7 @@ import torch
 from capray.config import TrainConfig
 from capray.datasets.samples import read_captions
 from capray.errors import ConfigError, DataError
+from capray.model.checkpoint import load_captioner
 from capray.model.encoder import Encoder
 from capray.progress import ProgressDisplay
 from capray.storage import locate
@@ -107,6 +108,29 @@ def test_cached_and_uncached_training_agree(samples, tmp_path, capfd):
     assert 0 < again["val_loss"] < 10
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_last_blocks_are_trained_from_the_features_before_them(samples, tmp_path):
+    """As they are without a cache, and again from the same one, whatever became of them."""
+    settings = {"fine_tune_from": "layer4", "encoder_learning_rate": 1e-2, "epochs": 2}
+    root = str(tmp_path / "cache")
+    with in_process():
+        plain = run(samples, tmp_path / "plain", **settings).metrics
+        cached = run(samples, tmp_path / "cached", feature_cache=root, **settings)
+    for found, wanted in zip(cached.metrics, plain, strict=True):
+        for name in ("train_loss", "val_loss", "train_regulariser"):
+            assert found[name] == pytest.approx(wanted[name], rel=1e-2), name
+    encoder = load_captioner(cached.last)[0].encoder.state_dict()
+    changed = {
+        name.split(".")[1]
+        for name, value in frozen_encoder().state_dict().items()
+        if not torch.equal(value, encoder[name])
+    }
+    assert changed == {"layer4"}
+    grid = read_grids(locate(str(next(Path(root).glob("*/train")))), next(Path(root).glob("*/train/*.arrow")).name)
+    assert (grid["height"][0].as_py(), len(grid["grid"][0].as_py())) == (4, 2 * 128 * 4 * 4)
+
+
 class TestRefusals:
     def test_a_damaged_file_ends_the_training(self, samples, tmp_path, ray_cluster):
         config = config_of(samples, feature_cache=str(tmp_path / "cache"))
@@ -152,8 +176,8 @@ class TestRefusals:
         with pytest.raises(DataError, match="is damaged: delete it"):
             build(samples, root)
 
-    def test_a_fine_tuned_encoder(self, samples, tmp_path):
-        with pytest.raises(ConfigError, match="needs a frozen encoder"):
+    def test_an_encoder_without_frozen_blocks(self, samples, tmp_path):
+        with pytest.raises(ConfigError, match="needs frozen blocks of the encoder, and fine_tune_from is 'all'"):
             run(samples, tmp_path / "out", fine_tune_from="all", feature_cache=str(tmp_path / "cache"))
 
     def test_a_file_under_another_name(self, tmp_path):
@@ -176,6 +200,19 @@ class TestIdentity:
             samples, hidden_dim=64, learning_rate=1, pool_grid=3, captions_per_image="1"
         )
 
+    def test_the_frozen_blocks_are_all_it_depends_on(self, samples):
+        def key(block: str | None, change: str = "") -> str:
+            encoder = Encoder("tiny", fine_tune_from=block)
+            encoder.load_state_dict(frozen_encoder().state_dict())
+            with torch.no_grad():
+                for name, value in encoder.named_parameters():
+                    value += name.startswith(f"backbone.{change}.")
+            return identify(config_of(samples, fine_tune_from=block), encoder, "d").key
+
+        assert key(None) == self.key(samples)
+        assert key("layer3") == key("layer3", "layer3") == key("layer3", "layer4")
+        assert len({key(None), key("layer3"), key("layer4"), key("layer4", "layer3"), key("layer3", "layer2")}) == 5
+
     def test_a_table_edited_after_it_was_prepared_has_another_key(self, samples, tmp_path):
         before = self.key(samples)
         assert self.key(with_oddities(samples, tmp_path / "odd")) != before
@@ -187,6 +224,12 @@ class TestWhere:
         file = next(Path(samples).glob("train-*.parquet"))
         config = config_of(file).model_copy(update={"output": str(tmp_path / "out")})
         assert choose_root(config, frozen_encoder()) == str(tmp_path / "out" / "_features")
+
+    def test_a_fine_tuned_encoder_has_one_where_it_is_asked_for(self, samples):
+        encoder, asked = Encoder("tiny", fine_tune_from="layer4"), "s3://bucket/features"
+        settings = {"fine_tune_from": "layer4"}
+        assert choose_root(config_of(samples, **settings), encoder) is None
+        assert choose_root(config_of(samples, **settings, feature_cache=asked), encoder) == asked
 
     def test_none_and_a_fine_tuned_encoder_have_no_cache(self, samples):
         assert choose_root(config_of(samples, feature_cache="none"), frozen_encoder()) is None

@@ -7,7 +7,7 @@ import torch
 from capray.config import Architecture
 from capray.model.captioner import Captioner
 from capray.model.loss import collate, loss_sums
-from capray.vocabulary import END, PAD, START, Vocabulary
+from capray.vocabulary import END, PAD, START, UNK, Vocabulary
 from tests.conftest import TINY
 
 RAGGED = [[[4, 5, 6], [7], [8, 9, 10, 11, 4]], [[5]], [[6, 7], [4, 4, 4]]]
@@ -60,8 +60,8 @@ def test_label_smoothing_spreads_over_the_emittable_tokens(captioner):
     log_probs = captioner.decoder.logits(states)[0, 0].log_softmax(-1)
     expected = 0.0
     for t, target in enumerate((4, 5, END)):
-        weights = torch.full((len(captioner.vocabulary),), 0.2 / (len(captioner.vocabulary) - 2))
-        weights[[PAD, START]] = 0.0
+        weights = torch.full((len(captioner.vocabulary),), 0.2 / (len(captioner.vocabulary) - 3))
+        weights[[PAD, START, UNK]] = 0.0
         weights[target] += 0.8
         expected -= (weights * log_probs[t]).sum()
     torch.testing.assert_close(loss_sums(captioner, memory, batch, 0.2).objective, expected)

@@ -27,6 +27,7 @@ def go(optimiser: Optimiser, epochs: range, seed: int = 0) -> None:
             for parameter in optimiser.parameters:
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
             optimiser.step()
+        optimiser.keep_weights()
         optimiser.end_epoch({"bleu_4": min(epoch, 1) / 10, "val_loss": 3.0})
 
 
@@ -44,6 +45,7 @@ VARIANTS = {
     "rmsprop": {"optimizer": "rmsprop", "momentum": 0.5, "schedule": "plateau", "schedule_epochs": 2},
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "schedule": "cosine", "warmup_steps": 3, "clip": "value"},
     "average": {"ema_decay": 0.9, "clip": "none"},
+    "epochs": {"average_epochs": 4},
 }
 
 
@@ -109,18 +111,30 @@ def test_the_cosine_rises_in_a_line_falls_to_nothing_and_stays_there():
 
 
 def test_the_average_follows_the_weights_and_gives_way_to_them():
-    captioner, optimiser = make(ema_decay=0.75)
+    captioner, optimiser = make(ema_decay=0.25)
     weight = captioner.decoder.output.weight
     expected = None
-    for epoch in range(3):
+    for epoch in range(5):
         for parameter in optimiser.parameters:
             parameter.grad = torch.full_like(parameter, epoch + 1.0)
         optimiser.step()
         own = weight.detach().clone()
-        expected = own if expected is None else 0.75 * expected + 0.25 * own
+        decay = min(0.25, (1 + epoch) / (10 + epoch))
+        expected = own if expected is None else decay * expected + (1 - decay) * own
     with optimiser.averaged():
         torch.testing.assert_close(weight.detach(), expected)
     assert torch.equal(weight, own) and not torch.equal(own, expected)
+
+
+def test_the_mean_is_of_the_last_epochs():
+    captioner, optimiser = make(average_epochs=2)
+    weight, ends = captioner.decoder.output.weight, []
+    for epoch in range(3):
+        go(optimiser, range(epoch, epoch + 1))
+        ends.append(weight.detach().clone())
+    with optimiser.averaged():
+        torch.testing.assert_close(weight.detach(), (ends[1] + ends[2]) / 2)
+    assert torch.equal(weight, ends[2])
 
 
 @pytest.mark.parametrize(
@@ -130,6 +144,8 @@ def test_the_average_follows_the_weights_and_gives_way_to_them():
         ({"batch_size": 32, "captions_per_image": "1"}, 1, math.ceil(100 / 32)),
         ({"batch_size": 32, "accumulate_batches": 2}, 1, 2),
         ({"batch_size": 2}, 5, 100),
+        ({"batch_size": 32, "captions_per_image": "1", "epoch": "pairs"}, 5, math.ceil(500 / 32)),
+        ({"batch_size": 33, "captions_per_image": "1", "accumulate_batches": 2}, 1, 2),
     ],
 )
 def test_steps_of_an_epoch(settings, num_captions, expected):

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
@@ -31,10 +32,11 @@ from capray.model.loss import collate
 from capray.report.training_report import report_training
 from capray.tables import SAMPLES, encode_parquet
 from capray.tracking.registry import find_model
-from capray.training.job import TrainResult, train
-from capray.training.sample_stream import DECODED, Reading
-from capray.training.worker import TrainingStep, backward, empty_batch
-from capray.vocabulary import Vocabulary
+from capray.training.job import TrainResult, measure_epoch, train
+from capray.training.sample_stream import DECODED, Reading, draw_caption
+from capray.training.stages import CrossEntropy
+from capray.training.worker import Progress, TrainingStep, backward, empty_batch
+from capray.vocabulary import Vocabulary, tokenise
 from tests.conftest import TINY, in_process
 
 SETTINGS = {
@@ -57,7 +59,7 @@ CONFIG = TrainConfig(samples="s", output="o", **SETTINGS)
 def make_step() -> TrainingStep:
     torch.manual_seed(0)
     captioner = Captioner(Architecture(**TINY), Vocabulary([f"w{i}" for i in range(8)]), fine_tune_from="all")
-    return TrainingStep(captioner, label_smoothing=0.1).train()
+    return TrainingStep(captioner, CrossEntropy(label_smoothing=0.1)).train()
 
 
 def gradients(step, share, counts):
@@ -155,6 +157,65 @@ class TestReading:
         batches = list(reading.batches(self.shard([[[4]], [[]], [[5], []], [[6]]], bad=[3]), 10, False, seed=0))
         assert [batch.words for batch in batches] == [[[[4]], [[5]]]]
         assert (reading.undecodable, reading.without_captions) == (1, 1)
+
+
+class TestAnEpochOfPairs:
+    """Images with 3, 1, 0 and 2 captions that have a word, and one that could not be decoded."""
+
+    def table(self):
+        captions = [[[4], [5], [6]], [[], [7]], [[]], [[8], [8]], [[9], [10]]]
+        rows = [
+            {
+                "image_id": str(i),
+                "pixels": b"x",
+                "height": None if i == 4 else 1,
+                "width": 1,
+                "captions": [],
+                "words": w,
+            }
+            for i, w in enumerate(captions)
+        ]
+        return pa.Table.from_pylist(rows, DECODED)
+
+    def passes(self, epoch):
+        return [draw_caption(self.table(), epoch, number) for number in range(4)]
+
+    def test_has_every_pair_once_an_image_at_most_once_in_a_pass(self):
+        passes = self.passes("0 0")
+        drawn = Counter((row["image_id"], *row["words"][0]) for p in passes for row in p.to_pylist() if row["words"])
+        assert drawn == {("0", 4): 1, ("0", 5): 1, ("0", 6): 1, ("1", 7): 1, ("3", 8): 2}
+        assert [p["image_id"].to_pylist() for p in passes] == [["0", "1", "2", "3", "4"], ["0", "3"], ["0"], []]
+        assert all(p.schema == DECODED for p in passes)
+
+    def test_draws_by_the_epoch_and_the_image(self):
+        assert self.passes("0 0") == self.passes("0 0")
+        orders = {str([p["words"][0].as_py() for p in self.passes(f"0 {epoch}")[:3]]) for epoch in range(20)}
+        assert 1 < len(orders) <= 6
+
+    def test_is_measured(self):
+        tokens = [[["a"], ["b", "c"], []], [["d"]], [[]]]
+        one = CONFIG.model_copy(update={"captions_per_image": "1"})
+        assert measure_epoch(tokens, CONFIG) == (3, None)
+        assert measure_epoch(tokens, one) == (2, None)
+        assert measure_epoch(tokens, one.model_copy(update={"epoch": "pairs"})) == (3, 2)
+
+    @pytest.mark.usefixtures("ray_cluster")
+    def test_trains_on_them(self, samples, tmp_path):
+        odd = with_oddities(samples, tmp_path / "odd")
+        settings = {"captions_per_image": "1", "epoch": "pairs", "batch_size": 8, "schedule": "cosine", "flip": 0.5}
+        with in_process():
+            (metrics,) = run(
+                odd, tmp_path / "out", epochs=1, select_by="cider_d", tracking_uri="none", **settings
+            ).metrics
+        captions = [image for image in read_captions(odd, "train").captions if any(tokenise(c) for c in image)]
+        assert metrics["train_images"] == sum(map(len, captions[1:])), "the first image is damaged"
+        assert 0 <= metrics["cider_d"] <= 10
+
+
+def test_progress_stored_before_there_was_a_choice_of_metrics_is_read():
+    stored = {"epoch": 3, "step": 9, "best_bleu_4": 0.2, "best_epoch": 2, "history": []}
+    assert Progress.stored(stored) == Progress(3, 9, 0.2, 2, [])
+    assert Progress.stored(asdict(Progress(best_score=0.5))) == Progress(best_score=0.5)
 
 
 class Shard:

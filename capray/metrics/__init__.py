@@ -12,6 +12,7 @@ from capray.metrics.bleu import bleu
 from capray.metrics.cider import CiderD, DocumentFrequencies, cider_d
 from capray.metrics.diversity import distinct_captions, mean_length, novel_captions, vocabulary_used
 from capray.metrics.meteor import meteor, meteor_nltk
+from capray.metrics.reward import Reward
 from capray.metrics.rouge import rouge_l
 from capray.metrics.statistics import Corpus, Figure, Statistics, bootstrap, mean_of
 
@@ -42,6 +43,7 @@ __all__ = [
     "Corpus",
     "DocumentFrequencies",
     "Figure",
+    "Reward",
     "Statistics",
     "bleu",
     "bootstrap",

@@ -7,16 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from capray.metrics.statistics import Corpus, Statistics, Words, mean_of
+from capray.metrics.ngrams import ORDERS, NGram, Tokens, ngram_counts
+from capray.metrics.statistics import Corpus, Statistics, mean_of
 
-ORDERS = range(1, 5)
 SIGMA = 6.0
-NGram = tuple[str, ...]
-
-
-def ngram_counts(words: Words) -> Counter[NGram]:
-    """How often each n-gram of 1 to 4 words occurs."""
-    return Counter(tuple(words[i : i + order]) for order in ORDERS for i in range(len(words) - order + 1))
 
 
 class DocumentFrequencies(NamedTuple):
@@ -26,7 +20,7 @@ class DocumentFrequencies(NamedTuple):
     counts: Mapping[NGram, int]
 
     @classmethod
-    def of(cls, references: Iterable[Sequence[Words]]) -> DocumentFrequencies:
+    def of(cls, references: Iterable[Sequence[Tokens]]) -> DocumentFrequencies:
         """The table of a split, from the tokenised references of its images."""
         num_images = 0
         counts: Counter[NGram] = Counter()
@@ -57,16 +51,17 @@ class CiderD:
     """
 
     def __init__(self, frequencies: DocumentFrequencies):
-        self.frequencies = frequencies
+        self.idf = {ngram: frequencies.idf(ngram) for ngram in frequencies.counts}
+        self.unseen_idf = frequencies.idf(())
 
-    def vector(self, words: Words) -> Vector:
-        weights = {ngram: count * self.frequencies.idf(ngram) for ngram, count in ngram_counts(words).items()}
-        squares = [0.0] * len(ORDERS)
-        for ngram, weight in weights.items():
+    def vector(self, words: Tokens) -> Vector:
+        weights, squares = {}, [0.0] * len(ORDERS)
+        for ngram, count in ngram_counts(words).items():
+            weights[ngram] = weight = count * self.idf.get(ngram, self.unseen_idf)
             squares[len(ngram) - 1] += weight * weight
         return Vector(weights, [math.sqrt(square) for square in squares], max(0, len(words) - 1))
 
-    def score(self, words: Words, references: Sequence[Vector]) -> float:
+    def score(self, words: Tokens, references: Sequence[Vector]) -> float:
         """CIDEr-D of the caption ``words``, 0 to 10."""
         caption = self.vector(words)
         return 10 * sum(_similarity(caption, reference) for reference in references) / len(references)
@@ -75,10 +70,9 @@ class CiderD:
 def _similarity(caption: Vector, reference: Vector) -> float:
     """The mean over orders of the clipped cosine, less the more the lengths differ."""
     products = [0.0] * len(ORDERS)
-    for ngram, weight in caption.weights.items():
-        other = reference.weights.get(ngram)
-        if other is not None:
-            products[len(ngram) - 1] += min(weight, other) * other
+    for ngram in caption.weights.keys() & reference.weights.keys():
+        other = reference.weights[ngram]
+        products[len(ngram) - 1] += min(caption.weights[ngram], other) * other
     norms = [a * b for a, b in zip(caption.norms, reference.norms, strict=True)]
     cosines = [product / norm for product, norm in zip(products, norms, strict=True) if norm]
     difference = caption.num_bigrams - reference.num_bigrams

@@ -100,13 +100,15 @@ class Captioner(nn.Module):
         """The memory of native grids that were kept from an earlier encoding (float16), on any device."""
         return self.memory_of_grid(grid_BDhw.to(self.device, _dtype_of_autocast(self.device), non_blocking=True))
 
+    def _encode_cached(self, features_BDhw: torch.Tensor) -> Memory:
+        features_BDhw = features_BDhw.to(self.device, _dtype_of_autocast(self.device), non_blocking=True)
+        return self.memory_of_grid(self.encoder.finish(features_BDhw))
+
     def encode_all(self, images: Sequence[np.ndarray]) -> Memory:
-        """The memory of images (H, W, 3), uint8, or of kept grids (D, h, w), float16, of any sizes: each size is encoded
-        as a batch of its own."""
+        """The memory of images (H, W, 3), uint8, or of what the encoder's frozen blocks made of them (D, h, w), float16, of
+        any sizes: each size is encoded as a batch of its own."""
         batches, places = stacked(images)
-        memory = Memory.cat(
-            [self.encode(b) if b.dtype == torch.uint8 else self.memory_of_cached_grid(b) for b in batches]
-        )
+        memory = Memory.cat([self.encode(b) if b.dtype == torch.uint8 else self._encode_cached(b) for b in batches])
         return memory if places is None else memory.select(places.to(self.device))
 
     def forward(

@@ -33,7 +33,7 @@ class Memory(NamedTuple):
 
 
 class State(NamedTuple):
-    """The recurrent state; ``cell`` is the LSTM's memory and unused by the GRU."""
+    """The recurrent state; ``cell`` is the LSTM's memory, always in fp32, and unused by the GRU."""
 
     hidden_BKH: torch.Tensor
     cell_BKH: torch.Tensor
@@ -86,6 +86,10 @@ class Decoder(nn.Module):
     def __init__(self, architecture: Architecture, grid_dim: int, vocabulary_size: int):
         super().__init__()
         embed_dim, hidden_dim = architecture.embed_dim, architecture.hidden_dim
+        self.grid_projection = None
+        if architecture.grid_projection is not None:
+            self.grid_projection = nn.Linear(grid_dim, architecture.grid_projection)
+            grid_dim = architecture.grid_projection
         self.attention = build_attention(architecture, grid_dim)
         self.embedding = nn.Embedding(vocabulary_size, embed_dim)
         if self.attention is None:
@@ -100,15 +104,18 @@ class Decoder(nn.Module):
         self.is_lstm = architecture.cell == "lstm"
         self.cell = (nn.LSTMCell if self.is_lstm else nn.GRUCell)(input_dim, hidden_dim)
         self.dropout = nn.Dropout(architecture.output_dropout)
-        self.output = nn.Linear(hidden_dim, vocabulary_size)
+        self.output = nn.Linear(hidden_dim, embed_dim if architecture.tie_embeddings else vocabulary_size)
+        self.words_bias_V = nn.Parameter(torch.zeros(vocabulary_size)) if architecture.tie_embeddings else None
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
-        nn.init.uniform_(self.output.weight, -0.1, 0.1)
-        nn.init.zeros_(self.output.bias)
+        if self.words_bias_V is None:
+            nn.init.uniform_(self.output.weight, -0.1, 0.1)
+            nn.init.zeros_(self.output.bias)
 
-    def memory_of_grid(self, grid_BPD: torch.Tensor, keys_BPA: torch.Tensor | None = None) -> Memory:
-        """The memory of ``grid_BPD``, with its keys where they were projected before pooling."""
-        if keys_BPA is None:
-            keys_BPA = self.attention.project(grid_BPD) if self.attention is not None else grid_BPD[..., :0]
+    def memory_of_grid(self, grid_BPD: torch.Tensor) -> Memory:
+        """The memory of ``grid_BPD``, as the encoder gives it. All of it is linear, so that pooling may come after it."""
+        if self.grid_projection is not None:
+            grid_BPD = self.grid_projection(grid_BPD)
+        keys_BPA = self.attention.project(grid_BPD) if self.attention is not None else grid_BPD[..., :0]
         return Memory(grid_BPD, keys_BPA)
 
     def start(self, memory: Memory, num_captions: int) -> State:
@@ -125,7 +132,7 @@ class Decoder(nn.Module):
             cell_BH = self.initial_cell(mean_BD) if self.initial_cell else hidden_BH
             if self.squashes_start:
                 hidden_BH, cell_BH = hidden_BH.tanh(), cell_BH.tanh()
-        return State(*(part[:, None].expand(-1, num_captions, -1) for part in (hidden_BH, cell_BH)))
+        return State(*(part[:, None].expand(-1, num_captions, -1) for part in (hidden_BH, cell_BH.float())))
 
     def weights(self) -> Weights:
         """The weights of ``step``, in the precision that autocast asks for."""
@@ -150,7 +157,8 @@ class Decoder(nn.Module):
         weights = weights or self.weights()
         shape = words_BKE.shape[:2]
         words_NG = functional.linear(words_BKE.flatten(0, 1), weights.words_GE, weights.bias_G)
-        state_N = State(*(part.flatten(0, 1).to(weights.state_OH.dtype) for part in state))
+        state_N = State(*(part.flatten(0, 1) for part in state))
+        state_N = state_N._replace(hidden_BKH=state_N.hidden_BKH.to(weights.state_OH.dtype))
 
         def attend(query_NA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             assert self.attention is not None
@@ -192,21 +200,32 @@ class Decoder(nn.Module):
     def _recur(
         self, inputs_NG: torch.Tensor, gates_NG: torch.Tensor, hidden_NH: torch.Tensor, cell_NH: torch.Tensor
     ) -> State:
-        """torch's LSTMCell and GRUCell from the products of their input and of their state."""
+        """torch's LSTMCell and GRUCell from the products of their input and of their state. What an LSTM adds up over many
+        steps, its cell, would lose small changes to the rounding of bf16."""
         if self.is_lstm:
             keep_in, forget, candidate, out = (inputs_NG + gates_NG).chunk(4, 1)
             cell_NH = forget.sigmoid() * cell_NH + keep_in.sigmoid() * candidate.tanh()
-            return State(out.sigmoid() * cell_NH.tanh(), cell_NH)
+            return State((out.sigmoid() * cell_NH.tanh()).to(hidden_NH.dtype), cell_NH)
         (reset_in, update_in, new_in), (reset, update, new) = inputs_NG.chunk(3, 1), gates_NG.chunk(3, 1)
         new = torch.tanh(new_in + torch.sigmoid(reset_in + reset) * new)
         hidden_NH = torch.lerp(new, hidden_NH, torch.sigmoid(update_in + update))
         return State(hidden_NH, hidden_NH)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Unnormalised scores of the next word (…, V) for states (…, H)."""
-        return self.output(self.dropout(hidden))
+    def dropout_mask(self, *shape: int) -> torch.Tensor | None:
+        """What dropout makes of ones (…, H), for ``logits`` of several passes that must see the same; None where nothing is
+        dropped."""
+        if not self.training or not self.dropout.p:
+            return None
+        return self.dropout(torch.ones(*shape, self.cell.hidden_size, device=self.embedding.weight.device))
 
-    def _attend_at(self, memory: Memory, image_N: torch.Tensor, caption_N: torch.Tensor, shape: list[int]) -> Attend:
+    def logits(self, hidden: torch.Tensor, dropout_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Unnormalised scores of the next word (…, V) for states (…, H); ``dropout_mask`` takes the place of dropout."""
+        hidden = self.dropout(hidden) if dropout_mask is None else hidden * dropout_mask.to(hidden.dtype)
+        if self.words_bias_V is None:
+            return self.output(hidden)
+        return functional.linear(self.output(hidden), self.embedding.weight, self.words_bias_V)
+
+    def attend_at(self, memory: Memory, image_N: torch.Tensor, caption_N: torch.Tensor, shape: list[int]) -> Attend:
         """Attention for captions that stand at (``image_N``, ``caption_N``) among ``shape`` images and captions."""
 
         def attend(query_NA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,14 +264,15 @@ class Decoder(nn.Module):
         bias_NO = _Deferred.apply(weights.bias_O.expand(len(words_NG), -1), weights.state_OH, states)
         sizes = [num_running for num_running, _, _ in extents]
         weights = Weights(*(part.detach() for part in weights))
-        state = State(*(part.flatten(0, 1)[order_N].to(words_NG.dtype) for part in self.start(memory, num_captions)))
+        state = State(*(part.flatten(0, 1)[order_N] for part in self.start(memory, num_captions)))
+        state = state._replace(hidden_BKH=state.hidden_BKH.to(words_NG.dtype))
         hidden, alpha = [], []
         for words, bias, (num, *shape) in zip(words_NG.split(sizes), bias_NO.split(sizes), extents, strict=True):
             if shape[0] < len(memory.grid_BPD):
                 memory = Memory(*(part[: shape[0]] for part in memory))
             state = State(*(part[:num] for part in state))
             states.append(state.hidden_BKH.detach())
-            attend = self._attend_at(memory, order_N[:num] // num_captions, order_N[:num] % num_captions, shape)
+            attend = self.attend_at(memory, order_N[:num] // num_captions, order_N[:num] % num_captions, shape)
             state, alpha_NP, context_ND = self.advance(words, bias, state, weights, attend)
             contexts.append(context_ND.detach())
             hidden.append(state.hidden_BKH)

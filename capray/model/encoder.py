@@ -154,6 +154,7 @@ class Encoder(nn.Module):
             first = names.index(fine_tune_from)
         else:
             raise ConfigError(f"fine_tune_from {fine_tune_from!r} is no block of the encoder: {', '.join(names)}, all")
+        self._frozen_names = tuple(f"backbone.{name}." for name in names[:first])
         self._frozen = [block for _, block in blocks[:first]]
         self._tuned = [block for _, block in blocks[first:]]
         for block in self._frozen:
@@ -162,6 +163,14 @@ class Encoder(nn.Module):
     @property
     def is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def has_frozen_blocks(self) -> bool:
+        return bool(self._frozen)
+
+    def frozen_state(self) -> dict[str, torch.Tensor]:
+        """The weights and statistics of the frozen blocks."""
+        return {name: value for name, value in self.state_dict().items() if name.startswith(self._frozen_names)}
 
     def train(self, mode: bool = True) -> Encoder:
         super().train(mode)
@@ -174,10 +183,19 @@ class Encoder(nn.Module):
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """The native grid (B, D, h, w) of normalised images."""
-        grid = images_B3HW
-        with torch.no_grad():
-            for block in self._frozen:
-                grid = block(grid)
+        return self.finish(self.begin(images_B3HW))
+
+    @torch.no_grad()
+    def begin(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """What the frozen blocks make of normalised images: the native grid where all are frozen."""
+        for block in self._frozen:
+            images_B3HW = block(images_B3HW)
+        return images_B3HW
+
+    def finish(self, features_BDhw: torch.Tensor) -> torch.Tensor:
+        """The native grid from what ``begin`` gave."""
+        if self._tuned:
+            features_BDhw = features_BDhw.to(memory_format=torch.channels_last)
         for block in self._tuned:
-            grid = block(grid)
-        return grid
+            features_BDhw = block(features_BDhw)
+        return features_BDhw

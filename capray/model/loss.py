@@ -12,7 +12,10 @@ from torch.nn import functional
 
 from capray.model.captioner import Captioner
 from capray.model.decoder import Memory
-from capray.vocabulary import END, PAD, START
+from capray.vocabulary import END, PAD, START, UNK
+
+BANNED = [PAD, START, UNK]
+"""Tokens that captions do not hold (``<unk>`` unless ``allow_unk``)."""
 
 
 class Batch(NamedTuple):
@@ -63,7 +66,7 @@ class LossSums(NamedTuple):
     """Sums over the scored tokens or captions of a batch, all differentiable.
 
     ``objective``: label-smoothed cross-entropy over tokens; ``nll``: the plain negative log-likelihood over tokens;
-    ``regulariser``: (1 - Σ_t α)² averaged over positions, summed over captions.
+    ``regulariser``: the doubly stochastic term, summed over captions.
     """
 
     objective: torch.Tensor
@@ -71,25 +74,36 @@ class LossSums(NamedTuple):
     regulariser: torch.Tensor
 
 
-def loss_sums(captioner: Captioner, memory: Memory, batch: Batch, label_smoothing: float = 0.0) -> LossSums:
+def loss_sums(
+    captioner: Captioner,
+    memory: Memory,
+    batch: Batch,
+    label_smoothing: float = 0.0,
+    dropout_mask_BKTH: torch.Tensor | None = None,
+) -> LossSums:
     """The loss of ``batch`` over ``memory``, as sums.
 
-    Label smoothing spreads its share evenly over the tokens that can be emitted: all but ``<pad>`` and ``<start>``.
-    The regulariser is Show, Attend and Tell's doubly stochastic term (section 4.2.1, eq. 14); it is 0 without attention.
+    Label smoothing spreads its share evenly over the tokens that can be emitted: all but ``<pad>``, ``<start>`` and
+    ``<unk>``.
+    ``dropout_mask_BKTH`` is that under which words were chosen before (see ``Decoder.dropout_mask``).
     """
     states_BKTH, alpha_BKTP = captioner(memory, batch.inputs_BKT, batch.lengths_BK)
     steps = torch.arange(batch.inputs_BKT.shape[-1], device=batch.lengths_BK.device)
     scored_BKT = steps < batch.lengths_BK[..., None]
-    log_probs_NV = captioner.decoder.logits(states_BKTH[scored_BKT]).float().log_softmax(-1)
+    mask_NH = None if dropout_mask_BKTH is None else dropout_mask_BKTH[scored_BKT]
+    log_probs_NV = captioner.decoder.logits(states_BKTH[scored_BKT], mask_NH).float().log_softmax(-1)
     nll = functional.nll_loss(log_probs_NV, batch.targets_BKT[scored_BKT], reduction="sum")
     objective = nll
     if label_smoothing:
-        num_emittable = log_probs_NV.shape[-1] - 2
-        others = log_probs_NV.sum() - log_probs_NV[:, [PAD, START]].sum()
-        objective = (1 - label_smoothing) * nll - label_smoothing / num_emittable * others
+        num_emittable = log_probs_NV.shape[-1] - len(BANNED)
+        emittable = log_probs_NV.sum() - log_probs_NV[:, BANNED].sum()
+        objective = (1 - label_smoothing) * nll - label_smoothing / num_emittable * emittable
+    return LossSums(objective, nll, doubly_stochastic(alpha_BKTP, batch.lengths_BK))
+
+
+def doubly_stochastic(alpha_BKTP: torch.Tensor, lengths_BK: torch.Tensor) -> torch.Tensor:
+    """Show, Attend and Tell's term (section 4.2.1, eq. 14), (1 - Σ_t α)² averaged over positions, summed over captions; 0
+    without attention. ``alpha_BKTP`` is 0 past a caption's length."""
     if alpha_BKTP.shape[-1] == 0:
-        return LossSums(objective, nll, nll.new_zeros(()))
-    attended_BKP = (alpha_BKTP * scored_BKT[..., None]).sum(2)
-    is_caption_BK = batch.lengths_BK > 0
-    regulariser = ((1 - attended_BKP) ** 2).mean(-1)[is_caption_BK].sum()
-    return LossSums(objective, nll, regulariser)
+        return alpha_BKTP.new_zeros(())
+    return ((1 - alpha_BKTP.sum(2)) ** 2).mean(-1)[lengths_BK > 0].sum()

@@ -106,8 +106,7 @@ class PreparedDecoder:
             mean_BD = memory.grid_BQD.mean(1)
         else:
             mean_BD = (memory.spread_PQ.float().mean(0) @ memory.grid_BQD.float()).to(self.dtype)
-        hidden_BKH, cell_BKH = self.decoder.start_from(mean_BD, 1)
-        return SearchState(State(hidden_BKH, cell_BKH.float()), memory)
+        return SearchState(self.decoder.start_from(mean_BD, 1), memory)
 
     def next_scores(self, last_BK: torch.Tensor, search: SearchState) -> tuple[torch.Tensor, SearchState]:
         """Unnormalised scores of the next word (B, K, V) after ``last_BK``, and the new state."""
@@ -128,7 +127,6 @@ class PreparedDecoder:
 
         state = State(*(part.flatten(0, 1) for part in search.state))
         (hidden_NH, cell_NH), _, _ = decoder.advance(words_NG, self.weights.bias_O, state, self.weights, attend)
-        hidden_NH = hidden_NH.to(self.dtype)
         state = State(hidden_NH.unflatten(0, shape), cell_NH.unflatten(0, shape))
         return decoder.logits(hidden_NH).unflatten(0, shape), search._replace(state=state)
 

@@ -16,7 +16,9 @@ from capray.training_files import HISTORY, SAMPLES, SETTINGS
 
 CURVES = (
     ("loss", {"train_loss": "training", "val_loss": "validation"}),
+    ("reward", {"train_reward": "training"}),
     ("BLEU", {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}),
+    ("CIDEr-D", {"cider_d": "CIDEr-D"}),
     (
         "top-5 accuracy",
         {"val_teacher_forced_top5_accuracy": "teacher-forced", "val_free_running_top5_accuracy": "free-running"},

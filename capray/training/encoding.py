@@ -205,7 +205,7 @@ class _Encoding:
 
     @torch.inference_mode()
     def _grids(self, pixels: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
-        """The grid of each image (D, h, w); images of one size are encoded together."""
+        """The features of each image (D, h, w); images of one size are encoded together."""
         grids: list[np.ndarray | None] = [None] * len(pixels)
         by_shape: dict[tuple[int, ...], dict[int, np.ndarray]] = defaultdict(dict)
         for i, image in enumerate(pixels):
@@ -213,7 +213,7 @@ class _Encoding:
                 by_shape[image.shape][i] = image
         for places in by_shape.values():
             batch = torch.from_numpy(np.stack(list(places.values()))).to(self.device)
-            encoded = self.encoder(normalise(batch, self.config.subset(Preprocessing))).half().cpu()
+            encoded = self.encoder.begin(normalise(batch, self.config.subset(Preprocessing))).half().cpu()
             for i, grid in zip(places, encoded.contiguous().numpy(), strict=True):
                 grids[i] = grid
         return grids

@@ -1,4 +1,4 @@
-"""The feature cache: what a frozen encoder makes of each image, computed once for all epochs and trainings.
+"""The feature cache: what the encoder's frozen blocks make of each image, computed once for all epochs and trainings.
 
 A cache is stored at ``<root>/<key>/<split>/``. The key is a digest of all that the features depend on (FeatureIdentity), so
 that another encoder, preprocessing or data set has another cache. Each row group of the Samples table has one Arrow
@@ -6,8 +6,9 @@ file, named after the row group's number and the SHA-256 of its bytes: builders 
 a damaged one is recognised. ``manifest.json`` comes last and says which files are the cache; what a killed build leaves
 without it is checked and used by the next build. Captions are not cached.
 
-A grid is cached as it leaves the encoder, before pooling, as float16. ``encoding`` computes it; this module does without
-torch, so that the tasks that read start quickly.
+Where the whole encoder is frozen that is the native grid, before pooling; else it is what the first fine-tuned block is
+given. It is cached as float16. ``encoding`` computes it; this module does without torch, so that the tasks that read start
+quickly.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ MANIFEST = "manifest.json"
 GRIDS = pa.schema(
     [("image_id", pa.string()), ("grid", pa.large_binary()), ("height", pa.int32()), ("width", pa.int32())]
 )
-"""The native grid of an image, float16, channels first; null where the image could not be decoded."""
+"""The features of an image, float16, channels first; null where the image could not be decoded."""
 
 FILE = re.compile(r"unit-(\d{6,})-([0-9a-f]{64})\.arrow")
 
 
 def digest_of(encoder: Encoder) -> str:
-    """SHA-256 over the encoder's tensors, with their names and shapes."""
+    """SHA-256 over the tensors of the encoder's frozen blocks, with their names and shapes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
+    for name, tensor in sorted(encoder.frozen_state().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -72,7 +73,8 @@ def identify(config: TrainConfig, encoder: Encoder, dataset_digest: str) -> Feat
     settings = (config.subset(group).model_dump(mode="json") for group in (Preprocessing, ImageLimits))
     sizes = "".join(f"{entry.path.rsplit('/', 1)[-1]} {entry.size}\n" for entry in find_parquet(config.samples))
     dataset_digest = hashlib.sha256((dataset_digest + sizes).encode()).hexdigest()
-    return FeatureIdentity(SCHEMA_VERSION, config.encoder, digest_of(encoder), *settings, dataset_digest)
+    name = config.encoder if encoder.is_frozen else f"{config.encoder} before {config.fine_tune_from}"
+    return FeatureIdentity(SCHEMA_VERSION, name, digest_of(encoder), *settings, dataset_digest)
 
 
 class CachedSplit(NamedTuple):
@@ -92,18 +94,18 @@ class Cache(NamedTuple):
 def choose_root(config: TrainConfig, encoder: Encoder) -> str | None:
     """Where this training's features are cached; None when they are not.
 
-    ``auto`` caches them when the encoder is frozen and images are not augmented: beside the samples where that is a folder
-    that can be written, so that other trainings find them, else in the training's output.
+    ``auto`` caches them when the whole encoder is frozen and images are not augmented: beside the samples where that is a
+    folder that can be written, so that other trainings find them, else in the training's output.
 
     Raises:
-        ConfigError: a cache was asked for, and the encoder is fine-tuned or the images are augmented.
+        ConfigError: a cache was asked for, and no block of the encoder is frozen or the images are augmented.
     """
     reason = None
-    if not encoder.is_frozen:
-        reason = f"a frozen encoder, and fine_tune_from is {config.fine_tune_from!r}"
+    if not encoder.has_frozen_blocks:
+        reason = f"frozen blocks of the encoder, and fine_tune_from is {config.fine_tune_from!r}"
     elif config.augments:
         reason = "images that are the same in every epoch, and they are augmented"
-    if config.feature_cache == "none" or (config.feature_cache == "auto" and reason):
+    if config.feature_cache == "none" or (config.feature_cache == "auto" and (reason or not encoder.is_frozen)):
         return None
     if reason:
         raise ConfigError(f"feature_cache {config.feature_cache!r} needs {reason}: set it to auto or none")

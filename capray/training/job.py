@@ -9,7 +9,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,7 @@ from capray.training.features import Cache, cached_dataset, choose_root, identif
 from capray.training.initial_captioner import Weights, adopt_captioner, build_captioner, build_vocabulary
 from capray.training.metrics_board import board_class
 from capray.training.sample_stream import EpochSeed, dataset
+from capray.training.stages import prepare_stage
 from capray.training.worker import WorkerSettings, is_finished, train_worker
 from capray.training_files import HISTORY, SETTINGS
 from capray.vocabulary import Vocabulary, tokenise
@@ -50,6 +51,10 @@ NOT_IDENTITY = {
     "feature_cache",
 }
 """Settings that may differ when a training is taken up again."""
+
+
+Tokens = list[list[list[str]]]
+"""The tokenised training captions of each image."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,12 @@ def train(config: TrainConfig) -> TrainResult:
     tracker = Tracker(config)
     text = read_captions(config.samples, config.train_split)
     validation = read_captions(config.samples, config.validation_split)
+    tokens = [[tokenise(caption) for caption in image] for image in text.captions]
     weights = None
     if config.init_from is not None:
         config, vocabulary, weights = adopt_captioner(config)
     else:
-        vocabulary = build_vocabulary((tokenise(c) for image in text.captions for c in image), config)
+        vocabulary = build_vocabulary((words for image in tokens for words in image), config)
     vectors = None
     if config.word_vectors is not None:
         vectors = read_word_vectors(config.word_vectors, vocabulary, config.embed_dim)
@@ -106,7 +112,7 @@ def train(config: TrainConfig) -> TrainResult:
     with ProgressDisplay("starting Ray") as display:
         tracker.start(previous.get("mlflow_run_id"), parameters, digest, display.say)
         _write_record(given, tracker.run_id)
-        display.say(_describe(text, validation, vocabulary, num_parameters, num_trained, config))
+        display.say(_describe(tokens, validation, vocabulary, num_parameters, num_trained, config))
         if vectors is not None:
             num_words = len(vocabulary.words)
             display.say(f"word vectors for {len(vectors.ids_N):,} of {num_words:,} words; the others start at random")
@@ -117,7 +123,7 @@ def train(config: TrainConfig) -> TrainResult:
                 cluster.connect()
                 splits = {config.train_split: text, config.validation_split: validation}
                 cache = build_cache(root, identity, encoder, config, splits, display) if root else None
-                _fit(config, text, validation, vocabulary, vectors, weights, tracker, display, cache)
+                _fit(config, text, tokens, validation, vocabulary, vectors, weights, tracker, display, cache)
         except BaseException as error:
             tracker.close("KILLED" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "FAILED")
             raise
@@ -157,6 +163,7 @@ def _model(config: TrainConfig) -> Model:
 def _fit(
     config: TrainConfig,
     text: SplitText,
+    tokens: Tokens,
     validation: SplitText,
     vocabulary: Vocabulary,
     word_vectors: WordVectors | None,
@@ -179,10 +186,11 @@ def _fit(
                     shard[name] = split
             return shards
 
+    board = board_class().remote()
     gpus = cluster.gpus_each(config.gpus_per_worker)
     cpus = cluster.share_cpus(config.num_workers, config.cpus_per_worker, gpus, display.say)
-    one_caption = config.captions_per_image == "1"
-    num_pairs = text.num_images if one_caption else sum(len(captions) for captions in text.captions)
+    epoch = measure_epoch(tokens, config)
+    seed = EpochSeed(config.seed, board, config.subset(Augmentation), epoch.num_passes)
 
     def data(split: str, text: SplitText, epoch_seed: EpochSeed | None = None):
         if cache is not None:
@@ -192,17 +200,17 @@ def _fit(
 
     limits = config.subset(ImageLimits)
     pictures = pick_pictures(config.samples, config.validation_split, validation.units, limits)
-    board = board_class().remote()
     settings = WorkerSettings(
         config.model_copy(update={"tracking_uri": None}),
         vocabulary.words,
         word_vectors,
         None if weights is None else ray.put(weights),
+        ray.put(prepare_stage(config, [[vocabulary.encode(words) for words in image] for image in tokens])),
         pictures,
         board,
         num_threads=max(1, int(cpus)),
         num_images=text.num_images,
-        num_pairs=num_pairs,
+        num_pairs=epoch.num_pairs,
         encoder_sha256=cache.identity.encoder_sha256 if cache is not None else None,
     )
     output = locate(config.output)
@@ -222,12 +230,12 @@ def _fit(
             failure_config=FailureConfig(config.max_restarts),  # ty: ignore[invalid-argument-type]
         ),
         datasets={
-            "train": data(config.train_split, text, EpochSeed(config.seed, board, config.subset(Augmentation))),
+            "train": data(config.train_split, text, seed),
             "validation": data(config.validation_split, validation),
         },
         dataset_config=UnequalShards(),
     )
-    with _shown(board, display, tracker, config.epochs * num_pairs):
+    with _shown(board, display, tracker, config.epochs * epoch.num_pairs):
         try:
             trainer.fit()
         except KeyboardInterrupt as error:
@@ -237,6 +245,21 @@ def _fit(
         failure = ray.get(board.failure.remote())
         if failure is not None:
             raise failure
+
+
+class Epoch(NamedTuple):
+    """How many pairs an epoch has, and in how many passes over the images (see EpochSeed)."""
+
+    num_pairs: int
+    num_passes: int | None
+
+
+def measure_epoch(tokens: Tokens, config: TrainConfig) -> Epoch:
+    """What an epoch is over these captions; those without a word are left out."""
+    counts = [sum(map(bool, image)) for image in tokens]
+    if config.epoch == "pairs":
+        return Epoch(sum(counts), max(counts))
+    return Epoch(sum(map(bool, counts)) if config.captions_per_image == "1" else sum(counts), None)
 
 
 @contextmanager
@@ -296,11 +319,11 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 
 
 def _describe(
-    text: SplitText, validation: SplitText, vocabulary: Vocabulary, parameters: int, trained: int, config: TrainConfig
+    tokens: Tokens, validation: SplitText, vocabulary: Vocabulary, parameters: int, trained: int, config: TrainConfig
 ) -> str:
-    captions = [tokenise(caption) for image in text.captions for caption in image]
+    captions = [words for image in tokens for words in image]
     lines = [
-        f"training on {text.num_images:,} images with {len(captions):,} captions, validating on "
+        f"training on {len(tokens):,} images with {len(captions):,} captions, validating on "
         f"{validation.num_images:,} images; {len(vocabulary):,} words; {parameters:,} parameters, {trained:,} trained"
     ]
     cut = sum(len(words) > config.max_caption_words for words in captions)

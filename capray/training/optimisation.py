@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel
 
 from capray.config import Optimisation, TrainConfig
 from capray.model.captioner import Captioner
@@ -52,8 +52,24 @@ class CosineWithWarmup:
         return (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
+class MovingAverage:
+    """Follows the weights with the decay min(``decay``, (1 + n) / (10 + n)) at the n-th step, so that the random start is
+    soon forgotten (as in TensorFlow's ExponentialMovingAverage with num_updates)."""
+
+    def __init__(self, decay: float):
+        self.decay = decay
+
+    @torch.no_grad()
+    def __call__(self, averages: PARAM_LIST, weights: PARAM_LIST, num_averaged: torch.Tensor | int) -> None:
+        step = int(num_averaged)
+        torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+
 def steps_per_epoch(num_images: int, num_pairs: int, config: TrainConfig, num_workers: int) -> int:
-    """The steps of one epoch, close to exactly: images fill a worker's batch as far as their captions fit whole."""
+    """The steps of one epoch over ``num_pairs`` pairs: exactly with one caption of an image in a step, else close to it, as
+    images fill a worker's batch as far as their captions fit whole."""
+    if config.captions_per_image == "1":
+        return math.ceil(num_pairs / (config.batch_size * config.accumulate_batches))
     pairs_per_image = max(1, num_pairs / num_images)
     images_per_batch = max(1, int(config.batch_size // num_workers / pairs_per_image))
     return math.ceil(num_images / (images_per_batch * num_workers * config.accumulate_batches))
@@ -73,10 +89,12 @@ class Optimiser:
         self.parameters = [p for p in captioner.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(captioner, config)
         self.scheduler = self._build_scheduler(num_steps)
+        self.epochs: list[list[torch.Tensor]] = []
+        """The weights at the end of the last ``average_epochs``."""
         self.average: AveragedModel | None = None
         if config.ema_decay is not None:
             trained = nn.ParameterList(self.parameters)
-            self.average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+            self.average = AveragedModel(trained, multi_avg_fn=MovingAverage(config.ema_decay))
 
     def _build_scheduler(self, num_steps: int):
         config = self.config
@@ -113,6 +131,12 @@ class Optimiser:
         if isinstance(self.scheduler, lr_scheduler.LambdaLR):
             self.scheduler.step()
 
+    def keep_weights(self) -> None:
+        """Keep the weights as they are after the steps of an epoch, where the epochs' mean is wanted."""
+        if self.config.average_epochs is not None:
+            kept = [p.detach().clone() for p in self.parameters]
+            self.epochs = [*self.epochs, kept][-self.config.average_epochs :]
+
     def end_epoch(self, metrics: dict[str, float]) -> None:
         """What the schedule makes of the epoch's metrics, which must be the same on all workers."""
         if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
@@ -123,20 +147,27 @@ class Optimiser:
     @contextmanager
     def averaged(self) -> Generator[None]:
         """The captioner has its averaged weights meanwhile (its own where no average is kept)."""
-        if self.average is None:
+        average = self._average()
+        if average is None:
             yield
             return
         own = [p.detach().clone() for p in self.parameters]
-        _copy(self.average.parameters(), self.parameters)
+        _copy(average, self.parameters)
         try:
             yield
         finally:
             _copy(own, self.parameters)
 
+    def _average(self) -> Iterable[torch.Tensor] | None:
+        if self.epochs:
+            return [torch.stack(weights).mean(0) for weights in zip(*self.epochs, strict=True)]
+        return None if self.average is None else self.average.parameters()
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and containers only."""
         parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "average": self.average}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return {**state, "epochs": self.epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
@@ -144,6 +175,7 @@ class Optimiser:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        self.epochs = state.get("epochs", [])
 
 
 @torch.no_grad()

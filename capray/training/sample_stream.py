@@ -32,15 +32,17 @@ feature cache, ``pixels`` are native grids (float16, channels first) and ``heigh
 
 
 class EpochSeed(NamedTuple):
-    """Seeds shuffling and augmentation from the training's ``seed`` and the epoch.
+    """Seeds shuffling, augmentation and the drawing of pairs from the training's ``seed``, the epoch and the pass in it.
 
-    Ray Data runs the same tasks in every pass, so they ask ``board``, an actor, whose ``epoch`` tells how many passes are
-    over; a pass must not start before it does.
+    Ray Data runs the same tasks in every epoch, so they ask ``board``, an actor, whose ``epoch`` tells how many epochs are
+    over; an epoch must not start before it does. An epoch of pairs has ``num_passes`` passes over the images, as many as
+    the most captions of one; an image brings another of its captions to each (see ``draw_caption``).
     """
 
     seed: int
     board: Any
     augmentation: Augmentation
+    num_passes: int | None = None
 
 
 def dataset(
@@ -73,12 +75,13 @@ def stream(
 
     Items are rows and one operator does the rest: Ray's own ``read_parquet`` spends seconds on listing each time it is
     read again. Blocks keep their order, so that workers get the same ones each time. With an ``epoch_seed`` the n-th task
-    reads the n-th of the items as the seed and the epoch shuffle them; Ray's own shuffling of blocks knows how often this
-    dataset was read, not which epoch of a training it is that goes on.
+    reads the n-th of the items as the seed and the epoch shuffle them, pass by pass; Ray's own shuffling of blocks knows
+    how often this dataset was read, not which epoch of a training it is that goes on.
     """
     import ray.data
 
-    data = ray.data.from_items(list(range(len(items))), override_num_blocks=len(items)).map_batches(
+    num_tasks = len(items) * ((epoch_seed and epoch_seed.num_passes) or 1)
+    data = ray.data.from_items(list(range(num_tasks)), override_num_blocks=num_tasks).map_batches(
         _read_item,  # ty: ignore[invalid-argument-type]
         batch_size=1,
         batch_format="pyarrow",
@@ -95,14 +98,35 @@ def _read_item(
     settings: dict[str, Any],
     epoch_seed: EpochSeed | None,
 ) -> pa.Table:
-    if epoch_seed is not None:
-        import ray
+    number = place["item"][0].as_py()
+    if epoch_seed is None:
+        return read(items[number], **settings)
+    import ray
 
-        seed = f"{epoch_seed.seed} {ray.get(epoch_seed.board.epoch.remote())}"
-        items = random.Random(seed).sample(items, len(items))
-        if epoch_seed.augmentation.augments:
-            settings = {**settings, "augmentation": epoch_seed.augmentation, "seed": seed}
-    return read(items[place["item"][0].as_py()], **settings)
+    epoch = f"{epoch_seed.seed} {ray.get(epoch_seed.board.epoch.remote())}"
+    pass_number, number = divmod(number, len(items))
+    seed = f"{epoch} {pass_number}" if pass_number else epoch
+    items = random.Random(seed).sample(items, len(items))
+    if epoch_seed.augmentation.augments:
+        settings = {**settings, "augmentation": epoch_seed.augmentation, "seed": seed}
+    table = read(items[number], **settings)
+    return table if epoch_seed.num_passes is None else draw_caption(table, epoch, pass_number)
+
+
+def draw_caption(table: pa.Table, epoch: str, pass_number: int) -> pa.Table:
+    """``table`` (DECODED) with one caption of each image, drawn without replacement over the passes of ``epoch``.
+
+    Images whose captions are all drawn already are left out. What cannot be used at all stays in the first pass.
+    """
+    kept, drawn = [], []
+    for i, row in enumerate(table.select(["image_id", "height", "words"]).to_pylist()):
+        words = [] if row["height"] is None else [caption for caption in row["words"] if caption]
+        order = random.Random(f"{epoch} {row['image_id']}").sample(words, len(words))
+        if pass_number < max(1, len(words)):
+            kept.append(i)
+            drawn.append(order[pass_number : pass_number + 1])
+    columns = {**{name: table[name].take(pa.array(kept, pa.int64())) for name in DECODED.names}, "words": drawn}
+    return pa.table(columns, schema=DECODED)
 
 
 def _read_and_decode(

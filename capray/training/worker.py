@@ -29,12 +29,11 @@ from capray.cluster import end_with_raylet, own_error
 from capray.config import Decoding, Optimisation, TrainConfig
 from capray.errors import DataError
 from capray.images import input_size
-from capray.metrics import corpus_bleu
+from capray.metrics import corpus_figures
 from capray.model.accuracy import accuracy_sums
 from capray.model.captioner import Captioner, autocast
 from capray.model.checkpoint import pack
-from capray.model.loss import Batch, LossSums, collate, loss_sums
-from capray.model.scheduled_sampling import feed_own_words, teacher_forcing_ratio
+from capray.model.loss import Batch, collate
 from capray.model.word_vectors import WordVectors
 from capray.report.training_samples import page
 from capray.storage import locate, write_atomic
@@ -43,6 +42,7 @@ from capray.training.features import digest_of
 from capray.training.initial_captioner import build_captioner
 from capray.training.optimisation import Optimiser, steps_per_epoch
 from capray.training.sample_stream import Images, Reading
+from capray.training.stages import Stage, Sums
 from capray.training_files import HISTORY, SAMPLES
 from capray.vocabulary import Vocabulary
 
@@ -56,9 +56,14 @@ class Progress:
 
     epoch: int = 0
     step: int = 0
-    best_bleu_4: float = -1.0
+    best_score: float = -1.0
     best_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+
+    @classmethod
+    def stored(cls, values: dict[str, Any]) -> Progress:
+        """The progress from a checkpoint; 0.1.0 had but BLEU-4 to select by."""
+        return cls(**{"best_score" if name == "best_bleu_4" else name: value for name, value in values.items()})
 
 
 def is_finished(epoch: int, best_epoch: int, config: TrainConfig) -> bool:
@@ -69,15 +74,13 @@ def is_finished(epoch: int, best_epoch: int, config: TrainConfig) -> bool:
 class TrainingStep(nn.Module):
     """Encode and decode in one forward pass, so that DDP sees one."""
 
-    def __init__(self, captioner: Captioner, label_smoothing: float):
+    def __init__(self, captioner: Captioner, stage: Stage):
         super().__init__()
         self.captioner = captioner
-        self.label_smoothing = label_smoothing
+        self.stage = stage
 
-    def forward(self, pixels: list[np.ndarray], batch: Batch, teacher_forcing_ratio: float = 1.0) -> LossSums:
-        memory = self.captioner.encode_all(pixels)
-        batch = feed_own_words(self.captioner, memory, batch, teacher_forcing_ratio)
-        return loss_sums(self.captioner, memory, batch, self.label_smoothing)
+    def forward(self, pixels: list[np.ndarray], batch: Batch, epoch: int = 0) -> Sums:
+        return self.stage.loss(self.captioner, self.captioner.encode_all(pixels), batch, epoch)
 
 
 def reduce_sums(values: Sequence[float], device: torch.device) -> list[float]:
@@ -108,24 +111,22 @@ def empty_batch(captioner: Captioner) -> tuple[list[np.ndarray], Batch]:
 def backward(
     step: nn.Module, batches: list[tuple[list, Batch]], counts: list[float], config: TrainConfig, epoch: int = 0
 ) -> np.ndarray:
-    """Add the gradient of the global batch's loss; the local sums of objective, nll and regulariser.
+    """Add the gradient of the global batch's loss; the local Sums.
 
     ``batches`` (pixels and captions) are this worker's part of the global batch, one or more; workers exchange gradients at
-    the last. ``counts`` are the numbers of tokens and captions of the global batch, over all workers. DDP averages over
-    workers, which is undone here: the loss is Σ objective / tokens + doubly_stochastic · Σ regulariser / captions, whoever
-    holds what.
+    the last. ``counts`` are the stage's Counts of the global batch, over all workers. DDP averages over workers, which is
+    undone here: the loss is Σ objective / terms + doubly_stochastic · Σ regulariser / captions, whoever holds what.
     """
     device = next(step.parameters()).device
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    ratio = teacher_forcing_ratio(config, epoch)
-    tokens, captions = counts
+    terms, captions = counts
     totals = np.zeros(3)
     for i, (pixels, batch) in enumerate(batches, start=1):
         alone = i < len(batches) and isinstance(step, nn.parallel.DistributedDataParallel)
         with step.no_sync() if alone else nullcontext():
             with autocast(device, config.precision):
-                sums = step(pixels, batch.to(device), ratio)
-            loss = sums.objective / tokens + config.doubly_stochastic * sums.regulariser / captions
+                sums = step(pixels, batch.to(device), epoch)
+            loss = sums.objective / terms + config.doubly_stochastic * sums.regulariser / captions
             (loss * world_size).backward()
         totals += [float(value.detach()) for value in sums]
     return totals
@@ -136,7 +137,8 @@ class WorkerSettings:
     """What a worker needs to know; it travels to its process.
 
     Attributes:
-        weights: the encoder's, in Ray's object store; None where it has those of its checkpoint.
+        weights: the captioner's to start from, in Ray's object store; None where it starts anew.
+        stage: a Stage, in Ray's object store.
         pictures: the images whose captions are shown, as JPEGs by id.
         board: the actor that it tells its progress.
         num_images, num_pairs: of an epoch, over all workers.
@@ -147,6 +149,7 @@ class WorkerSettings:
     words: list[str]
     word_vectors: WordVectors | None
     weights: ray.ObjectRef | None
+    stage: ray.ObjectRef
     pictures: dict[str, bytes]
     board: Any
     num_threads: int
@@ -173,7 +176,8 @@ class Worker:
         vocabulary = Vocabulary(settings.words)
         weights = None if settings.weights is None else ray.get(settings.weights)
         self.captioner = build_captioner(config, vocabulary, settings.word_vectors, weights).to(self.device)
-        self.step = ray.train.torch.prepare_model(TrainingStep(self.captioner, config.label_smoothing))
+        self.stage: Stage = ray.get(settings.stage)
+        self.step = ray.train.torch.prepare_model(TrainingStep(self.captioner, self.stage))
         steps = steps_per_epoch(settings.num_images, self.num_pairs, config, self.world_size)
         self.optimiser = Optimiser(self.captioner, config.subset(Optimisation), config.epochs * steps)
         self.progress = Progress()
@@ -196,7 +200,7 @@ class Worker:
             )
         self.captioner.load_state_dict(weights)
         self.optimiser.load_state_dict(state["optimiser"])
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.stored(state["progress"])
 
     def _new_reading(self) -> Reading:
         return Reading(cached=self.encoder_sha256 is not None)
@@ -209,6 +213,7 @@ class Worker:
     def train(self) -> None:
         while not self.finished:
             metrics = self.train_epoch()
+            self.optimiser.keep_weights()
             with self.optimiser.averaged():
                 metrics |= self.validate()
             metrics = {name: float(value) for name, value in metrics.items()}
@@ -216,52 +221,50 @@ class Worker:
             progress = self.progress
             progress.epoch += 1
             progress.history.append({"epoch": progress.epoch, **metrics})
-            improved = metrics["bleu_4"] > progress.best_bleu_4
+            score = metrics[self.config.select_by]
+            improved = score > progress.best_score
             if improved:
-                progress.best_bleu_4, progress.best_epoch = metrics["bleu_4"], progress.epoch
+                progress.best_score, progress.best_epoch = score, progress.epoch
             self._publish(metrics, improved)
 
     def train_epoch(self) -> dict[str, float]:
-        """One pass over the training split; its mean losses over all workers' tokens and captions."""
+        """One epoch; its mean losses over all workers' terms and captions."""
         self.step.train()
         config, epoch = self.config, self.progress.epoch
         torch.manual_seed(config.seed * 1_000_003 + epoch * 1009 + self.rank)
         learning_rate = self.optimiser.learning_rate
         started = time.monotonic()
         self.logged_at = started - self.unlogged_seconds
-        sums = np.zeros(7)
+        sums = np.zeros(len(Sums._fields) + 4)
         for images in self._train_steps():
             batches = [(part.pixels, collate(part.words, config.max_caption_words)) for part in images]
-            local = [
-                sum(batch.num_tokens for _, batch in batches),
-                sum(batch.num_captions for _, batch in batches),
-                sum(len(part.ids) for part in images),
-                len(images),
-            ]
-            *counts, num_images, num_busy = reduce_sums(local, self.device)
+            terms, captions = np.sum([self.stage.count(batch) for _, batch in batches] or [(0, 0)], 0).tolist()
+            num_pairs = sum(batch.num_captions for _, batch in batches)
+            local = [terms, captions, num_pairs, sum(len(part.ids) for part in images), len(images)]
+            *counts, num_pairs, num_images, num_busy = reduce_sums(local, self.device)
             if not num_busy:
                 break
             losses = backward(self.step, batches or [empty_batch(self.captioner)], counts, config, epoch)
             self.optimiser.step()
             self.progress.step += 1
-            sums += [*losses, *local[:2], num_images, counts[1]]
-            self._log_step(losses[1], local[0], local[2])
+            sums += [*losses, terms, captions, num_images, num_pairs]
+            self._log_step(losses[1], terms, local[3])
             self._show(sums, started)
         *totals, _, _ = reduce_sums(sums.tolist(), self.device)
-        objective, nll, regulariser, tokens, captions = totals
+        objective, figure, regulariser, terms, captions = totals
         if not captions:
             raise DataError(f"no image of split {self.config.train_split!r} could be decoded")
         seconds = time.monotonic() - started
         self.unlogged_seconds = time.monotonic() - self.logged_at
         return {
-            "train_objective": objective / tokens + self.config.doubly_stochastic * regulariser / captions,
-            "train_loss": nll / tokens,
+            "train_objective": objective / terms + self.config.doubly_stochastic * regulariser / captions,
+            f"train_{self.stage.figure}": figure / terms,
             "train_regulariser": regulariser / captions,
             "train_images": sums[5],
             "train_images_per_second": sums[5] / seconds,
             "train_seconds": seconds,
             "learning_rate": learning_rate,
-            "teacher_forcing_ratio": teacher_forcing_ratio(config, epoch),
+            **self.stage.scheduled(epoch),
         }
 
     def _train_steps(self) -> Iterator[list[Images]]:
@@ -280,18 +283,18 @@ class Worker:
         while True:
             yield list(islice(batches, config.accumulate_batches))
 
-    def _log_step(self, nll: float, tokens: float, num_images: float) -> None:
-        """Every log_every_steps: the mean loss and the throughput, over all workers, since the last time (validation
+    def _log_step(self, figure: float, terms: float, num_images: float) -> None:
+        """Every log_every_steps: the stage's figure and the throughput, over all workers, since the last time (validation
         apart)."""
-        self.unlogged += [nll, tokens, num_images]
+        self.unlogged += [figure, terms, num_images]
         step = self.progress.step
         if step % self.config.log_every_steps:
             return
-        nll, tokens, num_images = reduce_sums(self.unlogged.tolist(), self.device)
+        figure, terms, num_images = reduce_sums(self.unlogged.tolist(), self.device)
         seconds = time.monotonic() - self.logged_at
         self.unlogged[:], self.logged_at = 0, time.monotonic()
         curves = {
-            "step/loss": nll / tokens,
+            f"step/{self.stage.figure}": figure / terms,
             "step/learning_rate": self.optimiser.learning_rate,
             "step/images_per_second": num_images / seconds,
         }
@@ -304,15 +307,15 @@ class Worker:
     def _show(self, sums: np.ndarray, started: float) -> None:
         if self.rank != 0:
             return
-        _, nll, _, tokens, _, num_images, pairs = sums
-        loss = nll / tokens if tokens else math.nan
+        _, figure, _, terms, _, num_images, pairs = sums
+        mean = figure / terms if terms else math.nan
         rate = num_images / (time.monotonic() - started)
         epoch = self.progress.epoch
         self.board.post.remote(
             {
                 "completed": epoch * self.num_pairs + pairs,
                 "description": f"epoch {epoch + 1}/{self.config.epochs}",
-                "figures": f"step {self.progress.step}  loss {loss:.3f}  {rate:.1f} images/s",
+                "figures": f"step {self.progress.step}  {self.stage.figure} {mean:.3f}  {rate:.1f} images/s",
             }
         )
 
@@ -340,7 +343,8 @@ class Worker:
         nll, forced_hits, free_hits, tokens = reduce_sums(sums.tolist(), self.device)
         if not everyone:
             raise DataError(f"no image of split {config.validation_split!r} could be decoded")
-        bleu = corpus_bleu([captions for _, captions in everyone.values()], [text for text, _ in everyone.values()])
+        texts, references = zip(*everyone.values(), strict=True)
+        figures = corpus_figures(references, texts, "bleu", "cider_d")
         self.samples = [
             {"image_id": i, "caption": everyone[i][0], "references": everyone[i][1]}
             for i in self.pictures
@@ -353,7 +357,7 @@ class Worker:
             "val_perplexity": math.exp(min(loss, 700)),
             "val_teacher_forced_top5_accuracy": forced_hits / tokens,
             "val_free_running_top5_accuracy": free_hits / tokens,
-            **bleu,
+            **figures,
             "val_images": float(len(everyone)),
             "val_images_per_second": len(everyone) / seconds,
         }
@@ -393,10 +397,11 @@ class Worker:
                 self._track(TextFile(f"{path}.html", page(f"epoch {epoch}", self.pictures, self.samples)))
 
     def _say(self, metrics: dict[str, float], improved: bool, undecodable: float, without_captions: float) -> None:
+        figure = self.stage.figure
         bleu = " ".join(f"{metrics[f'bleu_{n}']:.3f}" for n in range(1, 5))
         line = (
-            f"epoch {self.progress.epoch}: loss {metrics['train_loss']:.4f}  val loss {metrics['val_loss']:.4f}  "
-            f"BLEU-1..4 {bleu}  "
+            f"epoch {self.progress.epoch}: {figure} {metrics[f'train_{figure}']:.4f}  val loss {metrics['val_loss']:.4f}  "
+            f"BLEU-1..4 {bleu}  CIDEr-D {metrics['cider_d']:.3f}  "
             f"{metrics['train_images_per_second']:.1f} images/s{'  (best)' if improved else ''}"
         )
         if undecodable:

@@ -1,4 +1,4 @@
-"""Which words the decoder is given in training: the reference's, or its own.
+"""Cross-entropy with the captioner's own words given, always or by chance (scheduled sampling).
 
 Bengio, Vinyals, Jaitly, Shazeer (2015), *Scheduled Sampling for Sequence Prediction with Recurrent Neural Networks*.
 
@@ -8,13 +8,37 @@ Axes: B images, K captions of an image, T steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 
-from capray.config import Feeding
+from capray.config import Feeding, TrainConfig
 from capray.model.captioner import Captioner
 from capray.model.decoder import Memory
-from capray.model.loss import Batch
+from capray.model.loss import Batch, loss_sums
+from capray.training.stages.base import Sums
+from capray.training.stages.cross_entropy import CrossEntropy
+
+
+class FreeRunning(CrossEntropy):
+    """The words fed are chosen under the dropout that the captioner then learns under."""
+
+    def __init__(self, feeding: Feeding, label_smoothing: float):
+        super().__init__(label_smoothing)
+        self.feeding = feeding
+
+    @classmethod
+    def prepare(cls, config: TrainConfig, captions: Sequence[Sequence[Sequence[int]]]) -> Self:
+        return cls(config.subset(Feeding), config.label_smoothing)
+
+    def loss(self, captioner: Captioner, memory: Memory, batch: Batch, epoch: int) -> Sums:
+        mask_BKTH = captioner.decoder.dropout_mask(*batch.inputs_BKT.shape)
+        fed = feed_own_words(captioner, memory, batch, teacher_forcing_ratio(self.feeding, epoch), mask_BKTH)
+        return Sums(*loss_sums(captioner, memory, fed, self.label_smoothing, mask_BKTH))
+
+    def scheduled(self, epoch: int) -> dict[str, float]:
+        return {"teacher_forcing_ratio": teacher_forcing_ratio(self.feeding, epoch)}
 
 
 def teacher_forcing_ratio(config: Feeding, epoch: int) -> float:
@@ -33,11 +57,14 @@ def teacher_forcing_ratio(config: Feeding, epoch: int) -> float:
 
 
 @torch.no_grad()
-def feed_own_words(captioner: Captioner, memory: Memory, batch: Batch, ratio: float) -> Batch:
+def feed_own_words(
+    captioner: Captioner, memory: Memory, batch: Batch, ratio: float, dropout_mask_BKTH: torch.Tensor | None = None
+) -> Batch:
     """``batch`` with each input after ``<start>`` kept with probability ``ratio``, and else replaced by the likeliest word
     that the captioner gives after the inputs before it.
 
-    Choosing a word passes no gradient, so a teacher-forced pass over the new inputs has the gradient of free running.
+    Choosing a word passes no gradient, so a teacher-forced pass over the new inputs has the gradient of free running,
+    where both have the same ``dropout_mask_BKTH``.
     """
     if ratio >= 1:
         return batch
@@ -48,7 +75,8 @@ def feed_own_words(captioner: Captioner, memory: Memory, batch: Batch, ratio: fl
     state = decoder.start(memory, inputs_BKT.shape[1])
     for t in range(inputs_BKT.shape[-1] - 1):
         state, _ = decoder.step(decoder.embedding(inputs_BKT[..., t]), state, memory, weights)
-        own_BK = decoder.logits(state.hidden_BKH).argmax(-1)
+        mask_BKH = None if dropout_mask_BKTH is None else dropout_mask_BKTH[:, :, t]
+        own_BK = decoder.logits(state.hidden_BKH, mask_BKH).argmax(-1)
         inputs_BKT[..., t + 1] = torch.where(is_own_BKT[..., t + 1], own_BK, inputs_BKT[..., t + 1])
     torch.clear_autocast_cache()  # It holds casts of the weights now that would pass no gradient on.
     return batch._replace(inputs_BKT=inputs_BKT)

@@ -9,7 +9,7 @@ import torch
 from capray.config import Architecture, Feeding
 from capray.model.captioner import Captioner, autocast
 from capray.model.loss import collate, loss_sums
-from capray.model.scheduled_sampling import feed_own_words, teacher_forcing_ratio
+from capray.training.stages.free_running import FreeRunning, feed_own_words, teacher_forcing_ratio
 from capray.vocabulary import START, Vocabulary
 from tests.conftest import TINY
 
@@ -56,6 +56,33 @@ def test_a_ratio_between_keeps_that_share_of_the_references_words(captioner):
     free = feed_own_words(captioner, memory_of(captioner), many, 0.0)
     changed = (fed.inputs_BKT != many.inputs_BKT)[..., 1:].float().mean()
     assert 0.1 < changed < 0.35 < (free.inputs_BKT != many.inputs_BKT)[..., 1:].float().mean()
+
+
+def test_the_fed_words_are_the_likeliest_in_the_pass_that_learns_whatever_dropout_leaves(captioner):
+    captioner.decoder.dropout.p = 0.5
+    captioner.train()
+    memory = memory_of(captioner)
+    mask = captioner.decoder.dropout_mask(*BATCH.inputs_BKT.shape)
+    fed = feed_own_words(captioner, memory, BATCH, 0.0, mask)
+    with torch.no_grad():
+        states, _ = captioner(memory, fed.inputs_BKT, fed.lengths_BK)
+        own, other = (captioner.decoder.logits(states, m).argmax(-1) for m in (mask, None))
+    given = torch.arange(BATCH.inputs_BKT.shape[-1] - 1) < BATCH.lengths_BK[..., None] - 1
+    assert torch.equal(fed.inputs_BKT[..., 1:][given], own[..., :-1][given])
+    assert not torch.equal(own, other)
+
+
+def test_the_stage_learns_under_the_dropout_it_chose_words_under(captioner):
+    captioner.decoder.dropout.p = 0.5
+    captioner.train()
+    memory = memory_of(captioner)
+    torch.manual_seed(1)
+    found = FreeRunning(Feeding(teacher_forcing_ratio=0), 0.0).loss(captioner, memory, BATCH, 0)
+    torch.manual_seed(1)
+    mask = captioner.decoder.dropout_mask(*BATCH.inputs_BKT.shape)
+    fed = feed_own_words(captioner, memory, BATCH, 0.0, mask)
+    assert torch.equal(found.figure, loss_sums(captioner, memory, fed, 0.0, mask).nll)
+    assert not torch.equal(found.figure, loss_sums(captioner, memory, fed).nll)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
