@@ -428,8 +428,10 @@ class TestManifests:
         ("name", "content", "message"),
         [
             ("x.csv", b"uri,image_id\n/a,\n", "without a value"),
+            ("x.tsv", b'uri\tnote\n/a\t"Stop\n/b\tx\n/c\tgo"\n', "lines 2 to 4: a quoted value spans what could be rows"),
+            ("x.csv", b'uri,note\n/a,"unclosed\n/b,x\n', "unexpected end of data"),
             ("x.csv", b"uri,image_id\n/a\n", "x.csv"),
-            ("x.csv", b"", "x.csv"),
+            ("x.csv", b"", "is empty"),
             ("x.csv", b"uri\n\xff\xfe\n", "x.csv"),
             ("x.jsonl", b'{"uri": null}', "without a value"),
             ("x.jsonl", b"nonsense", "not JSON"),

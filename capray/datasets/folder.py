@@ -6,10 +6,8 @@ The image id is the file's path below the folder. Hugging Face's ImageFolder wit
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
-import json
 import posixpath
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,11 +15,12 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capray.datasets.raw_folder import decode_text, lines_of, open_folder
+from capray.datasets.raw_folder import decode_text, open_folder
 from capray.datasets.samples import Prepared
 from capray.datasets.selection import RawDataset, prepare_dataset
 from capray.datasets.settings import FolderConfig, check_split_name
 from capray.errors import ConfigError, DataError
+from capray.manifests import csv_rows, json_rows
 from capray.storage import Location, check_empty, is_file, iter_files, list_names, locate, read_bytes
 
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -110,38 +109,18 @@ def _rows(manifest: Location) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     text = decode_text(data, manifest.uri)
     if suffix in (".csv", ".tsv"):
-        yield from _csv_rows(text, name, "\t" if suffix == ".tsv" else ",")
-        return
-    for number, line in lines_of(text):
-        where = f"{name}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where} is not a JSON object: {line[:60]!r}")
-        yield where, row
+        numbered = csv_rows(io.StringIO(text, newline=""), name, "\t" if suffix == ".tsv" else ",")
+        _, header = next(numbered, (0, []))
+        names = [column.strip() for column in header]
+        rows = ((number, dict(zip(names, row, strict=True))) for number, row in numbered)
+    else:
+        rows = json_rows(io.StringIO(text, newline=None), name)
+    for number, row in rows:
+        yield f"{name}, line {number}", row
 
 
 def _is_no_text(column_type: pa.DataType) -> bool:
     return pa.types.is_binary(column_type) or pa.types.is_large_binary(column_type) or pa.types.is_struct(column_type)
-
-
-def _csv_rows(text: str, name: str, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-    try:
-        header = [column.strip() for column in next(rows, [])]
-        for row in rows:
-            if not row:
-                continue
-            where = f"{name}, line {rows.line_num}"
-            if len(row) != len(header):
-                raise DataError(
-                    f"{where}: {len(row)} fields, not {len(header)} as in the header; quote those with commas"
-                )
-            yield where, dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{name}, line {rows.line_num}: {error}") from error
 
 
 def _choose_columns(row: dict[str, Any], config: FolderConfig, manifest: Location) -> _Columns:

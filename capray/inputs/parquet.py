@@ -8,7 +8,8 @@ import io
 import json
 import posixpath
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -22,6 +23,7 @@ from capray.errors import CaprayError, ConfigError, DataError, TryAgain
 from capray.inputs.base import ROWS_PER_PAGE, Containers, Selection, reading_errors, rows_of
 from capray.inputs.byte_reader import CHUNK_BYTES, Stream
 from capray.inputs.versions import check_version
+from capray.manifests import csv_rows, json_rows
 from capray.storage import Entry, Location, object_version, read_bytes
 
 _ABSOLUTE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.\-]*://")
@@ -203,32 +205,23 @@ class Manifest(Containers):
                 yield self._resolved(rest, unit, stream.version), stream.version, number
 
     def _csv(self, uri: str, stream: Stream) -> Iterator[pa.Table]:
-        delimiter = "\t" if _suffix(uri) == "tsv" else ","
-        parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-        with _unpacked(uri, Stream(uri, version=stream.version)) as file:
-            header = pa_csv.open_csv(file, parse_options=parse).schema.names
-        columns = self._columns(header, uri)
-        wanted = list(dict.fromkeys((*columns, *self.keep)))
-        convert = pa_csv.ConvertOptions(
-            column_types=dict.fromkeys(wanted, pa.string()),
-            include_columns=wanted,
-            strings_can_be_null=True,
-            null_values=[""],
-        )
-        read = pa_csv.ReadOptions(block_size=CSV_BLOCK_BYTES)
-        with _unpacked(uri, stream) as file:
-            for batch in pa_csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):
-                yield self._table(pa.Table.from_batches([batch]), *columns, uri)
+        with _text_of_file(uri, stream) as lines:
+            rows = csv_rows(lines, repr(uri), "\t" if _suffix(uri) == "tsv" else ",")
+            _, header = next(rows, (0, None))
+            if header is None:
+                raise DataError(f"{uri!r} is empty")
+            columns = self._columns(header, uri)
+            wanted = {name: header.index(name) for name in (*columns, *self.keep)}
+            for batch in _batched((row for _, row in rows), ROWS_PER_PAGE):
+                table = {
+                    name: pa.array([row[place] or None for row in batch], pa.string()) for name, place in wanted.items()
+                }
+                yield self._table(pa.table(table), *columns, uri)
 
     def _jsonl(self, uri: str, stream: Stream) -> Iterator[pa.Table]:
-        with _unpacked(uri, stream) as file:
-            for number, lines in enumerate(_batched(filter(None, map(bytes.strip, file)), ROWS_PER_PAGE)):
-                try:
-                    records = [json.loads(line) for line in lines]
-                except ValueError as error:
-                    raise DataError(f"{uri!r} has a line that is not JSON: {error}") from error
-                if not all(isinstance(record, dict) for record in records):
-                    raise DataError(f"{uri!r} has a line that is not a JSON object")
+        with _text_of_file(uri, stream) as lines:
+            rows = (row for _, row in json_rows(lines, repr(uri)))
+            for number, records in enumerate(_batched(rows, ROWS_PER_PAGE)):
                 if number == 0:
                     columns = self._columns(list(records[0]), uri)
                 wanted = dict.fromkeys((*columns, *self.keep))
@@ -271,11 +264,6 @@ class Manifest(Containers):
         folder = posixpath.dirname(uri)
         _refuse_web(rows["uri"], uri)
         names = rows["uri"].to_pylist()
-        for name in names:
-            if name is not None and name.count("\n") > 1:
-                raise DataError(
-                    f"{uri!r} has a URI of {name.count(chr(10)) + 1} lines: a quote is not closed at {name[:60]!r}"
-                )
         whole = [name if name is None or _ABSOLUTE.match(name) else f"{folder}/{name}" for name in names]
         columns = {name: rows[name] for name in rows.column_names} | {"uri": whole}
         return rows_of("object", columns, container=uri, version=version)
@@ -291,6 +279,16 @@ def _unpacked(uri: str, stream: Stream) -> Any:
     """The file in ``stream``, buffered, and unpacked if it is gzip."""
     file = io.BufferedReader(stream, CHUNK_BYTES)
     return gzip.open(file) if uri.lower().endswith(".gz") else file
+
+
+@contextmanager
+def _text_of_file(uri: str, stream: Stream) -> Generator[Iterable[str]]:
+    """The lines of the file in ``stream``, their ends as they are."""
+    try:
+        with _unpacked(uri, stream) as file:
+            yield io.TextIOWrapper(file, "utf-8-sig", newline="")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{uri!r} is not UTF-8: {error}") from error
 
 
 class Inventory(Containers):
