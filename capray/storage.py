@@ -216,15 +216,15 @@ def uri_of(root: Location, path: str) -> str:
     return path if root.is_local else f"{root.uri.split('://', 1)[0]}://{path}"
 
 
-def iter_files(root: Location) -> Iterator[Entry]:
-    """Every file below ``root``, in the order the store lists them.
+def iter_files(root: Location, denied: list[str] | None = None) -> Iterator[Entry]:
+    """Every file below ``root``, in the order the store lists them; see ``walk`` for ``denied``.
 
     Raises:
         StorageError: the store cannot be reached or refuses the listing.
     """
     with storage_errors(f"listing {root.uri}"):
         if root.is_local:
-            for folder, names in walk(root.path):
+            for folder, names in walk(root.path, denied):
                 for name in names:
                     path = os.path.join(folder, name)
                     try:
@@ -261,22 +261,54 @@ def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], 
         arguments["ContinuationToken"] = answer["NextContinuationToken"]
 
 
-def walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """The folders from ``root`` down in the order of their names, links to folders followed once, each with the names of
-    the files in it, sorted. Raises OSError for one that cannot be listed."""
-    seen: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:
+def walk(root: str, denied: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """The folders from ``root`` down in the order of their names, each once, with the names of the files in it, sorted.
+
+    Links to folders are followed, but for those with a hidden name and those to what is in ``root`` anyway. A folder below
+    ``root`` that cannot be listed is added to ``denied``; without that, OSError. One that was removed is left out.
+    """
+    whole = os.path.realpath(root)
+    seen: set[tuple[int, int, bool]] = set()
+
+    def note(error: OSError) -> None:
+        if error.filename != root and was_removed(error.filename, root):
+            return
+        if denied is None or error.filename == root:
+            raise error
+        denied.append(error.filename)
+
+    for folder, folders, names in os.walk(root, onerror=note, followlinks=True):
+        try:
+            here = os.stat(folder)
+        except OSError as error:
+            note(error)
+            continue
+        key = here.st_dev, here.st_ino, "/." in folder[len(root) :]
+        if key in seen:
             folders.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
-        folders.sort()
+        seen.add(key)
+        folders[:] = sorted(name for name in folders if not _is_listed_elsewhere(os.path.join(folder, name), whole))
         yield folder, sorted(names)
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def was_removed(path: str, root: str) -> bool:
+    """Whether ``path`` is gone from below ``root``, where something is left: of a mount that is away nothing would be."""
+    if os.path.lexists(path):
+        return False
+    while not os.path.lexists(path) and path != root:
+        path = os.path.dirname(path)
+    return os.path.isdir(path) and bool(os.listdir(path))
+
+
+def _is_listed_elsewhere(path: str, root: str) -> bool:
+    """Whether ``path`` is a link to a folder that a listing of ``root`` has under another name, or with a hidden name."""
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    inside = f"{target}/".startswith(f"{root.rstrip('/')}/")
+    is_hidden = inside and "/." in target[len(root.rstrip("/")) :]
+    return os.path.basename(path).startswith(".") or f"{root}/".startswith(f"{target}/") or (inside and not is_hidden)
 
 
 def stat_of(path: str) -> os.stat_result | None:

@@ -1,11 +1,13 @@
 """Every kind of input is judged rightly and listed wholly: each image once, under its exact id."""
 
 import csv
+import errno
 import gzip
 import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 import tempfile
 from collections import Counter
@@ -25,7 +27,7 @@ from capray.inputs.base import ContainerChanged, Selection, Source, rows_of
 from capray.inputs.byte_reader import Stream
 from capray.inputs.files import MAX_LEVELS
 from capray.inputs.versions import entry_at
-from capray.storage import locate
+from capray.storage import locate, was_removed
 
 ODD = [
     "a b.jpg",
@@ -130,6 +132,46 @@ class TestFolder:
         os.mkfifo(tmp_path / "in" / "pipe.jpg")
         names = ["a.jpg", "linked.jpg", "nowhere.jpg", "folder/b.jpg"]
         assert ids(tmp_path / "in") == [str(tmp_path / "in" / name) for name in names]
+
+    def test_links_hide_nothing(self, tmp_path):
+        paths = touch(tmp_path / "in", "photos/a.jpg", "zoo/b.jpg")
+        for name in (".latest", "a-latest"):
+            (tmp_path / "in" / name).symlink_to("photos")
+        touch(tmp_path / "other", "c.jpg")
+        for name in (".other", "other"):
+            (tmp_path / "in" / name).symlink_to(tmp_path / "other")
+        touch(tmp_path / "in", ".store/d.jpg")
+        (tmp_path / "in" / "data").symlink_to(".store")
+        added = [str(tmp_path / "in" / name) for name in ("data/d.jpg", "other/c.jpg")]
+        assert sorted(ids(tmp_path / "in")) == sorted([*paths, *added])
+        assert sorted(ids(tmp_path / "in", exclude=("a-latest/*",))) == sorted([*paths, *added])
+
+    def test_a_folder_that_cannot_be_listed_is_a_unit_of_its_own(self, tmp_path, monkeypatch):
+        paths = touch(tmp_path / "in", "a/b.jpg", "lost+found/c.jpg", "z.jpg")
+        denied, scandir = str(tmp_path / "in" / "lost+found"), os.scandir
+
+        def refusing(path):
+            if path == denied:
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return scandir(path)
+
+        monkeypatch.setattr("os.scandir", refusing)
+        source = opened(tmp_path / "in")
+        pages = list(source.pages(*source.units()))
+        assert sorted(uri for page in pages for uri in page.rows["uri"].to_pylist()) == [paths[0], paths[2]]
+        ((unit,),) = [page.found for page in pages if page.found]
+        with pytest.raises(StorageError, match="permission denied"):
+            list(source.pages(unit))
+        excluding = opened(tmp_path / "in", exclude=("lost+found/*",))
+        assert not any(page.found for page in excluding.pages(*excluding.units()))
+        shutil.rmtree(denied)
+        assert list(source.pages(unit)) == [], "it is gone"
+
+    def test_a_mount_that_is_away_is_not_removed(self, tmp_path):
+        (tmp_path / "in" / "disk").mkdir(parents=True)
+        touch(tmp_path / "in", "a.jpg")
+        assert was_removed(f"{tmp_path}/in/b/c", f"{tmp_path}/in")
+        assert not was_removed(f"{tmp_path}/in/disk/c/d", f"{tmp_path}/in"), "the mountpoint is empty"
 
     def test_a_name_that_is_not_utf8(self, tmp_path):
         folder = os.fsencode(tmp_path / "in")
@@ -281,6 +323,19 @@ class TestParquet:
             ("row", "6", 1, 0, {"tags": ["u", "v"], "n": 6}),
         ]
 
+    def test_columns_that_cannot_be_kept(self, tmp_path):
+        ids, extension = pa.array(["a"]), pa.array(["{}"]).cast(pa.json_())
+        nested = pa.array([["x"]], pa.list_(pa.string_view()))
+        path = write_table(tmp_path / "x.parquet", {"uri": ids, "json": extension, "nested": nested})
+        assert opened(path, ["json", "json"]).source_type == pa.struct([("json", pa.string())])
+        with pytest.raises(ConfigError, match="column 'nested' .* cannot be kept"):
+            opened(path, ["nested"])
+        twice = pa.Table.from_arrays([ids, ids, ids], ["uri", "note", "note"])
+        pq.write_table(twice, path)
+        assert opened(path)
+        with pytest.raises(DataError, match="several columns 'note'"):
+            opened(path, ["note"])
+
     def test_views_are_kept_as_what_they_show(self, tmp_path):
         names, photos = ["a", "b"], [b"x", b"y"]
         columns = {
@@ -428,7 +483,11 @@ class TestManifests:
         ("name", "content", "message"),
         [
             ("x.csv", b"uri,image_id\n/a,\n", "without a value"),
-            ("x.tsv", b'uri\tnote\n/a\t"Stop\n/b\tx\n/c\tgo"\n', "lines 2 to 4: a quoted value spans what could be rows"),
+            (
+                "x.tsv",
+                b'uri\tnote\n/a\t"Stop\n/b\tx\n/c\tgo"\n',
+                "lines 2 to 4: a quoted value spans what could be rows",
+            ),
             ("x.csv", b'uri,note\n/a,"unclosed\n/b,x\n', "unexpected end of data"),
             ("x.csv", b"uri,image_id\n/a\n", "x.csv"),
             ("x.csv", b"", "is empty"),

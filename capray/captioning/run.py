@@ -117,7 +117,8 @@ class Run:
                     raise
                 if self.listing.is_complete and not self.summary.left:
                     self.listing.close()
-                if "precision" not in self.bound_to:  # Nothing was captioned yet: a shard may be empty.
+                # Nothing was captioned yet, as of an empty shard; or somebody has removed the file.
+                if "precision" not in self.bound_to or self.output.read_job() is None:
                     self._bind()
                 self.summary.status = "complete"
                 self.record.write()

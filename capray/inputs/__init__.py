@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from capray.config import SourceSettings
-from capray.errors import ConfigError
+from capray.errors import ConfigError, StorageError
 from capray.inputs.base import Containers, Source, is_hidden
 from capray.inputs.files import Images
 from capray.inputs.parquet import MANIFESTS, Inventory, Manifest, Parquet
@@ -35,7 +35,7 @@ def open_sources(inputs: tuple[str, ...], settings: SourceSettings, keep: tuple[
         DataError: a file that is not what its name says.
         StorageError: the store cannot be reached.
     """
-    sources = [_open(uri, settings, keep) for uri in inputs]
+    sources = [_open(uri, settings, tuple(dict.fromkeys(keep))) for uri in inputs]
     _name_once(sources)
     types = {str(source.source_type): source for source in sources}
     if len(types) > 1:
@@ -72,16 +72,23 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
         raise ConfigError(
             f"{uri!a}: the name of this input is no UTF-8, which ids and tables need: rename it, or link to it"
         )
-    files = _files(place)
+    denied: list[str] = []
+    files = _files(place, denied)
     sample = list(itertools.islice(files, _SAMPLE))
     while sample and all(is_hidden(_below(place, entry), (".", "_")) for entry in sample[-_SAMPLE:]):
         if not (more := list(itertools.islice(files, _SAMPLE))):
             break
         sample += more
+    if denied and not sample:
+        raise StorageError(f"nothing can be read at {uri!r}: permission denied to {denied[0]!r}")
     if not sample:
         raise ConfigError(f"there are no images at {uri!r}: it is empty, or does not exist")
     kind = settings.input_kind if settings.input_kind != "auto" else _kind_of(place, sample)
     source = _source_of(kind, place, settings, keep, itertools.chain(sample, files))
+    if denied and kind != "images":
+        raise StorageError(
+            f"{denied[0]!r} cannot be listed, and may hold files of this input: let it be read, or name the others by a glob"
+        )
     if place.is_local and (kind in ("images", "tar") or source.image_column):
         source.witnesses = tuple(
             itertools.islice((entry.path for entry in sample if opens(entry.path)), _NUM_WITNESSES)
@@ -138,8 +145,8 @@ def _others(kind: str, files: list[Entry]) -> list[Entry]:
     return [entry for entry in files if not entry.path.lower().endswith((*_ENDINGS[kind], *_BESIDE[kind]))]
 
 
-def _files(place: Location) -> Iterator[Entry]:
-    """The files the input names: itself, the matches of its glob, or all below it."""
+def _files(place: Location, denied: list[str]) -> Iterator[Entry]:
+    """The files the input names: itself, the matches of its glob, or all below it but for what is in folders ``denied``."""
     if is_glob(place):
         with storage_errors(f"listing {place.uri}"):
             found = place.fs.glob(place.path, detail=True)
@@ -156,7 +163,7 @@ def _files(place: Location) -> Iterator[Entry]:
     elif place.is_local and not is_folder(place):
         raise ConfigError(f"there is nothing at {place.uri!r}")
     else:
-        yield from iter_files(place)
+        yield from iter_files(place, denied)
 
 
 def _below(place: Location, entry: Entry) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import gzip
+import posixpath
 import re
 import zlib
 from abc import ABC, abstractmethod
@@ -23,7 +24,7 @@ from capray.errors import ConfigError, DataError, StorageError, TryAgain
 from capray.images import ImageError
 from capray.inputs.places import PLACES, Kind, Row
 from capray.inputs.versions import VersionChanged
-from capray.storage import Entry, Location, is_of_arrow, storage_errors
+from capray.storage import Entry, Location, is_glob, is_of_arrow, storage_errors
 
 ROWS_PER_PAGE = 100_000
 
@@ -190,7 +191,8 @@ class Source(ABC):
 
     def __init__(self, place: Location, settings: SourceSettings, keep: tuple[str, ...] = ()):
         self.place, self.settings, self.keep = place, settings, keep
-        self.selection = Selection.of(settings, place.uri)
+        root = posixpath.dirname(re.split(r"[*?[]", place.uri)[0]) if is_glob(place) else place.uri
+        self.selection = Selection.of(settings, root)
         self.witnesses: tuple[str, ...] = ()
 
     @property

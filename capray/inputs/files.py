@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from capray.inputs.base import ROWS_PER_PAGE, Page, Source, is_hidden, rows_of
-from capray.storage import Location, is_file, s3_pages, stat_of, storage_errors, walk
+from capray.storage import Location, is_file, s3_pages, stat_of, storage_errors, walk, was_removed
 
 MAX_LEVELS = 3
 """Levels below the input that are looked into for prefixes to list side by side."""
@@ -41,7 +41,8 @@ class Images(Source):
                     info = self.place.fs.info(self.place.path)
                     yield self._page([(self.place.path, info["size"])], True)
             elif self.place.is_local:
-                yield from self._list_folder(path, after)
+                if level == "0" or not was_removed(path, self.place.path):
+                    yield from self._list_folder(path, after)
             elif hasattr(self.place.fs, "call_s3"):
                 yield from self._list_prefix(path, int(level), after)
             elif after is None:
@@ -61,10 +62,12 @@ class Images(Source):
         return f"{self.place.uri.split('://', 1)[0]}://{path}"
 
     def _list_folder(self, root: str, after: list[str] | None) -> Iterator[Page]:
-        """Every regular file below ``root`` in the order of its folders' names, links to folders followed once."""
+        """Every regular file below ``root`` in the order of its folders' names. A folder that cannot be listed is a unit of
+        its own, so that the rest is listed all the same."""
         files: list[tuple[str, int]] = []
         last = after
-        for folder, names in walk(root):
+        denied: list[str] = []
+        for folder, names in walk(root, denied):
             for name in names:
                 path = os.path.join(folder, name)
                 # By order, not by finding it again: what the last page ended with may be gone.
@@ -77,7 +80,8 @@ class Images(Source):
                 if len(files) == ROWS_PER_PAGE:
                     yield self._page(files, last)
                     files = []
-        yield self._page(files, last)
+        wanted = [path for path in denied if not self.selection.excludes(f"{self._uri(path)}/")]
+        yield self._page(files, last, tuple(f"1:{path}" for path in wanted))
 
     def _list_prefix(self, prefix: str, level: int, after: str | None) -> Iterator[Page]:
         bucket, _, key = prefix.partition("/")

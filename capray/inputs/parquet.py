@@ -8,7 +8,7 @@ import io
 import json
 import posixpath
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Container, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote_plus
@@ -56,9 +56,10 @@ class Parquet(Containers):
         self, place: Location, settings: SourceSettings, keep: tuple[str, ...], files: list[Entry], hidden: int = 0
     ):
         super().__init__(place, settings, keep, files, hidden)
-        first, schema = first_schema(files)
-        names = schema.names
         split = "split" if settings.split else None
+        chosen = (settings.id_column, settings.image_column, settings.uri_column, split, *keep)
+        first, schema = first_schema(files, {"image_id", "image", *_URI_NAMES, *filter(None, chosen)})
+        names = schema.names
         for name in filter(None, (split, *keep)):
             _require(name, names, first)
         image = None if settings.uri_column else _choose(settings.image_column, ("image",), names, first)
@@ -78,9 +79,7 @@ class Parquet(Containers):
                 f"{first!r} needs a column of image ids: name it with --id-column; its columns: {', '.join(names)}"
             )
         self._id, self._image, self._uri, self._split = image_id, image, uri, split
-        self._source_type = (
-            pa.struct([pa.field(name, _kept(schema.field(name).type)) for name in keep]) if keep else None
-        )
+        self._source_type = pa.struct([_kept(schema.field(name), first) for name in keep]) if keep else None
 
     @property
     def source_type(self) -> pa.DataType | None:
@@ -127,14 +126,24 @@ class Parquet(Containers):
         return rows_of("object", columns, container=uri, version=version)
 
 
-def _kept(kind: pa.DataType) -> pa.DataType:
-    """How a column to keep is written: views as what they show, for want of Arrow's functions for them."""
-    return {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind)
+def _kept(column: pa.Field, where: str) -> pa.Field:
+    """How a column to keep is written: views as what they show, extensions as what they store.
+
+    Raises:
+        ConfigError: Arrow cannot do with its type what has to be done.
+    """
+    kind = column.type.storage_type if isinstance(column.type, pa.BaseExtensionType) else column.type
+    kind = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind)
+    try:
+        pa.nulls(1, column.type).cast(kind).take(pa.array([0]))
+    except pa.ArrowNotImplementedError as error:
+        raise ConfigError(f"column {column.name!r} of {where!r} holds {column.type}, which cannot be kept") from error
+    return pa.field(column.name, kind)
 
 
-def first_schema(files: list[Entry]) -> tuple[str, pa.Schema]:
-    """The first of the Parquet ``files`` that can be read, and its schema. What is wrong with the others is found out when
-    they are listed.
+def first_schema(files: list[Entry], used: Container[str] = ()) -> tuple[str, pa.Schema]:
+    """The first of the Parquet ``files`` that can be read and has no two columns of a name that is ``used``, and its schema.
+    What is wrong with the others is found out when they are listed.
 
     Raises:
         DataError, StorageError: none can be, and what is wrong with the first.
@@ -143,7 +152,12 @@ def first_schema(files: list[Entry]) -> tuple[str, pa.Schema]:
     for entry in files[:_MOST_TRIED]:
         try:
             with reading_errors(entry.uri):
-                return entry.uri, opened_parquet(Stream(entry.uri)).schema_arrow
+                schema = opened_parquet(Stream(entry.uri)).schema_arrow
+                if twice := next(
+                    (name for name in schema.names if name in used and schema.names.count(name) > 1), None
+                ):
+                    raise DataError(f"{entry.uri!r} has several columns {twice!r}: rename all but one")
+                return entry.uri, schema
         except TryAgain:
             raise
         except CaprayError as error:

@@ -66,7 +66,8 @@ class Output:
             return None
         try:
             job = json.loads(read_bytes(self.job))
-            version = job["schema_version"]
+            version = int(job["schema_version"])
+            _ = job["model_id"], job["decoding"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.job.uri} is damaged ({error!r}): put it back, or choose another output") from error
         if version > SCHEMA_VERSION:
