@@ -216,11 +216,14 @@ def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _jpeg_stops_early(image: Image.Image, data: bytes, at_least: int | None) -> bool:
-    """Whether a JPEG is cut off although it has an end marker.
+    """Whether a JPEG is cut off although Pillow decodes it.
 
-    libjpeg makes what is missing grey and says nothing. A last pixel of that grey raises the suspicion; bytes put in
-    before the end marker decide: a decoder that still waits for data takes them for pixels.
+    Zeros without an end marker before them are the rest of a file that was made at its full length and never filled.
+    Otherwise, libjpeg makes what is missing grey and says nothing. A last pixel of that grey raises the suspicion; bytes
+    put in before the end marker decide: a decoder that still waits for data takes them for pixels.
     """
+    if data.endswith(bytes(16)) and not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        return True
     last = image.getpixel((image.width - 1, image.height - 1))
     if any(value not in (127, 128) for value in (last if isinstance(last, tuple) else (last,))):
         return False

@@ -406,8 +406,11 @@ class TestJpeg:
         assert np.array_equal(pixels, np.asarray(image))
 
     def test_zeros_in_place_of_the_rest_are_noticed(self):
-        data = FILES["jpeg"]
-        assert kind_of(data[: len(data) // 2] + bytes(len(data) - len(data) // 2)) == "truncated"
+        for data in (FILES["jpeg"], image_bytes(PHOTO.resize((320, 240)), "JPEG", quality=95)):
+            for tenths in range(1, 10):
+                at = len(data) * tenths // 10
+                assert kind_of(data[:at] + bytes(len(data) - at)) in ("truncated", "not_an_image")
+            assert np.array_equal(rgb(data + bytes(100)), rgb(data)), "padding behind the end"
 
     def test_without_its_end_marker(self):
         assert kind_of(FILES["jpeg"][:-2]) == "truncated"
