@@ -222,7 +222,7 @@ def _jpeg_stops_early(image: Image.Image, data: bytes, at_least: int | None) -> 
     Otherwise, libjpeg makes what is missing grey and says nothing. A last pixel of that grey raises the suspicion; bytes
     put in before the end marker decide: a decoder that still waits for data takes them for pixels.
     """
-    if data.endswith(bytes(16)) and not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+    if data.endswith(bytes(16)) and not any(kind == 0xD9 for kind, _ in _jpeg_markers(data)):
         return True
     last = image.getpixel((image.width - 1, image.height - 1))
     if any(value not in (127, 128) for value in (last if isinstance(last, tuple) else (last,))):
