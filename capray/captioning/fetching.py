@@ -30,7 +30,7 @@ from capray.errors import TryAgain
 from capray.images import UNCERTAIN, ImageError, load
 from capray.inputs.base import Event, Failed, Found
 from capray.inputs.places import Row
-from capray.inputs.reader import Outcome, Reader
+from capray.inputs.reader import FetchOutcome, Reader
 from capray.storage import locate
 
 DECODE_SECONDS = 60.0
@@ -131,7 +131,7 @@ class Fetcher:
         changed = "its container has changed"
         return [looks.get(id_, Look(id_, "unreadable_storage", changed)) for id_ in (p["image_id"] for p in places)]
 
-    def _outcomes(self, rows: list[Row], skipped: Container[bytes], events: list[Event]) -> Iterator[Outcome]:
+    def _outcomes(self, rows: list[Row], skipped: Container[bytes], events: list[Event]) -> Iterator[FetchOutcome]:
         for outcome in self.reader.read(rows, skipped, lambda text: cluster.post_notice(self.run_id, text)):
             if isinstance(outcome, (Found, Failed)):
                 yield outcome
@@ -157,7 +157,7 @@ class Fetcher:
 
             yield decode
 
-    def _fetched(self, outcome: Outcome, decode: Decode) -> tuple[Row, Row]:
+    def _fetched(self, outcome: FetchOutcome, decode: Decode) -> tuple[Row, Row]:
         """A FETCHED row, and the place of its image."""
         place = outcome.row
         result = {

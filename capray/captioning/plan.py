@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from capray.captioning.settled import ID, TAR, Settled, insert
 from capray.captioning.units import UnitFiles, Work
 from capray.errors import StorageError
-from capray.inputs.listing import NEVER, Listing
+from capray.inputs.listing import ALL_ROWS, Listing
 from capray.output import Output, duckdb_errors, first_row, parquet_files
 from capray.storage import Location, Write, read_bytes
 
@@ -202,7 +202,7 @@ class Plan:
         rows = [
             (
                 number,
-                NEVER if key[1] in given_up else listing.superseded.get(key, 0),
+                ALL_ROWS if key[1] in given_up else listing.superseded.get(key, 0),
                 key in listing.known_tars,
                 None if key in self._manifests else listing.changed.get(key),
             )

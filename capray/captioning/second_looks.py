@@ -24,7 +24,7 @@ MAX_TASKS = 8
 
 
 @dataclass(frozen=True)
-class Batch:
+class LookGroup:
     """Places to look at together, on another node than ``node``."""
 
     places: list[Row]
@@ -57,7 +57,7 @@ class SecondLooks:
         if len(self._waiting) < MAX_WAITING:
             self._waiting.append(_Waiting(self._clock() + self.seconds, place, node))
 
-    def due(self) -> list[Batch]:
+    def due(self) -> list[LookGroup]:
         """What is to be looked at now."""
         room = LOOKS_PER_TASK * (MAX_TASKS - -(-len(self._in_flight) // LOOKS_PER_TASK))
         by_node: dict[str, list[Row]] = defaultdict(list)
@@ -68,7 +68,7 @@ class SecondLooks:
                 by_node[item.node].append(item.place)
                 room -= 1
         return [
-            Batch(places[i : i + LOOKS_PER_TASK], node)
+            LookGroup(places[i : i + LOOKS_PER_TASK], node)
             for node, places in by_node.items()
             for i in range(0, len(places), LOOKS_PER_TASK)
         ]

@@ -37,7 +37,7 @@ MAX_QUEUED_ROWS = 500_000
 """Rows that wait to be gathered while a chunk is stored."""
 MAX_RELISTS = 2
 """Times a container is listed again in a run because it has changed."""
-NEVER = 2**63 - 1
+ALL_ROWS = 2**63 - 1
 
 _FOLDER = re.compile(r"(\d{6})-(.+)")
 _CHUNK = re.compile(r"(?:chunk|members)-(\d{6})\.parquet")
@@ -225,7 +225,7 @@ class Listing:
             if versions:
                 for key in [key for key in self._units if key[0] == number and key[1] not in versions]:
                     del self._units[key]
-                    self.superseded[key] = NEVER
+                    self.superseded[key] = ALL_ROWS
                     counts["are gone, with the images in them"] += 1
         self.remarks = [f"files of the input that {what}: {count:,}" for what, count in counts.items()]
         self._open = {key for key, unit in self._units.items() if not unit.is_done}

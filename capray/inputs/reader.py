@@ -31,7 +31,7 @@ from capray.inputs.witnesses import witnesses
 from capray.storage import locate
 
 _BATCH_ROWS = 256
-Outcome = Found | Failed
+FetchOutcome = Found | Failed
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Reader:
 
     def read(
         self, rows: list[Row], skipped: Container[bytes] = (), notify: Callable[[str], None] = ignore
-    ) -> Iterator[Outcome | Event]:
+    ) -> Iterator[FetchOutcome | Event]:
         """What is at each of ``rows``: every one gives a Found or a Failed, or its container a Changed, after which none of
         that container's rows gives anything. A ``tar`` gives them for each of its wanted images, and then its TarMembers or
         a TarUnreadable.
@@ -82,9 +82,9 @@ class Reader:
         carried = row.get("witness")
         return ((carried,) if carried else ()) + self.inputs[row["input"]].witnesses
 
-    def _ahead(self, rows: list[Row], read: Callable[[Row], Outcome]) -> Iterator[Outcome]:
+    def _ahead(self, rows: list[Row], read: Callable[[Row], FetchOutcome]) -> Iterator[FetchOutcome]:
         """Prefetches at most ``concurrency`` images."""
-        ahead: deque[Future[Outcome]] = deque()
+        ahead: deque[Future[FetchOutcome]] = deque()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             for row in rows:
@@ -96,7 +96,7 @@ class Reader:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _object(self, row: Row, patience: Patience) -> Outcome:
+    def _object(self, row: Row, patience: Patience) -> FetchOutcome:
         uri, size = row["uri"], row["size"]
         if uri is None:
             return Failed(row, ImageError("missing", "the row has no URI", certain=True))
@@ -119,7 +119,7 @@ class Reader:
 
     def _of_container(
         self, kind: str, rows: list[Row], skipped: Container[bytes], patience: Patience
-    ) -> Iterator[Outcome | Event]:
+    ) -> Iterator[FetchOutcome | Event]:
         number, container = rows[0]["input"], rows[0]["container"]
         left = {row["image_id"]: row for row in rows}
         read = {"row": self._table_rows, "member": self._members, "name": self._named, "tar": self._tar}[kind]
@@ -149,7 +149,7 @@ class Reader:
         for row in left.values():
             yield Failed(row, ImageError("unreadable_storage", problem))
 
-    def _table_rows(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[Outcome]:
+    def _table_rows(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[FetchOutcome]:
         reading = self.inputs[rows[0]["input"]]
         assert reading.id_column is not None and reading.image_column is not None
         rows = sorted(rows, key=lambda row: (row["row_group"], row["row"]))
@@ -182,10 +182,10 @@ class Reader:
                         yield Found(row, data)
                 first += batch.num_rows
 
-    def _members(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[Outcome]:
+    def _members(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[FetchOutcome]:
         yield from self._ahead(rows, lambda row: self._member(row, patience))
 
-    def _member(self, row: Row, patience: Patience) -> Outcome:
+    def _member(self, row: Row, patience: Patience) -> FetchOutcome:
         """A member at a known place, read with its header."""
         offset, size, limit = row["offset"], row["size"], self.limits.max_image_bytes
         # Of what is certainly too large the header alone.
@@ -203,7 +203,7 @@ class Reader:
         content = content_in(data) if member.issparse() else data[member.offset_data : end]
         return self._of_member(row, member, content, len(content) == member.size)
 
-    def _of_member(self, row: Row, member: tarfile.TarInfo, data: bytes, whole: bool) -> Outcome:
+    def _of_member(self, row: Row, member: tarfile.TarInfo, data: bytes, whole: bool) -> FetchOutcome:
         if not member.isreg():
             message = f"a link to {member.linkname!r}: write the tar with --dereference --hard-dereference"
             return Failed(row, ImageError("unsupported_format", message))
@@ -214,7 +214,7 @@ class Reader:
             return Failed(row, ImageError("unreadable_storage", message))
         return Found(row, data)
 
-    def _named(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[Outcome]:
+    def _named(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[FetchOutcome]:
         """Members of which the name is known, in one reading of the tar. One under a name with another extension is taken
         for it when none of those beside it has the very name."""
         wanted: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
@@ -244,7 +244,7 @@ class Reader:
         for row in (row for names in wanted.values() for of_name in names.values() for row in of_name):
             yield Failed(row, error)
 
-    def _tar(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[Outcome | Event]:
+    def _tar(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[FetchOutcome | Event]:
         """A tar whose members are not known: each that is wanted and not ``skipped``; all that are wanted are told."""
         (tar_row,) = rows
         uri, selection = tar_row["container"], self.inputs[tar_row["input"]].selection
@@ -274,7 +274,7 @@ def _stem(member: str) -> str:
     return posixpath.splitext(member)[0]
 
 
-def _with_witness(outcome: Outcome, patience: Patience) -> Outcome:
+def _with_witness(outcome: FetchOutcome, patience: Patience) -> FetchOutcome:
     """``outcome``; of a file that is missing with the ``witness`` in its row which could be opened all the same: whoever
     looks again has to open it too."""
     if isinstance(outcome, Found) or outcome.error.kind != "missing" or outcome.error.certain:

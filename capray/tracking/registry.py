@@ -44,7 +44,7 @@ def without_credentials(text: str | None) -> str:
     return re.sub(r"(\w://[^\s?#'\"]*)[?#][^\s'\"]*", r"\1?…", text)
 
 
-def describe_error(error: BaseException | None) -> str:
+def describe_mlflow_error(error: BaseException | None) -> str:
     """An error of MLflow's in a line, without credentials."""
     lines = str(error).splitlines() or [repr(error)]
     connection = re.search(r"(Connection refused|timed out|Name or service not known|Failed to resolve)", str(error))
@@ -62,7 +62,9 @@ def reach(uri: str | None, way_out: str = "") -> Generator[None]:
     try:
         yield
     except (MlflowException, RequestException) as error:
-        raise StorageError(f"MLflow at {without_credentials(uri)!r}: {describe_error(error)}{way_out}") from error
+        raise StorageError(
+            f"MLflow at {without_credentials(uri)!r}: {describe_mlflow_error(error)}{way_out}"
+        ) from error
 
 
 def is_registered(model: str) -> bool:

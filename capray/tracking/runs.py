@@ -26,7 +26,7 @@ import capray
 from capray.config import TrainConfig
 from capray.errors import ConfigError
 from capray.storage import is_s3, locate
-from capray.tracking.registry import describe_error, reach, without_credentials
+from capray.tracking.registry import describe_mlflow_error, reach, without_credentials
 
 POINTS_PER_REQUEST = 900
 """MLflow takes a thousand."""
@@ -276,7 +276,7 @@ class Tracker:
                 try:
                     self._retrying(client, items)
                 except Exception as error:  # Whatever it is, the training is worth more.
-                    self._problem = describe_error(error)
+                    self._problem = describe_mlflow_error(error)
                     is_refusal = not _may_pass(error) or self._answers(client)
                     with self._wake:
                         lost = items if is_refusal else list(self._pending)
@@ -342,7 +342,7 @@ class Tracker:
     def _tell(self, state: tenacity.RetryCallState) -> None:
         if not self._is_failing and state.outcome is not None:
             self._is_failing = True
-            reason = describe_error(state.outcome.exception())
+            reason = describe_mlflow_error(state.outcome.exception())
             self._say(f"MLflow fails ({reason}); the training goes on, and what MLflow lacks is sent when it answers")
 
 

@@ -158,7 +158,7 @@ def _read_and_decode(
     return pa.table([table["image_id"], pixels, heights, widths, table["captions"], words], schema=DECODED)
 
 
-class Images(NamedTuple):
+class ImageBatch(NamedTuple):
     """A batch as it leaves reading: pixels (H, W, 3) uint8 or cached grids (D, h, w) float16, word ids of the captions of
     each, raw captions, ids."""
 
@@ -167,10 +167,10 @@ class Images(NamedTuple):
     words: list[list[list[int]]]
     captions: list[list[str]]
 
-    def longest_first(self) -> Images:
+    def longest_first(self) -> ImageBatch:
         """The same images, that with the longest caption first: the decoder likes them so."""
         images = sorted(zip(*self, strict=True), key=lambda image: -max(map(len, image[2])))
-        return Images(*map(list, zip(*images, strict=True)))
+        return ImageBatch(*map(list, zip(*images, strict=True)))
 
 
 class Reading:
@@ -195,11 +195,11 @@ class Reading:
         seed: int,
         shuffle_buffer: int | None = None,
         images_per_batch: int | None = None,
-    ) -> Iterator[Images]:
+    ) -> Iterator[ImageBatch]:
         """Batches of at most ``pairs_per_batch`` image-caption pairs (but at least one image), or of
         ``images_per_batch`` images where that is given; ``one_caption`` draws one caption of each image."""
         rng = random.Random(seed)
-        batch, pairs = Images([], [], [], []), 0
+        batch, pairs = ImageBatch([], [], [], []), 0
         for row in self.rows(shard, shuffle_buffer, seed):
             if row["pixels"] is None:
                 self.undecodable += 1
@@ -213,7 +213,7 @@ class Reading:
             full = len(batch.ids) == images_per_batch if images_per_batch else pairs + len(words) > pairs_per_batch
             if batch.ids and full:
                 yield batch.longest_first()
-                batch, pairs = Images([], [], [], []), 0
+                batch, pairs = ImageBatch([], [], [], []), 0
             size = row["height"], row["width"]
             dtype, shape = (np.float16, (-1, *size)) if self.cached else (np.uint8, (*size, 3))
             batch.ids.append(row["image_id"])

@@ -41,7 +41,7 @@ from capray.tracking.runs import Item, Points, TextFile
 from capray.training.features import digest_of
 from capray.training.initial_captioner import build_captioner
 from capray.training.optimisation import Optimiser, steps_per_epoch
-from capray.training.sample_stream import Images, Reading
+from capray.training.sample_stream import ImageBatch, Reading
 from capray.training.stages import Stage, Sums
 from capray.training_files import HISTORY, SAMPLES
 from capray.vocabulary import Vocabulary
@@ -267,7 +267,7 @@ class Worker:
             **self.stage.scheduled(epoch),
         }
 
-    def _train_steps(self) -> Iterator[list[Images]]:
+    def _train_steps(self) -> Iterator[list[ImageBatch]]:
         """This worker's batches of each step of the epoch, then none for as long as the others go on."""
         config, epoch = self.config, self.progress.epoch
         if self.rank == 0:  # Nobody reads before all workers ask for it.

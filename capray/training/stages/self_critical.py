@@ -18,13 +18,12 @@ from torch.nn import functional
 
 from capray.config import TrainConfig
 from capray.metrics import DocumentFrequencies, Reward
+from capray.model.beam import NEVER
 from capray.model.captioner import Captioner
 from capray.model.decoder import Memory, State
 from capray.model.loss import BANNED, Batch, doubly_stochastic
 from capray.training.stages.base import Counts, Sums
 from capray.vocabulary import END, PAD, START
-
-NEVER = float("-inf")
 
 
 class SelfCritical:
