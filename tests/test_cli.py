@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-import threading
+import time
 import types
 from pathlib import Path
 
@@ -188,12 +188,20 @@ class TestEnds:
         assert err == "capray: terminated\n"
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    def test_a_query_stops_for_a_signal(self, call, tmp_path, number, code):
+    def test_a_query_stops_for_a_signal(self, tmp_path, number, code):
         write_job(Output(str(tmp_path)))
-        call("query", tmp_path)  # A signal can be lost in the import of an extension module.
+        mark = tmp_path / "mark.csv"
         endless = "SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE (a.range * b.range) % 7 = 3"
-        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
-        assert call("query", tmp_path, endless)[0] == code
+        sql = f"COPY (SELECT 1) TO '{mark}'; {endless}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "capray", "query", str(tmp_path), sql], stderr=subprocess.PIPE
+        )
+        while not mark.exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err.count(b"\n")) == (code, 1), err
 
     def test_a_reader_that_has_enough(self, tmp_path):
         write_job(Output(str(tmp_path)))

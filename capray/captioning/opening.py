@@ -7,7 +7,7 @@ from typing import Any
 
 from capray.captioning.canary import canary_score
 from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
-from capray.errors import CaprayError, ConfigError, OutputConflictError, TryAgain
+from capray.errors import CaprayError, ConfigError, DataError, OutputConflictError, TryAgain
 from capray.inference import Inference
 from capray.inputs import Source, open_sources
 from capray.output import Output
@@ -109,6 +109,8 @@ def _check_job(config: CaptionConfig, output: Output, model_id: str, sources: li
     if job is None:
         _check_empty(config, output)
         return None
+    if not {"model_id", "decoding"} <= job.keys():
+        raise DataError(f"{output.job.uri} is damaged: put it back, or choose another output")
     if job["model_id"] != model_id:
         raise OutputConflictError(
             f"{config.output!r} was written by model {job['model_id'][:12]}…, not {model_id[:12]}…: choose another output, "

@@ -67,7 +67,6 @@ class Output:
         try:
             job = json.loads(read_bytes(self.job))
             version = int(job["schema_version"])
-            _ = job["model_id"], job["decoding"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.job.uri} is damaged ({error!r}): put it back, or choose another output") from error
         if version > SCHEMA_VERSION:
