@@ -14,7 +14,7 @@ from capray.config import CaptionConfig, SourceSettings
 from capray.errors import CaprayError, DataError, StorageError, StorageUnavailable
 from capray.inputs import open_sources
 from capray.inputs.base import ContainerChanged, Page, Source, TarMembers, rows_of
-from capray.inputs.listing import MAX_RELISTS, ALL_ROWS, Listing, _digest_of
+from capray.inputs.listing import ALL_ROWS, MAX_RELISTS, Listing, _digest_of
 from capray.inputs.places import MEMBERS, places_schema
 from capray.output import Output
 from capray.storage import locate, write_atomic
