@@ -222,7 +222,7 @@ def _jpeg_stops_early(image: Image.Image, data: bytes, at_least: int | None) -> 
     Otherwise, libjpeg makes what is missing grey and says nothing. A last pixel of that grey raises the suspicion; bytes
     put in before the end marker decide: a decoder that still waits for data takes them for pixels.
     """
-    if data.endswith(bytes(16)) and not any(kind == 0xD9 for kind, _ in _jpeg_markers(data)):
+    if _ends_in_zeros(data) and not any(kind == 0xD9 for kind, _ in _jpeg_markers(data)):
         return True
     last = image.getpixel((image.width - 1, image.height - 1))
     if any(value not in (127, 128) for value in (last if isinstance(last, tuple) else (last,))):
@@ -244,7 +244,9 @@ def _check_png(data: bytes) -> None:
         checksum = data[end : end + 4]
         kind = data[position + 4 : position + 8]
         if kind == b"IDAT" and len(checksum) == 4 and zlib.crc32(data[position + 4 : end]) != int.from_bytes(checksum):
-            raise ImageError("decode_error", f"damaged PNG data at byte {position}")
+            raise ImageError(
+                "truncated" if _ends_in_zeros(data) else "decode_error", f"damaged PNG data at byte {position}"
+            )
         position = end + 4
 
 
@@ -280,6 +282,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _unidentified(data: bytes) -> ImageError:
+    if not data.strip(b"\0"):
+        return ImageError("truncated", f"{len(data)} bytes, all zero")
     text = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
     for magic, name in _UNSUPPORTED_MAGIC.items():
         if text.startswith(magic) or data.startswith(magic):
@@ -307,11 +311,16 @@ def _decoding_error(error: BaseException, data: bytes) -> ImageError:
     if isinstance(error, Image.DecompressionBombError):
         return ImageError("too_large", message)
     ran_out = isinstance(error, (EOFError, IndexError, struct.error)) or any(sign in text for sign in _TRUNCATED)
-    if ran_out or _ends_early(data):
+    if ran_out or _ends_early(data) or _ends_in_zeros(data):
         return ImageError("truncated", f"{message} ({len(data)} bytes)")
     if any(sign in text for sign in _UNSUPPORTED):
         return ImageError("unsupported_format", message)
     return ImageError("decode_error", message)
+
+
+def _ends_in_zeros(data: bytes) -> bool:
+    """Whether the end may be of a file that was made at its full length and never filled."""
+    return data.endswith(bytes(16))
 
 
 def _ends_early(data: bytes) -> bool:

@@ -182,9 +182,9 @@ class TestFormats:
 
 
 NO_IMAGES = {
-    b"\x00": "not_an_image",
+    b"\x00": "truncated",
     b"\xff": "not_an_image",
-    b"\x00" * 100: "not_an_image",
+    b"\x00" * 100: "truncated",
     b"\n\n\n": "not_an_image",
     b"BMW is a make of car, and this is a text about it": "not_an_image",
     b"<!DOCTYPE html><html><body><svg></svg>404 Not Found</body></html>": "not_an_image",
@@ -414,6 +414,12 @@ class TestJpeg:
 
     def test_without_its_end_marker(self):
         assert kind_of(FILES["jpeg"][:-2]) == "truncated"
+
+    def test_zeros_in_place_of_the_rest_of_a_png(self):
+        data = image_bytes(PHOTO, "PNG")
+        for tenths in range(1, 10):
+            at = len(data) * tenths // 10
+            assert kind_of(data[:at] + bytes(len(data) - at)) == "truncated"
 
     def test_bytes_after_the_end(self):
         assert np.array_equal(rgb(FILES["jpeg"] + b"\r\n<html>" + bytes(100)), rgb(FILES["jpeg"]))
