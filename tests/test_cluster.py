@@ -71,6 +71,10 @@ def test_a_signal_waits_until_ray_has_started():
             signal.raise_signal(signal.SIGINT)
             done.append("started")
 
-    with pytest.raises(KeyboardInterrupt):
-        start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done == ["started"]

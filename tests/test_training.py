@@ -25,7 +25,7 @@ from mlflow import MlflowClient
 
 from capray.config import Architecture, ReportConfig, TrainConfig
 from capray.datasets.samples import read_captions
-from capray.errors import CheckpointError, ConfigError, DataError, OutputConflictError
+from capray.errors import ConfigError, DataError, OutputConflictError
 from capray.model.captioner import Captioner
 from capray.model.checkpoint import load_captioner
 from capray.model.loss import collate
@@ -250,7 +250,7 @@ class TestRefusals:
         settings = {"samples": samples, "output": str(tmp_path / "out"), "init_from": model}
         with pytest.raises(ConfigError, match="hidden_dim 64 does not fit the captioner .*, which has 32"):
             train(TrainConfig(**settings, hidden_dim=64))
-        with pytest.raises(CheckpointError, match="not a captioner folder"):
+        with pytest.raises(ConfigError, match="not a captioner folder"):
             train(TrainConfig(**settings | {"init_from": str(tmp_path)}))
 
     def test_word_vectors_of_another_width(self, samples, tmp_path):
