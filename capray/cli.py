@@ -288,11 +288,9 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception:
-        if not received:
+        if not received:  # Libraries (DuckDB) put errors of their own in a signal's place.
             raise
-        return _fail(
-            "interrupted", 128 + received[0]
-        )  # Libraries (DuckDB) put errors of their own in a signal's place.
+        return _fail("interrupted", 128 + received[0])
     return 0
 
 

@@ -122,7 +122,12 @@ def identity(location: Location) -> str:
 
 def is_within(inner: Location, outer: Location) -> bool:
     """Whether ``inner`` is ``outer`` or lies in it; links are followed."""
-    return f"{identity(inner).rstrip('/')}/".startswith(f"{identity(outer).rstrip('/')}/")
+    return _is_below(identity(inner), identity(outer))
+
+
+def _is_below(inner: str, outer: str) -> bool:
+    """Whether the path ``inner`` is ``outer`` or goes on from it."""
+    return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
 
 
 @contextmanager
@@ -283,7 +288,7 @@ def walk(root: str, denied: list[str] | None = None) -> Iterator[tuple[str, list
         except OSError as error:
             note(error)
             continue
-        key = here.st_dev, here.st_ino, "/." in folder[len(root) :]
+        key = here.st_dev, here.st_ino, _is_hidden_below(folder, root)
         if key in seen:
             folders.clear()
             continue
@@ -306,9 +311,14 @@ def _is_listed_elsewhere(path: str, root: str) -> bool:
     if not os.path.islink(path):
         return False
     target = os.path.realpath(path)
-    inside = f"{target}/".startswith(f"{root.rstrip('/')}/")
-    is_hidden = inside and "/." in target[len(root.rstrip("/")) :]
-    return os.path.basename(path).startswith(".") or f"{root}/".startswith(f"{target}/") or (inside and not is_hidden)
+    if os.path.basename(path).startswith(".") or _is_below(root, target):
+        return True
+    return _is_below(target, root) and not _is_hidden_below(target, root)
+
+
+def _is_hidden_below(path: str, root: str) -> bool:
+    """Whether ``path``, which goes on from ``root``, has a hidden name on the way."""
+    return "/." in path[len(root.rstrip("/")) :]
 
 
 def stat_of(path: str) -> os.stat_result | None:

@@ -98,11 +98,13 @@ class Captioner(nn.Module):
 
     def memory_of_cached_grid(self, grid_BDhw: torch.Tensor) -> Memory:
         """The memory of native grids that were kept from an earlier encoding (float16), on any device."""
-        return self.memory_of_grid(grid_BDhw.to(self.device, _dtype_of_autocast(self.device), non_blocking=True))
+        return self.memory_of_grid(self._received(grid_BDhw))
 
     def _encode_cached(self, features_BDhw: torch.Tensor) -> Memory:
-        features_BDhw = features_BDhw.to(self.device, _dtype_of_autocast(self.device), non_blocking=True)
-        return self.memory_of_grid(self.encoder.finish(features_BDhw))
+        return self.memory_of_grid(self.encoder.finish(self._received(features_BDhw)))
+
+    def _received(self, kept: torch.Tensor) -> torch.Tensor:
+        return kept.to(self.device, _dtype_of_autocast(self.device), non_blocking=True)
 
     def encode_all(self, images: Sequence[np.ndarray]) -> Memory:
         """The memory of images (H, W, 3), uint8, or of what the encoder's frozen blocks made of them (D, h, w), float16, of
