@@ -27,6 +27,9 @@ FailureKind = Literal[
 MetricName = Literal["bleu", "rouge_l", "cider_d", "meteor", "meteor_nltk", "diversity"]
 """Groups of figures of captions; the names that `metrics.REFERENCE_METRICS` has, and `diversity`."""
 
+CPU_BATCH, GPU_BATCH = 64, 512
+"""Images captioned together, where nothing else is asked for."""
+
 
 class Settings(BaseModel):
     """Frozen, validated, without unknown keys."""
@@ -526,8 +529,9 @@ class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):
     attention: bool = False
     """Store the caption's tokens and the attention over the grid at each of them."""
 
-    batch_size: Annotated[int, Field(ge=1, le=512)] = 64
-    """Images captioned together by an actor, as far as they fit into blocks of 96 MiB."""
+    batch_size: Annotated[int, Field(ge=1, le=512)] | None = None
+    """Images captioned together by an actor, as far as they fit into blocks of 96 MiB; when not given, 64 on a CPU, and 512
+    on a GPU."""
     num_actors: Annotated[int, Field(ge=1)] | None = None
     """Captioning actors; when not given, one per GPU, or one per CPU but one."""
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None

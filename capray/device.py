@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import torch
 
-_OUT_OF_MEMORY = ("out of memory", "alloc_failed")
+_OUT_OF_MEMORY = ("out of memory", "alloc_failed", "unable to find an engine", "unable to find a valid cudnn algorithm")
+"""The last two are cuDNN's: none of its ways fits into what memory is left."""
 _ARGUMENTS = ("not_supported", "bad_param", "invalid_value")
 """What a library answers to arguments it cannot take: the image's fault."""
 _DEVICE = (
     "cuda error",
     "cuda driver error",
+    "cuda unknown error",
+    "cuda initialization",
+    "cudagetdevicecount",
+    "not compiled with cuda",
     "cudnn_status",
     "cublas_status",
     "cusolver_status",

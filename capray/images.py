@@ -15,6 +15,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageChops, UnidentifiedImageError
@@ -405,9 +406,14 @@ def load(data: bytes, preprocessing: Preprocessing, limits: ImageLimits | None =
 
 def normalise(pixels_BHW3, preprocessing: Preprocessing):
     """uint8 pixels to the encoder's input: float32 (B, 3, H, W), channels last in memory, on the pixels' device."""
+    mean, std = (_channels(values, pixels_BHW3.device) for values in (preprocessing.mean, preprocessing.std))
+    return ((pixels_BHW3.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+@lru_cache
+def _channels(values: tuple[float, ...], device):
+    """Kept on the device: a copy from the host would wait for it."""
     import torch
 
-    device = pixels_BHW3.device
-    mean = torch.tensor(preprocessing.mean, device=device) * 255
-    std = torch.tensor(preprocessing.std, device=device) * 255
-    return ((pixels_BHW3.float() - mean) / std).permute(0, 3, 1, 2)
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device) * 255

@@ -8,23 +8,26 @@ The captioner is laid out for inference once (BatchNorm folded, weights cast, wo
 from __future__ import annotations
 
 import math
+import threading
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from capray.config import Decoding
+from capray.config import CPU_BATCH, GPU_BATCH, Decoding
 from capray.device import DeviceError, is_device_error, is_out_of_memory
 from capray.images import normalise
-from capray.model.captioner import NO_CAPTION, Captioner, Hypothesis, autocast, search, stacked
+from capray.model.captioner import NO_CAPTION, Captioner, Hypothesis, autocast, hypotheses_of, search, stacked
 from capray.model.checkpoint import load_captioner
 from capray.model.decoder import Memory
 from capray.model.folding import FoldedEncoder
+from capray.model.graphs import Batches, GraphedSearch
 from capray.model.prepared import PreparedDecoder
 
-CPU_BATCH, GPU_BATCH = 64, 512
-"""Images captioned together, where nothing else is asked for."""
+LEAST_FILLED = 4
+"""A batch of so many times fewer images than fit is not filled up for the CUDA graphs."""
 
 
 class Captioned(NamedTuple):
@@ -52,10 +55,16 @@ class Inference:
         precision: fp32 or bf16.
         batch_size: most images captioned together; by the device when None.
         model_id: of the captioner, where it was loaded.
+
+    On a GPU the second of two large batches of one kind, and those after it, run as CUDA graphs (``model.graphs``).
     """
 
     def __init__(
-        self, captioner: Captioner, precision: str = "fp32", batch_size: int | None = None, model_id: str = ""
+        self,
+        captioner: Captioner,
+        precision: str = "fp32",
+        batch_size: int | None = None,
+        model_id: str = "",
     ):
         assert not captioner.training, "inference needs the captioner in evaluation mode"
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -66,6 +75,7 @@ class Inference:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.encoder = FoldedEncoder(captioner.encoder.backbone, dtype)
         self.decoder = PreparedDecoder(captioner.decoder, dtype)
+        self._graphs = _Graphs(self) if self.device.type == "cuda" else None
 
     @classmethod
     def load(
@@ -131,18 +141,16 @@ class Inference:
 
     @torch.inference_mode()
     def _together(self, images: Sequence[np.ndarray], decoding: Decoding, attention: bool) -> list[Captioned]:
+        graphed = None if self._graphs is None or attention else self._graphs.fitting(images, decoding)
+        if graphed is not None:
+            return [_captioned(h) for h in hypotheses_of(graphed(images), self.captioner.vocabulary)]
         found, grids, places = self._search(images, decoding)
         weights: Sequence[torch.Tensor | None] = [None] * len(found)
         if attention:
             memory = self._memory(grids, places)
             with autocast(self.device, self.precision):
                 weights = self.captioner.attend(memory, [h[0].token_ids if h else () for h in found])
-        return [
-            Captioned(hypotheses, alpha if alpha is None else alpha.tolist())
-            if hypotheses
-            else Captioned([], None, NO_CAPTION)
-            for hypotheses, alpha in zip(found, weights, strict=True)
-        ]
+        return [_captioned(*outcome) for outcome in zip(found, weights, strict=True)]
 
     @torch.inference_mode()
     def _search(
@@ -153,7 +161,7 @@ class Inference:
         memory = self.decoder.memory_of_grids(grids, self.captioner.architecture.pool_grid)
         memory = memory if places is None else memory.keep(places)
         found = search(self.decoder, memory, self.captioner.vocabulary, decoding)
-        return [h if h and math.isfinite(h[0].log_prob) else [] for h in found], grids, places
+        return [h if _is_finite(h) else [] for h in found], grids, places
 
     @torch.inference_mode()
     def _memory(self, grids: list[torch.Tensor], places: torch.Tensor | None) -> Memory:
@@ -172,3 +180,53 @@ class Inference:
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         batches, places = pixels
         return [self.encoder(normalise(batch, self.captioner.architecture)) for batch in batches], places
+
+
+def _is_finite(hypotheses: list[Hypothesis]) -> bool:
+    return bool(hypotheses) and math.isfinite(hypotheses[0].log_prob)
+
+
+def _captioned(hypotheses: list[Hypothesis], alpha_TP: torch.Tensor | None = None) -> Captioned:
+    if not _is_finite(hypotheses):
+        return Captioned([], None, NO_CAPTION)
+    return Captioned(hypotheses, None if alpha_TP is None else alpha_TP.tolist())
+
+
+class _Graphs:
+    """CUDA graphs of the batches that come; one kind is kept. What comes once is not worth recording."""
+
+    def __init__(self, inference: Inference):
+        self.inference = inference
+        self._lock = threading.Lock()
+        self._last: Batches | None = None
+        self._graphed: GraphedSearch | None = None
+        self._unfit = False
+
+    def fitting(self, images: Sequence[np.ndarray], decoding: Decoding) -> GraphedSearch | None:
+        """The graphs for these images; None where they are better captioned without."""
+        inference, shapes = self.inference, {image.shape for image in images}
+        if len(shapes) > 1 or LEAST_FILLED * len(images) < inference.batch_size or self._unfit:
+            return None
+        ((height, width, _),) = shapes
+        wanted = Batches(inference.batch_size, height, width, decoding)
+        with self._lock:
+            if self._graphed is not None and self._graphed.batches == wanted:
+                return self._graphed
+            if wanted == self._last:
+                self._graphed = None
+                self._graphed = self._recorded(wanted)
+            self._last = wanted
+        return self._graphed
+
+    def _recorded(self, wanted: Batches) -> GraphedSearch | None:
+        inference = self.inference
+        parts = inference.encoder, inference.decoder, inference.captioner.architecture
+        try:
+            return GraphedSearch(*parts, inference.captioner.architecture.pool_grid, wanted)
+        except Exception as error:
+            if is_device_error(error) and "captur" not in str(error):
+                raise
+            self._unfit = True
+            warnings.warn(f"captioning goes on slower, without CUDA graphs: {error}", stacklevel=2)
+        torch.cuda.empty_cache()
+        return None

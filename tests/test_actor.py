@@ -117,6 +117,18 @@ def outcomes(rows: list[dict]) -> dict[str, str]:
 
 
 class TestABlock:
+    def test_several_are_captioned_together_and_come_back_one_by_one(self, settings):
+        actor = CaptioningActor(settings)
+        images = [photo("a"), photo("bb"), photo("ccc")]
+        lost = {"image_id": "lost", "uri": "/lost", "careful": False, "error_type": "missing", "message": "gone"}
+        groups = [[images[0]], [], [{**lost, "certain": False}, images[1], images[2]]]
+        blocks = [block_of(pa.Table.from_pylist(group, fetched_schema(None))) for group in groups]
+        results = actor(pa.concat_tables(blocks))
+        together = [table_of(results.slice(i, 1)).to_pylist() for i in range(results.num_rows)]
+        assert [[row["image_id"] for row in group] for group in together] == [["a"], [], ["lost", "bb", "ccc"]]
+        (alone,) = caption(actor, images[1])
+        assert together[2][1]["caption"] == alone["caption"] and together[2][0]["error_type"] == "missing"
+
     def test_has_the_captioners_captions_and_failures_pass_through(self, settings, loaded):
         failure = {"error_type": "missing", "message": "gone", "certain": False, "place": "{}", "node": "node-2"}
         lost = {"image_id": "lost", "uri": "/lost", "careful": False, **failure}
@@ -196,6 +208,10 @@ class TestOneImagesFault:
             ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`", True, False),
             ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", True, False),
             ("No CUDA GPUs are available", True, False),
+            ("CUDA unknown error - this may be due to an incorrectly set up environment", True, False),
+            ("Unexpected error from cudaGetDeviceCount()", True, False),
+            ("Torch not compiled with CUDA enabled", True, False),
+            ("GET was unable to find an engine to execute this computation", False, True),
             (
                 "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear with a non-contiguous input",
                 False,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from capray.model.encoder import Encoder
-from capray.model.folding import FoldedEncoder
+from capray.model.folding import FoldedEncoder, fold_batchnorm, fuse_activations
 
 FAMILIES = [
     "tiny",
@@ -68,3 +68,17 @@ def test_a_backbone_that_cannot_be_traced_is_taken_as_it_is():
 
     images = torch.ones(1, 3, 8, 8)
     assert torch.equal(FoldedEncoder(Branching())(images), images * 2)
+
+
+@pytest.mark.parametrize(("name", "left"), [("resnet50", 1), ("mobilenet_v2", 18), ("densenet121", 62), ("vgg16", 1)])
+def test_relus_become_part_of_convolutions(name, left):
+    encoder = encoder_with_statistics(name)
+    images = torch.randn(2, 3, 64, 64)
+    fused = fuse_activations(fold_batchnorm(encoder.backbone))
+    with torch.inference_mode():
+        expected, found = encoder(images), fused(images)
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found / scale, expected / scale, atol=1e-5, rtol=1e-4)
+    calls = [node for node in fused.graph.nodes if node.op == "call_module"]
+    relus = [node for node in calls if isinstance(fused.get_submodule(node.target), (nn.ReLU, nn.ReLU6))]
+    assert len(relus) == left

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -57,7 +58,7 @@ class CaptioningSettings:
         model: the captioner's folder or URI.
         model_id: what it was when the job began; another one is an error, not a mixture.
         attention: whether to return attention weights.
-        batch_size: images captioned together.
+        batch_size: images captioned together; by the device when None.
         num_threads: threads it may use on the CPU.
         source_type: of the carried columns.
         run_id: the run, to which notices are posted; "" where nobody reads them.
@@ -72,7 +73,7 @@ class CaptioningSettings:
     decoding: Decoding
     precision: str
     attention: bool
-    batch_size: int
+    batch_size: int | None
     on_gpu: bool
     num_threads: int
     source_type: pa.DataType | None = None
@@ -114,7 +115,7 @@ class Captioning:
         device = "cuda" if settings.on_gpu else "cpu"
         try:
             self.inference = Inference.load(settings.model, device, settings.precision, settings.batch_size)
-        except RuntimeError as error:
+        except Exception as error:
             if is_device_error(error) or is_out_of_memory(error):
                 raise DeviceError(f"{type(error).__name__}: {error}") from error
             raise
@@ -195,8 +196,9 @@ class CaptioningActor:
         except CaprayError as error:
             self._error = error
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """A BLOCK row of FETCHED images to one of results, in their order (``run_id`` is the driver's to fill).
+    def __call__(self, blocks: pa.Table) -> pa.Table:
+        """BLOCK rows of FETCHED images to as many of results, in their order (``run_id`` is the driver's to fill). Their
+        images are captioned together.
 
         Raises:
             TryAgain: the device, or what it takes to use it carefully, has not worked for ``patience_seconds``.
@@ -204,7 +206,9 @@ class CaptioningActor:
         """
         if self._error is not None:
             raise self._error
-        rows = table_of(block).to_pylist()
+        parts = [blocks.slice(i, 1) for i in range(blocks.num_rows)]
+        tables = [table_of(part) for part in parts]
+        rows = [row for table in tables for row in table.to_pylist()]
         readable = [i for i, row in enumerate(rows) if row["pixels"] is not None]
         outcomes: dict[int, Outcome] = {}
         if readable:
@@ -216,8 +220,9 @@ class CaptioningActor:
                 cluster.end_restarts()
                 self._restarts = 0
         now = time.time_ns() // 1000
-        results = [self._result(row, outcomes.get(i), now) for i, row in enumerate(rows)]
-        return with_table(block, pa.Table.from_pylist(results, self.schema))
+        results = iter([self._result(row, outcomes.get(i), now) for i, row in enumerate(rows)])
+        captioned = [pa.Table.from_pylist(list(islice(results, table.num_rows)), self.schema) for table in tables]
+        return pa.concat_tables(map(with_table, parts, captioned))
 
     def _load(self) -> None:
         with deadline(LOAD_SECONDS, self._late("loading the model")):

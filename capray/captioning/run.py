@@ -142,7 +142,7 @@ class Run:
                 f"going on with the listing begun at {listed_at:%Y-%m-%d %H:%M} UTC ({self.listing.num_rows:,} images so "
                 "far); --relist starts over"
             )
-        if self.block_rows < self.config.batch_size:
+        if self.config.batch_size is not None and self.block_rows < self.config.batch_size:
             self.display.say(
                 f"--batch-size {self.config.batch_size}: of this model's images only {self.block_rows} fit into a block and "
                 "are captioned together"

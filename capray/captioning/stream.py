@@ -23,7 +23,7 @@ from capray.captioning.actor import CaptioningActor, CaptioningSettings
 from capray.captioning.fetching import Fetcher, Look, expand, fetch_unit, look_again
 from capray.captioning.model_transfer import ModelTransfer, transfer_model
 from capray.captioning.units import Work
-from capray.config import CaptionConfig
+from capray.config import GPU_BATCH, CaptionConfig
 from capray.errors import CaprayError, TryAgain
 from capray.inputs.places import Row
 
@@ -136,7 +136,7 @@ class RayExecutor:
     def _dataset(self, work: Work, fetcher: Fetcher, settings: CaptioningSettings):
         import ray.data
 
-        pool = self.pool
+        config, pool = self.config, self.pool
         if self._transfer is None:
             self._transfer = transfer_model(settings.model, settings.model_id)
         data = ray.data.from_blocks([pa.table({"file": [file.uri]}) for file in work.files])
@@ -156,9 +156,11 @@ class RayExecutor:
             fn_kwargs={"fetcher": fetcher},
             num_cpus=FETCH_CPUS,
         )
+        on_gpu = pool.gpus_per_actor > 0
+        together = 1 if config.batch_size or not on_gpu else max(1, GPU_BATCH // fetcher.block_rows)
         return fetched.map_batches(
             CaptioningActor,
-            batch_size=1,
+            batch_size=together,
             batch_format="pyarrow",
             fn_constructor_args=(replace(settings, transfer=self._transfer),),
             num_cpus=pool.threads,

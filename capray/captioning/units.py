@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from capray.config import CPU_BATCH
 from capray.inputs.places import encode_places
 from capray.storage import Location, Write, read_bytes
 
@@ -54,9 +55,9 @@ class Unit:
     skipped: frozenset[bytes]
 
 
-def block_rows_of(side: int, batch_size: int) -> int:
+def block_rows_of(side: int, batch_size: int | None) -> int:
     """Images of a block, ``side`` pixels high and wide: not more than an actor should hold, nor than it captions at once."""
-    return min(MAX_BLOCK_ROWS, max(1, MAX_BLOCK_BYTES // (3 * side * side)), batch_size)
+    return min(MAX_BLOCK_ROWS, max(1, MAX_BLOCK_BYTES // (3 * side * side)), batch_size or CPU_BATCH)
 
 
 def num_blocks(places: pa.Table, block_rows: int) -> int:

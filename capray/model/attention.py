@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from capray.config import Architecture
 from capray.errors import ConfigError
+from capray.model.gpu import kernels_of
 
 LARGEST_EXPONENT = 40.0
 """exp of twice this is a float32 still; beyond it attention goes back to the sigmoid. Clamping would change scores."""
@@ -85,6 +86,9 @@ class AdditiveAttention(Attention):
         return SearchKeys(torch.exp(-keys_BPA.float()).to(keys_BPA.dtype), True)
 
     def search_scores(self, keys: SearchKeys, query_BKA: torch.Tensor) -> torch.Tensor:
+        if kernels := kernels_of(query_BKA.device):
+            weight_A, is_relu = self.energy.weight[0], self.activation is torch.relu_
+            return kernels.additive_scores(keys.keys_BPA, query_BKA, weight_A, self.scale, is_relu)
         if not keys.exponential:
             return self.scores(keys.keys_BPA, query_BKA)
         if self.scale * query_BKA.abs().amax() > LARGEST_EXPONENT:

@@ -2,7 +2,7 @@
 that scores the next token.
 
 Axes: B searches (images), K beams, V vocabulary, C best tokens of a beam, J candidates of a search (K x C), T tokens,
-N rows of scores.
+N rows of scores, G groups of W neighbouring tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 
 from capray.config import Decoding
+from capray.model.gpu import kernels_of
 from capray.vocabulary import END, PAD, START, UNK
 
 NEVER = float("-inf")
@@ -27,12 +28,14 @@ class Searchable(Protocol):
 S = TypeVar("S", bound=Searchable)
 NextScores = Callable[[torch.Tensor, S], tuple[torch.Tensor, S]]
 """(last tokens (B, K), state) -> (unnormalised scores of the next token (B, K, V), which may be overwritten, new state)."""
+GROUP = 64
+"""Neighbouring tokens that are looked at as one first, when the best are chosen."""
 GPU_STEPS = 4
 """Steps on a GPU between two looks at whether all searches are over: each look waits for the device."""
 
 
 class Beams(NamedTuple):
-    """The ``n_best`` hypotheses of each search, best first, on the CPU.
+    """The ``n_best`` hypotheses of each search, best first.
 
     A hypothesis that never was (a search with fewer possible captions than asked for) has ``num_tokens`` 0 and
     ``log_prob`` -inf.
@@ -44,10 +47,29 @@ class Beams(NamedTuple):
     score_BN: torch.Tensor
     finished_BN: torch.Tensor
 
+    @staticmethod
+    def empty(num_searches: int, n_best: int, max_length: int, device) -> Beams:
+        shape = (num_searches, n_best)
+        return Beams(
+            torch.full((*shape, max_length), PAD, device=device),
+            torch.zeros(shape, dtype=torch.long, device=device),
+            torch.full(shape, NEVER, device=device),
+            torch.full(shape, NEVER, device=device),
+            torch.zeros(shape, dtype=torch.bool, device=device),
+        )
+
+    def put(self, search_B: torch.Tensor, beams: Beams) -> None:
+        """Make ``beams`` the results of the searches ``search_B``."""
+        for mine, part in zip(self, beams, strict=True):
+            mine[search_B, : part.shape[1]] = part
+
+    def cpu(self) -> Beams:
+        return Beams(*(part.cpu() for part in self))
+
 
 @torch.inference_mode()
 def beam_search(next_scores: NextScores, state: S, num_searches: int, decoding: Decoding, device=None) -> Beams:
-    """The best token sequences of ``num_searches`` searches.
+    """The best token sequences of ``num_searches`` searches, on the CPU.
 
     ``log_prob`` sums the log-probabilities (the softmax of ``next_scores`` over the whole vocabulary) of the emitted tokens,
     ``<end>`` included; bans (``<pad>``, ``<start>``, by default ``<unk>``, repeated n-grams, ``<end>`` before
@@ -64,10 +86,10 @@ def beam_search(next_scores: NextScores, state: S, num_searches: int, decoding: 
     """
     n_best = decoding.n_best or decoding.beam_size
     on_cpu = torch.device(device or "cpu").type == "cpu"
-    choice = _Choice(decoding, device)
-    found = _Found.empty(num_searches, n_best, decoding.max_length, device)
+    choice = Choice(decoding, device)
+    found = Beams.empty(num_searches, n_best, decoding.max_length, device)
     search_B = torch.arange(num_searches, device=device)
-    beams = _Live.start(num_searches, decoding.max_length, device)
+    beams = Live.start(num_searches, decoding.max_length, device)
 
     for t in range(decoding.max_length):
         scores_BKV, state = next_scores(beams.last_BK, state)
@@ -81,7 +103,7 @@ def beam_search(next_scores: NextScores, state: S, num_searches: int, decoding: 
                 break
             if on_cpu and 8 * num_settled >= len(search_B):
                 # On a GPU a batch that shrinks would cost more than it saves: its steps are launches, not arithmetic.
-                found.take(search_B[settled_B], beams.keep(settled_B))
+                found.put(search_B[settled_B], beams.keep(settled_B).best(n_best))
                 (kept_B,) = (~settled_B).nonzero(as_tuple=True)
                 search_B, beams, parent_BK, state = (
                     search_B[kept_B],
@@ -91,11 +113,11 @@ def beam_search(next_scores: NextScores, state: S, num_searches: int, decoding: 
                 )
         state = state.select(parent_BK)
 
-    found.take(search_B, beams)
-    return found.beams()
+    found.put(search_B, beams.best(n_best))
+    return found.cpu()
 
 
-class _Live(NamedTuple):
+class Live(NamedTuple):
     """The hypotheses of the searches that still run. ``num_tokens`` counts to the ``<end>``; ``tokens`` are padded."""
 
     tokens_BKT: torch.Tensor
@@ -106,8 +128,8 @@ class _Live(NamedTuple):
     last_BK: torch.Tensor
 
     @staticmethod
-    def start(num_searches: int, max_length: int, device) -> _Live:
-        return _Live(
+    def start(num_searches: int, max_length: int, device) -> Live:
+        return Live(
             torch.full((num_searches, 1, max_length), PAD, device=device),
             torch.zeros(num_searches, 1, device=device),
             torch.zeros(num_searches, 1, device=device),
@@ -116,8 +138,14 @@ class _Live(NamedTuple):
             torch.full((num_searches, 1), START, device=device),
         )
 
-    def keep(self, searches_B: torch.Tensor) -> _Live:
-        return _Live(*(part[searches_B] for part in self))
+    def keep(self, searches_B: torch.Tensor) -> Live:
+        return Live(*(part[searches_B] for part in self))
+
+    def best(self, n_best: int) -> Beams:
+        """The results of the searches, on their device."""
+        finished_BK = self.finished_BK & (self.score_BK != NEVER)
+        parts = self.tokens_BKT, self.num_tokens_BK, self.log_prob_BK, self.score_BK, finished_BK
+        return Beams(*(part[:, :n_best] for part in parts))
 
     def settled(self, n_best: int, decoding: Decoding) -> torch.Tensor:
         """Whether the ``n_best`` of each search (B,) are finished and no live beam can reach them any more.
@@ -132,65 +160,20 @@ class _Live(NamedTuple):
         return self.finished_BK[:, :n_best].all(1) & ~overtakes_B
 
 
-class _Found(NamedTuple):
-    """The results, filled as searches end."""
-
-    tokens_BNT: torch.Tensor
-    num_tokens_BN: torch.Tensor
-    log_prob_BN: torch.Tensor
-    score_BN: torch.Tensor
-    finished_BN: torch.Tensor
-
-    @staticmethod
-    def empty(num_searches: int, n_best: int, max_length: int, device) -> _Found:
-        shape = (num_searches, n_best)
-        return _Found(
-            torch.full((*shape, max_length), PAD, device=device),
-            torch.zeros(shape, dtype=torch.long, device=device),
-            torch.full(shape, NEVER, device=device),
-            torch.full(shape, NEVER, device=device),
-            torch.zeros(shape, dtype=torch.bool, device=device),
-        )
-
-    def take(self, search_B: torch.Tensor, beams: _Live) -> None:
-        """Keep the best of ``beams`` as the results of the searches ``search_B``."""
-        parts = (
-            beams.tokens_BKT,
-            beams.num_tokens_BK,
-            beams.log_prob_BK,
-            beams.score_BK,
-            beams.finished_BK & (beams.score_BK != NEVER),
-        )
-        for mine, part in zip(self, parts, strict=True):
-            mine[search_B] = part[:, : mine.shape[1]]
-
-    def beams(self) -> Beams:
-        return Beams(*(part.cpu() for part in self))
-
-
-class _Choice:
+class Choice:
     """Chooses the next beams: the best tokens of each beam first, then the best of those."""
 
     def __init__(self, decoding: Decoding, device):
         self.decoding = decoding
-        banned = [PAD, START] if decoding.allow_unk else [PAD, START, UNK]
-        self.banned = torch.tensor(banned, device=device)
+        self.banned_ids = [PAD, START] if decoding.allow_unk else [PAD, START, UNK]
+        self.banned = torch.tensor(self.banned_ids, device=device)
 
-    def __call__(self, beams: _Live, scores_BKV: torch.Tensor, t: int) -> tuple[_Live, torch.Tensor]:
+    def __call__(self, beams: Live, scores_BKV: torch.Tensor, t: int) -> tuple[Live, torch.Tensor]:
         """The beams after step ``t`` (from 0), and which beam each comes from."""
-        scores_BKV = scores_BKV.float()
-        norm_BK = scores_BKV.logsumexp(-1)
-        end_BK = scores_BKV[..., END].clone()
-        may_be_stuck = self._ban(scores_BKV, beams.tokens_BKT, t)
-        value_BKC, token_BKC = _top(scores_BKV, min(self.decoding.beam_size, scores_BKV.shape[-1]))
-        if may_be_stuck:
-            stuck_BK = (value_BKC == NEVER).all(-1)
-            value_BKC[..., 0] = torch.where(stuck_BK, end_BK, value_BKC[..., 0])
-            token_BKC[..., 0] = torch.where(stuck_BK, END, token_BKC[..., 0])
-
+        may_end = t >= self.decoding.min_length
+        log_prob_BKC, token_BKC = self.best_tokens(scores_BKV, self._repeats(beams.tokens_BKT, t), may_end)
         # A beam without finite probabilities (NaN) has no candidates.
-        total_BKC = beams.log_prob_BK[..., None] + (value_BKC - norm_BK[..., None])
-        total_BKC = total_BKC.nan_to_num(nan=NEVER, posinf=NEVER, neginf=NEVER)
+        total_BKC = beams.log_prob_BK[..., None] + log_prob_BKC.nan_to_num(nan=NEVER, posinf=NEVER, neginf=NEVER)
         candidate_BKC = total_BKC / (t + 1) ** self.decoding.length_penalty
         if t:
             # A finished hypothesis goes on as itself, in the place of its <end>.
@@ -201,23 +184,40 @@ class _Choice:
             token_BKC[..., 0] = torch.where(finished_BK, END, token_BKC[..., 0])
         return self._merged(beams, candidate_BKC, total_BKC, token_BKC, t)
 
-    def _ban(self, scores_BKV: torch.Tensor, tokens_BKT: torch.Tensor, t: int) -> bool:
-        """Take the tokens that may not follow out of ``scores_BKV``; whether a beam may have none left."""
-        scores_BKV.index_fill_(-1, self.banned, NEVER)
-        too_short = t < self.decoding.min_length
-        if too_short:
-            scores_BKV[..., END] = NEVER
+    def best_tokens(
+        self, scores_BKV: torch.Tensor, repeats_BKR: torch.Tensor | None, may_end: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The log-probabilities and ids of the best tokens of each beam (B, K, C) that may follow; ``repeats_BKR`` may not,
+        and <end> only where it ``may_end``, or nothing else is left."""
+        count = min(self.decoding.beam_size, scores_BKV.shape[-1])
+        if repeats_BKR is None and (kernels := kernels_of(scores_BKV.device)):
+            return kernels.best_words(scores_BKV, count, [*self.banned_ids, *([] if may_end else [END])], END)
+        log_prob_BKV = scores_BKV.log_softmax(-1, dtype=torch.float32)
+        end_BK = log_prob_BKV[..., END].clone()
+        log_prob_BKV.index_fill_(-1, self.banned, NEVER)
+        if not may_end:
+            log_prob_BKV[..., END] = NEVER
+        if repeats_BKR is not None:
+            log_prob_BKV.scatter_(-1, repeats_BKR, NEVER)
+        log_prob_BKC, token_BKC = top(log_prob_BKV, count)
+        stuck_BK = log_prob_BKC[..., 0] == NEVER
+        log_prob_BKC[..., 0] = torch.where(stuck_BK, end_BK, log_prob_BKC[..., 0])
+        token_BKC[..., 0] = torch.where(stuck_BK, END, token_BKC[..., 0])
+        return log_prob_BKC, token_BKC
+
+    def _repeats(self, tokens_BKT: torch.Tensor, t: int) -> torch.Tensor | None:
+        """The tokens (B, K, R) that would repeat an n-gram of ``tokens_BKT`` at step ``t``; None before any could."""
         n = self.decoding.no_repeat_ngram
-        if n and t >= n:
-            windows_BKWn = tokens_BKT[..., :t].unfold(-1, n, 1)
-            tail_BKn = tokens_BKT[..., t - n + 1 : t]
-            repeats_BKW = (windows_BKWn[..., :-1] == tail_BKn[:, :, None]).all(-1)
-            scores_BKV.scatter_(-1, windows_BKWn[..., -1].where(repeats_BKW, PAD), NEVER)
-        return too_short or bool(n and t >= n) or scores_BKV.shape[-1] <= len(self.banned)
+        if not n or t < n:
+            return None
+        windows_BKWn = tokens_BKT[..., :t].unfold(-1, n, 1)
+        tail_BKn = tokens_BKT[..., t - n + 1 : t]
+        repeats_BKW = (windows_BKWn[..., :-1] == tail_BKn[:, :, None]).all(-1)
+        return windows_BKWn[..., -1].where(repeats_BKW, PAD)
 
     def _merged(
-        self, beams: _Live, candidate_BKC: torch.Tensor, total_BKC: torch.Tensor, token_BKC: torch.Tensor, t: int
-    ) -> tuple[_Live, torch.Tensor]:
+        self, beams: Live, candidate_BKC: torch.Tensor, total_BKC: torch.Tensor, token_BKC: torch.Tensor, t: int
+    ) -> tuple[Live, torch.Tensor]:
         """The best of all beams' candidates. They are sorted by token, then stably by score: a tie goes to the lower token
         id, then to the better parent."""
         beam_size, num_each = self.decoding.beam_size, candidate_BKC.shape[-1]
@@ -238,32 +238,31 @@ class _Choice:
         tokens_BKT = beams.tokens_BKT.gather(1, parent_BK[..., None].expand(-1, -1, beams.tokens_BKT.shape[-1]))
         tokens_BKT[..., t] = last_BK
         finished_BK = was_finished_BK | (token_BK == END) | dead_BK
-        return _Live(tokens_BKT, log_prob_BK, score_BK, num_tokens_BK, finished_BK, last_BK), parent_BK
+        return Live(tokens_BKT, log_prob_BK, score_BK, num_tokens_BK, finished_BK, last_BK), parent_BK
 
 
-def _top(scores_BKV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``count`` best along the last axis in any order, ties at the border going to the lower index.
+def top(scores_BKV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` best along the last axis, best first, ties going to the lower index; and their indices.
 
-    ``topk`` breaks ties at will. On a CPU the rows that have one at the border are chosen again; on a GPU looking for them
-    would wait for the device, so all are chosen by a key without ties.
+    All lie within as many groups of neighbours: those with the highest maxima, ties going to the lower group. (For one that
+    lies elsewhere, each of these groups has a better one.) So what costs most is one pass of maxima over all. ``topk`` takes
+    several times as long and breaks ties at will.
     """
-    if scores_BKV.is_cuda:
-        return _top_by_key(scores_BKV, count)
-    if count == scores_BKV.shape[-1]:
-        return scores_BKV.clone(), torch.arange(count).expand_as(scores_BKV).clone()
-    value_BKC, index_BKC = scores_BKV.topk(count + 1, -1)
-    tie_BK = (value_BKC[..., -1] == value_BKC[..., -2]) & (value_BKC[..., -1] > NEVER)
-    value_BKC, index_BKC = value_BKC[..., :-1], index_BKC[..., :-1]
-    if tie_BK.any():
-        value_BKC[tie_BK], index_BKC[tie_BK] = _top_by_key(scores_BKV[tie_BK], count)
-    return value_BKC, index_BKC
+    if rest := -scores_BKV.shape[-1] % GROUP:
+        scores_BKV = torch.nn.functional.pad(scores_BKV, (0, rest), value=NEVER)
+    groups_BKGW = scores_BKV.unflatten(-1, (-1, GROUP))
+    maxima_BKG = groups_BKGW.amax(-1)
+    group_BKC = _first_best(maxima_BKG, min(count, maxima_BKG.shape[-1])).sort(-1).values
+    scores_BKX = groups_BKGW.gather(-2, group_BKC[..., None].expand(*group_BKC.shape, GROUP)).flatten(-2)
+    index_BKC = _first_best(scores_BKX, count)
+    return scores_BKX.gather(-1, index_BKC), group_BKC.gather(-1, index_BKC // GROUP) * GROUP + index_BKC % GROUP
 
 
-def _top_by_key(scores_NV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``_top``, by a key without ties: the score in its upper half, in the lower what is higher the lower the index."""
-    bits_NV = (scores_NV + 0.0).view(torch.int32)  # -0 becomes 0.
-    ordered_NV = bits_NV ^ ((bits_NV >> 31) & 0x7FFFFFFF)
-    last = scores_NV.shape[-1] - 1
-    key_NV = (ordered_NV.long() << 32) + torch.arange(last, -1, -1, device=scores_NV.device)
-    index_NC = last - (key_NV.topk(count, -1).values & 0xFFFFFFFF)
-    return scores_NV.gather(-1, index_NC), index_NC
+def _first_best(scores_BKX: torch.Tensor, count: int) -> torch.Tensor:
+    """The indices of the ``count`` best along the last axis, best first, by a key without ties: the score in its upper half,
+    in the lower what is higher the lower the index."""
+    bits_BKX = (scores_BKX + 0.0).view(torch.int32)  # -0 becomes 0.
+    ordered_BKX = bits_BKX ^ ((bits_BKX >> 31) & 0x7FFFFFFF)
+    last = scores_BKX.shape[-1] - 1
+    key_BKX = (ordered_BKX.long() << 32) + torch.arange(last, -1, -1, device=scores_BKX.device)
+    return last - (key_BKX.topk(count, -1).values & 0xFFFFFFFF)

@@ -180,16 +180,16 @@ class Decoder(nn.Module):
             attend: how they attend over their images' grids.
         """
         hidden_NH, cell_NH = state
-        gates_NG, *others = torch.addmm(bias_O, hidden_NH, weights.state_OH.T).split(self._state_sizes, 1)
+        parts = torch.addmm(bias_O, hidden_NH, weights.state_OH.T).split(self._state_sizes, 1)
         if self.attention is None:
             alpha_NP = context_ND = hidden_NH[:, :0]
         else:
-            context_ND, alpha_NP = attend(others.pop() if self.attention.query is not None else hidden_NH)
+            context_ND, alpha_NP = attend(parts[-1] if self.attention.query is not None else hidden_NH)
             if self.gate is not None:
-                context_ND = torch.sigmoid(others.pop()) * context_ND
+                context_ND = torch.sigmoid(parts[1]) * context_ND
             context_ND = context_ND.to(words_NG.dtype)
             words_NG = torch.addmm(words_NG, context_ND, weights.context_GD.T)
-        return self._recur(words_NG, gates_NG, hidden_NH, cell_NH), alpha_NP, context_ND
+        return self._recur(words_NG, parts[0], hidden_NH, cell_NH), alpha_NP, context_ND
 
     @property
     def _state_sizes(self) -> list[int]:
@@ -221,9 +221,16 @@ class Decoder(nn.Module):
     def logits(self, hidden: torch.Tensor, dropout_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Unnormalised scores of the next word (…, V) for states (…, H); ``dropout_mask`` takes the place of dropout."""
         hidden = self.dropout(hidden) if dropout_mask is None else hidden * dropout_mask.to(hidden.dtype)
+        if self.words_bias_V is not None:
+            hidden = self.output(hidden)
+        return functional.linear(hidden, *self.output_layer())
+
+    def output_layer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights (V, X) and bias (V,) of the last layer before the words: X is the state's width, or with tied embeddings
+        theirs."""
         if self.words_bias_V is None:
-            return self.output(hidden)
-        return functional.linear(self.output(hidden), self.embedding.weight, self.words_bias_V)
+            return self.output.weight, self.output.bias
+        return self.embedding.weight, self.words_bias_V
 
     def attend_at(self, memory: Memory, image_N: torch.Tensor, caption_N: torch.Tensor, shape: list[int]) -> Attend:
         """Attention for captions that stand at (``image_N``, ``caption_N``) among ``shape`` images and captions."""

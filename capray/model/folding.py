@@ -5,6 +5,10 @@ BatchNorm in evaluation mode is an affine map of each channel: behind a convolut
 
 from __future__ import annotations
 
+import copy
+import operator
+from typing import Any
+
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -44,10 +48,75 @@ def fold_batchnorm(backbone: nn.Module) -> nn.Module:
     return folded
 
 
+def fuse_activations(folded: nn.Module) -> nn.Module:
+    """``folded`` with each convolution, the sum behind it and the ReLU behind those in one kernel of cuDNN's, for GPUs: by
+    themselves the sums and ReLUs of a ResNet take longer than its convolutions."""
+    if not isinstance(folded, fx.GraphModule):
+        return folded
+    modules = dict(folded.named_modules())
+
+    def convolution_of(node: object) -> nn.Conv2d | None:
+        """The convolution that ``node`` is, where nothing else looks at its result."""
+        if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) > 1:
+            return None
+        module = modules[str(node.target)]
+        return module if type(module) is nn.Conv2d and _can_be_fused(module) else None
+
+    for node in list(folded.graph.nodes):
+        if node.op != "call_module" or type(modules[node.target]) not in (nn.ReLU, nn.ReLU6):
+            continue
+        (source,), added, replaced = node.args, None, [node]
+        if source.op == "call_function" and source.target in _SUMS and len(source.users) == 1:
+            replaced.append(source)
+            source, added = sorted(source.args, key=lambda part: convolution_of(part) is None)
+        convolution = convolution_of(source)
+        if convolution is None:
+            continue
+        fused = _ConvolutionReLU(convolution, isinstance(modules[node.target], nn.ReLU6))
+        if (other := convolution_of(added)) and other.bias is not None:  # What it adds to each channel is added once.
+            fused.bias = nn.Parameter(fused.bias + other.bias, requires_grad=False)
+            other.bias = None
+        folded.set_submodule(str(source.target), fused)
+        modules[source.target] = fused
+        with folded.graph.inserting_before(node):
+            arguments = source.args if added is None else (*source.args, added)
+            node.replace_all_uses_with(folded.graph.call_module(source.target, arguments))
+        for each in (*replaced, source):
+            folded.graph.erase_node(each)
+    folded.recompile()
+    return folded
+
+
+_SUMS = (operator.add, operator.iadd, torch.add)
+
+
+def _can_be_fused(convolution: nn.Conv2d) -> bool:
+    plain = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+    return plain and convolution.groups == 1 and convolution.bias is not None and convolution.in_channels % 8 == 0
+
+
+class _ConvolutionReLU(nn.Module):
+    """relu(convolution(x) + z), at most 6 where it ``is_capped``."""
+
+    def __init__(self, convolution: nn.Conv2d, is_capped: bool):
+        super().__init__()
+        assert convolution.bias is not None, "a folded convolution has a bias"
+        self.weight, self.bias, self.is_capped = convolution.weight, convolution.bias, is_capped
+        self.settings: Any = convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
+        if not x.is_cuda:
+            x = nn.functional.conv2d(x, self.weight, self.bias, *self.settings)
+            x = torch.relu(x if z is None else x + z)
+        elif z is None:
+            x = torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.settings)
+        else:
+            x = torch.cudnn_convolution_add_relu(x, self.weight, z, 1.0, self.bias, *self.settings)
+        return x.clamp_(max=6) if self.is_capped else x
+
+
 def _copy(module: nn.Module) -> nn.Module:
     """A deep copy in evaluation mode; hooks and gradients are left behind."""
-    import copy
-
     return copy.deepcopy(module).eval().requires_grad_(False)
 
 
@@ -57,7 +126,10 @@ class FoldedEncoder(nn.Module):
 
     def __init__(self, backbone: nn.Module, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.backbone = fold_batchnorm(backbone).to(dtype).to(memory_format=torch.channels_last)
+        folded = fold_batchnorm(backbone)
+        if dtype != torch.float32 and next(iter(backbone.parameters()), torch.empty(0)).is_cuda:
+            folded = fuse_activations(folded)
+        self.backbone = folded.to(dtype).to(memory_format=torch.channels_last)
         self.dtype = dtype
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,9 @@ from capray.model.decoder import Decoder, Memory, State
 
 LARGEST_TABLE_BYTES = 512 * 2**20
 """Of the words' products with the input weights; with a larger vocabulary they are computed at each step."""
+WORDS_ALIGNMENT = 64
+"""The vocabulary is filled up to a multiple of it with words of no probability: GPUs multiply such matrices faster, and the
+search looks at groups of as many (``beam.GROUP``)."""
 
 
 class SearchMemory(NamedTuple):
@@ -69,6 +72,8 @@ class PreparedDecoder:
         self.decoder = decoder
         self.dtype = dtype
         self.weights = decoder.weights()
+        self.output_VX, self.output_bias_V = _aligned(*decoder.output_layer())
+        self._spreads: dict[tuple[int, int, int], torch.Tensor] = {}
 
     @torch.inference_mode()
     def memory_of_grids(self, grids_BDhw: Sequence[torch.Tensor], pool: int | None) -> SearchMemory:
@@ -77,7 +82,7 @@ class PreparedDecoder:
         sizes = {tuple(grid.shape[2:]) for grid in grids_BDhw}
         if len(sizes) > 1:
             assert pool is not None, "grids of several sizes need pooling"
-            spreads = [pooling(*grid.shape[2:], pool).to(grid.device, self.dtype) for grid in grids_BDhw]
+            spreads = [self._pooling(*grid.shape[2:], pool) for grid in grids_BDhw]
             pairs = zip(spreads, memories, strict=True)
             return self.search_memory(
                 Memory.cat([Memory(*(spread @ part for part in memory)) for spread, memory in pairs])
@@ -86,10 +91,17 @@ class PreparedDecoder:
         memory = memories[0] if len(memories) == 1 else Memory.cat(memories)
         if pool is None or (pool % height == 0 and pool % width == 0):
             return self.search_memory(memory)
-        spread = pooling(height, width, pool).to(memory.grid_BPD.device, self.dtype)
+        spread = self._pooling(height, width, pool)
         if len(spread) < height * width:
             return self.search_memory(Memory(*(spread @ part for part in memory)))
         return self.search_memory(Memory(memory.grid_BPD, spread @ memory.keys_BPA))._replace(spread_PQ=spread)
+
+    def _pooling(self, height: int, width: int, pool: int) -> torch.Tensor:
+        """As ``pooling``, computed once for each size."""
+        sizes = height, width, pool
+        if sizes not in self._spreads:
+            self._spreads[sizes] = pooling(*sizes).to(self.output_VX.device, self.dtype)
+        return self._spreads[sizes]
 
     @torch.inference_mode()
     def search_memory(self, memory: Memory) -> SearchMemory:
@@ -109,7 +121,8 @@ class PreparedDecoder:
         return SearchState(self.decoder.start_from(mean_BD, 1), memory)
 
     def next_scores(self, last_BK: torch.Tensor, search: SearchState) -> tuple[torch.Tensor, SearchState]:
-        """Unnormalised scores of the next word (B, K, V) after ``last_BK``, and the new state."""
+        """Unnormalised scores of the next word (B, K, V, filled up to WORDS_ALIGNMENT) after ``last_BK``, and the new
+        state."""
         decoder, memory, shape = self.decoder, search.memory, last_BK.shape
         last_N = last_BK.flatten()
         if self.words_VG is None:
@@ -128,7 +141,16 @@ class PreparedDecoder:
         state = State(*(part.flatten(0, 1) for part in search.state))
         (hidden_NH, cell_NH), _, _ = decoder.advance(words_NG, self.weights.bias_O, state, self.weights, attend)
         state = State(hidden_NH.unflatten(0, shape), cell_NH.unflatten(0, shape))
-        return decoder.logits(hidden_NH).unflatten(0, shape), search._replace(state=state)
+        if decoder.words_bias_V is not None:
+            hidden_NH = decoder.output(hidden_NH)
+        scores_NV = functional.linear(hidden_NH, self.output_VX, self.output_bias_V)
+        return scores_NV.unflatten(0, shape), search._replace(state=state)
+
+
+def _aligned(weight_VX: torch.Tensor, bias_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output layer, filled up with words that are never likely."""
+    rest = -len(bias_V) % WORDS_ALIGNMENT
+    return functional.pad(weight_VX, (0, 0, 0, rest)), functional.pad(bias_V, (0, rest), value=float("-inf"))
 
 
 def pooling(height: int, width: int, pool: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ class Replica:
         self.batches = Histogram(
             "capray_batch_size", description="Images captioned together", boundaries=[1, 2, 4, 8, 16, 32, 64, 128, 256]
         )
-        self.batch_size, self.batch_wait_seconds = settings.batch_size, batch_wait_seconds
+        self.batch_size, self.batch_wait_seconds = self.captioning.inference.batch_size, batch_wait_seconds
         self.waiting: asyncio.Queue[tuple[Row, asyncio.Future[Answer]]] = asyncio.Queue()
         self.work: asyncio.Task[None] | None = None
 

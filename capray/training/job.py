@@ -121,9 +121,13 @@ def train(config: TrainConfig) -> TrainResult:
                 display.say("all epochs are done")
             else:
                 cluster.connect()
+                gpus = cluster.gpus_each(config.gpus_per_worker)
+                cpus = cluster.share_cpus(config.num_workers, config.cpus_per_worker, gpus, display.say)
                 splits = {config.train_split: text, config.validation_split: validation}
                 cache = build_cache(root, identity, encoder, config, splits, display) if root else None
-                _fit(config, text, tokens, validation, vocabulary, vectors, weights, tracker, display, cache)
+                _fit(
+                    config, text, tokens, validation, vocabulary, vectors, weights, tracker, display, cache, cpus, gpus
+                )
         except BaseException as error:
             tracker.close("KILLED" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "FAILED")
             raise
@@ -171,10 +175,12 @@ def _fit(
     tracker: Tracker,
     display: ProgressDisplay,
     cache: Cache | None,
+    cpus: float,
+    gpus: float,
 ) -> None:
     import ray
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     class UnequalShards(DataConfig):
         """Every row to exactly one worker; Ray's equal shards would drop the rows that do not divide."""
@@ -187,8 +193,6 @@ def _fit(
             return shards
 
     board = board_class().remote()
-    gpus = cluster.gpus_each(config.gpus_per_worker)
-    cpus = cluster.share_cpus(config.num_workers, config.cpus_per_worker, gpus, display.say)
     epoch = measure_epoch(tokens, config)
     seed = EpochSeed(config.seed, board, config.subset(Augmentation), epoch.num_passes)
 
@@ -217,6 +221,7 @@ def _fit(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings},
+        torch_config=TorchConfig(backend="gloo") if 0 < gpus < 1 else None,  # NCCL refuses two workers on a GPU.
         scaling_config=ScalingConfig(  # ty: ignore[invalid-argument-type]
             num_workers=config.num_workers,
             use_gpu=gpus > 0,

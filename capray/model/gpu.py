@@ -1,0 +1,27 @@
+"""Which devices run the kernels in ``gpu_kernels``. Imports Triton only where there is a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+
+@lru_cache
+def kernels_of(device: torch.device) -> ModuleType | None:
+    """The kernels for ``device``, once they ran there; None on a CPU, and where Triton or the C compiler that it needs is
+    missing, of which it warns."""
+    if device.type != "cuda":
+        return None
+    try:
+        from capray.model import gpu_kernels
+
+        scores = torch.zeros(1, 1, gpu_kernels.GROUP, device=device)
+        gpu_kernels.best_words(scores, 2, [0], 2)
+        gpu_kernels.additive_scores(scores, scores, scores[0, 0], 2, False)
+    except Exception as error:
+        warnings.warn(f"captioning on {device} goes on slower, without Triton's kernels: {error}", stacklevel=2)
+        return None
+    return gpu_kernels
