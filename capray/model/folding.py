@@ -21,7 +21,8 @@ def fold_batchnorm(backbone: nn.Module) -> nn.Module:
     What cannot be traced is copied as it is.
     """
     try:
-        folded = fx.symbolic_trace(_copy(backbone))
+        plain = _without_fused_layers(_copy(backbone))
+        folded = fx.GraphModule(plain, _Tracer().trace(plain))
     except Exception:  # Python that depends on the images: nothing to fold safely.
         return _copy(backbone)
     modules = dict(folded.named_modules())
@@ -32,7 +33,7 @@ def fold_batchnorm(backbone: nn.Module) -> nn.Module:
         (source,) = node.args
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
             continue
-        if type(modules[source.target]) is not nn.Conv2d or calls.count(source.target) > 1:
+        if not _is_plain(modules[source.target]) or calls.count(source.target) > 1:
             continue
         convolution = fuse_conv_bn_eval(modules[source.target], modules[node.target])
         folded.set_submodule(str(source.target), convolution)
@@ -42,6 +43,35 @@ def fold_batchnorm(backbone: nn.Module) -> nn.Module:
     folded.delete_all_unused_submodules()
     folded.recompile()
     return folded
+
+
+class _Tracer(fx.Tracer):
+    """Takes every kind of convolution as one: timm's that pads by the image's size (TensorFlow's SAME) cannot be traced."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a convolution uses its weights as they are, and gives nothing but their product. (One that standardises them
+    does not.)"""
+    return type(module) is nn.Conv2d or (isinstance(module, nn.Conv2d) and _is_timms(module, "Conv2dSame"))
+
+
+def _without_fused_layers(module: nn.Module) -> nn.Module:
+    """``module``, changed in place: timm's BatchNorm with an activation in it becomes the two, one after the other."""
+    for name, part in list(module.named_modules()):
+        if _is_timms(part, "BatchNormAct2d"):
+            norm = nn.BatchNorm2d(part.num_features, part.eps, device=part.weight.device, dtype=part.weight.dtype)
+            norm.load_state_dict({key: value for key, value in part.state_dict().items() if "." not in key})
+            norm.eval().requires_grad_(False)
+            module.set_submodule(name, nn.Sequential(norm, part.drop, part.act))
+    return module
+
+
+def _is_timms(module: nn.Module, name: str) -> bool:
+    """Whether ``module`` is of timm's layer ``name``, without loading timm."""
+    return type(module).__name__ == name and type(module).__module__.startswith("timm.layers.")
 
 
 def _copy(module: nn.Module) -> nn.Module:
