@@ -156,7 +156,8 @@ class Architecture(Preprocessing):
 
     encoder: str = "resnet101"
     """Convolutional encoder: a ResNet of torchvision's, or another of its networks with a sequence of `features`
-    (mobilenet_v2, efficientnet_b0, densenet121, vgg16, convnext_tiny …); or `tiny`, a small one to train from scratch."""
+    (mobilenet_v2, efficientnet_b0, densenet121, vgg16, convnext_tiny …); one of timm's that gives a grid
+    (`timm/tf_efficientnet_lite0`; needs `capray[timm]`); or `tiny`, a small one to train from scratch."""
     pool_grid: Annotated[int, Field(ge=1, le=64)] | None = None
     """Side of the grid after adaptive average pooling (14 in Show, Attend and Tell's reimplementations); the encoder's
     own grid when not given."""
@@ -348,7 +349,7 @@ class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, Ima
     """Split to validate on after each epoch."""
 
     weights: str | None = None
-    """Encoder weights: `imagenet` (torchvision's, downloaded), one of torchvision's weight names, or a file or URI
+    """Encoder weights: `imagenet` (torchvision's or timm's, downloaded), one of torchvision's weight names, or a file or URI
     (.safetensors, or .pth with tensors only); random when not given."""
     fine_tune_from: str | None = None
     """First block of the encoder to fine-tune (`layer2`, `features.14`; `all` for the whole); frozen when not given."""

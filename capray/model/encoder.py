@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from capray.errors import CheckpointError, ConfigError
+from capray.model import timm_networks
 from capray.storage import locate, read_bytes
 
 _NORMALISATIONS = (nn.modules.batchnorm._BatchNorm,)
@@ -42,9 +43,11 @@ def _named(blocks: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
 
 
 def _backbone(name: str, weights: str | None) -> nn.Sequential:
-    """The named network without its head, its blocks under torchvision's own names."""
+    """The named network without its head, its blocks under torchvision's or timm's own names."""
     if name == "tiny":
         return _tiny()
+    if name.startswith(timm_networks.PREFIX):
+        return _named(timm_networks.children(name, pretrained=weights is not None))
     import torchvision  # Takes as long to import as torch does.
 
     try:
@@ -110,7 +113,7 @@ class Encoder(nn.Module):
     spoil them. Frozen blocks are in evaluation mode and get no gradients.
 
     Args:
-        name: a torchvision model with a grid of features, or ``tiny``.
+        name: a torchvision model with a grid of features, one of timm's (``timm/resnet50``), or ``tiny``.
         weights: ``imagenet`` or a torchvision weights name (downloaded), a file or URI, or None for random ones.
         fine_tune_from: the first block to train, by its name in the backbone; ``all``; None to freeze everything.
 
@@ -121,12 +124,18 @@ class Encoder(nn.Module):
 
     def __init__(self, name: str, weights: str | None = None, fine_tune_from: str | None = None):
         super().__init__()
-        from_torchvision = weights is not None and (weights == "imagenet" or weights.startswith("IMAGENET"))
-        torchvision_name = ("DEFAULT" if weights == "imagenet" else weights) if from_torchvision else None
-        if from_torchvision and name == "tiny":
+        self._is_timm = name.startswith(timm_networks.PREFIX)
+        published = weights is not None and (weights == "imagenet" or weights.startswith("IMAGENET"))
+        published_name = ("DEFAULT" if weights == "imagenet" else weights) if published else None
+        if published and name == "tiny":
             raise ConfigError("encoder 'tiny' has no published weights: leave weights out and set fine_tune_from: all")
-        self.backbone = _backbone(name, torchvision_name).to(memory_format=torch.channels_last)
-        if weights is not None and not from_torchvision:
+        if published and self._is_timm and weights != "imagenet":
+            raise ConfigError(
+                f"weights {weights!r} is torchvision's, and encoder {name!r} timm's: set weights to imagenet, and choose "
+                "among timm's by the encoder's tag (timm/NAME.TAG)"
+            )
+        self.backbone = _backbone(name, published_name).to(memory_format=torch.channels_last)
+        if weights is not None and not published:
             _load_weights(self.backbone, weights)
         self._freeze(fine_tune_from)
         with torch.no_grad():
@@ -138,6 +147,8 @@ class Encoder(nn.Module):
 
     def _blocks(self) -> list[tuple[str, nn.Module]]:
         blocks = list(self.backbone.named_children())
+        if self._is_timm:
+            return timm_networks.blocks(blocks)
         if len(blocks) == 1 and isinstance(blocks[0][1], nn.Sequential):
             name, features = blocks[0]
             return [(f"{name}.{child}", block) for child, block in features.named_children()]

@@ -25,7 +25,8 @@ def fold_batchnorm(backbone: nn.Module) -> nn.Module:
     What cannot be traced is copied as it is.
     """
     try:
-        folded = fx.symbolic_trace(_copy(backbone))
+        plain = _without_fused_layers(_copy(backbone))
+        folded = fx.GraphModule(plain, _Tracer().trace(plain))
     except Exception:  # Python that depends on the images: nothing to fold safely.
         return _copy(backbone)
     modules = dict(folded.named_modules())
@@ -36,7 +37,7 @@ def fold_batchnorm(backbone: nn.Module) -> nn.Module:
         (source,) = node.args
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
             continue
-        if type(modules[source.target]) is not nn.Conv2d or calls.count(source.target) > 1:
+        if not _is_plain(modules[source.target]) or calls.count(source.target) > 1:
             continue
         convolution = fuse_conv_bn_eval(modules[source.target], modules[node.target])
         folded.set_submodule(str(source.target), convolution)
@@ -63,7 +64,7 @@ def fuse_activations(folded: nn.Module) -> nn.Module:
         return module if type(module) is nn.Conv2d and _can_be_fused(module) else None
 
     for node in list(folded.graph.nodes):
-        if node.op != "call_module" or type(modules[node.target]) not in (nn.ReLU, nn.ReLU6):
+        if node.op != "call_module" or type(modules[node.target]) is not nn.ReLU:
             continue
         (source,), added, replaced = node.args, None, [node]
         if source.op == "call_function" and source.target in _SUMS and len(source.users) == 1:
@@ -72,7 +73,7 @@ def fuse_activations(folded: nn.Module) -> nn.Module:
         convolution = convolution_of(source)
         if convolution is None:
             continue
-        fused = _ConvolutionReLU(convolution, isinstance(modules[node.target], nn.ReLU6))
+        fused = _ConvolutionReLU(convolution)
         if (other := convolution_of(added)) and other.bias is not None:  # What it adds to each channel is added once.
             fused.bias = nn.Parameter(fused.bias + other.bias, requires_grad=False)
             other.bias = None
@@ -96,23 +97,50 @@ def _can_be_fused(convolution: nn.Conv2d) -> bool:
 
 
 class _ConvolutionReLU(nn.Module):
-    """relu(convolution(x) + z), at most 6 where it ``is_capped``."""
+    """relu(convolution(x) + z)."""
 
-    def __init__(self, convolution: nn.Conv2d, is_capped: bool):
+    def __init__(self, convolution: nn.Conv2d):
         super().__init__()
         assert convolution.bias is not None, "a folded convolution has a bias"
-        self.weight, self.bias, self.is_capped = convolution.weight, convolution.bias, is_capped
+        self.weight, self.bias = convolution.weight, convolution.bias
         self.settings: Any = convolution.stride, convolution.padding, convolution.dilation, convolution.groups
 
     def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
         if not x.is_cuda:
             x = nn.functional.conv2d(x, self.weight, self.bias, *self.settings)
-            x = torch.relu(x if z is None else x + z)
-        elif z is None:
-            x = torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.settings)
-        else:
-            x = torch.cudnn_convolution_add_relu(x, self.weight, z, 1.0, self.bias, *self.settings)
-        return x.clamp_(max=6) if self.is_capped else x
+            return torch.relu(x if z is None else x + z)
+        if z is None:
+            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.settings)
+        return torch.cudnn_convolution_add_relu(x, self.weight, z, 1.0, self.bias, *self.settings)
+
+
+class _Tracer(fx.Tracer):
+    """Takes every kind of convolution as one: timm's that pads by the image's size (TensorFlow's SAME) cannot be traced."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a convolution uses its weights as they are, and gives nothing but their product. (One that standardises them
+    does not.)"""
+    return type(module) is nn.Conv2d or (isinstance(module, nn.Conv2d) and _is_timms(module, "Conv2dSame"))
+
+
+def _without_fused_layers(module: nn.Module) -> nn.Module:
+    """``module``, changed in place: timm's BatchNorm with an activation in it becomes the two, one after the other."""
+    for name, part in list(module.named_modules()):
+        if _is_timms(part, "BatchNormAct2d"):
+            norm = nn.BatchNorm2d(part.num_features, part.eps, device=part.weight.device, dtype=part.weight.dtype)
+            norm.load_state_dict({key: value for key, value in part.state_dict().items() if "." not in key})
+            norm.eval().requires_grad_(False)
+            module.set_submodule(name, nn.Sequential(norm, part.drop, part.act))
+    return module
+
+
+def _is_timms(module: nn.Module, name: str) -> bool:
+    """Whether ``module`` is of timm's layer ``name``, without loading timm."""
+    return type(module).__name__ == name and type(module).__module__.startswith("timm.layers.")
 
 
 def _copy(module: nn.Module) -> nn.Module:
