@@ -142,6 +142,43 @@ def test_a_damaged_listing_is_made_again(job):
     job.check()
 
 
+class TestManifestsOfSeveralFolders:
+    """A URI relative to its manifest is the id as it is written: two images must not hide behind one."""
+
+    @pytest.fixture
+    def lists(self, job) -> list[Path]:
+        folders = [job.input / name for name in "ab"]
+        for seed, folder in enumerate(folders):
+            names = [Path(path).name for path in write_photos(folder, 3, seed=seed)]
+            (folder / "list.csv").write_text("\n".join(["path,key", *(f"{n},{seed}-{n}" for n in names)]) + "\n")
+        return [folder / "list.csv" for folder in folders]
+
+    def run(self, job, lists, **settings) -> Summary:
+        return job.run(input=str(lists[0]), also=tuple(map(str, lists[1:])), **settings)
+
+    def test_are_refused_when_they_name_two_files_alike_and_ids_are_the_way_out(self, job, lists):
+        with pytest.raises(ConfigError, match=r"'.*/a/list\.csv' and '.*/b/list\.csv' .*photo-0000.*--id-column"):
+            self.run(job, lists)
+        summary = self.run(job, lists, id_column="key")
+        assert (summary.images, summary.captions, summary.duplicates) == (6, 6, 0)
+
+    def test_keep_their_ids_when_all_differ(self, job, lists):
+        for i, path in enumerate(sorted(lists[1].parent.glob("*.jpg"))):
+            path.rename(path.with_name(f"other-{i}.jpg"))
+        lists[1].write_text("".join(f"{line}\n" for line in ("path", *(f"other-{i}.jpg" for i in range(3)))))
+        assert self.run(job, lists).captions == 6
+        assert {"photo-0001.jpg", "other-1.jpg"} <= {row["image_id"] for row in read_parts(str(job.output), "captions")}
+
+    def test_may_repeat_what_is_the_same_file(self, job, lists):
+        whole = lists[1].parent / "photo-0000.jpg"
+        beside = lists[0].with_name("again.csv")
+        beside.write_text("path\nphoto-0001.jpg\n")
+        for path in lists:
+            path.write_text(f"path\n{whole}\n")
+        summary = self.run(job, [*lists, beside])
+        assert (summary.captions, summary.duplicates) == (2, 1)
+
+
 class TestOneBadContainer:
     """It is named, the others are captioned, and mended it is captioned too."""
 
