@@ -719,6 +719,44 @@ class TestWhatChanges:
         assert summary.kept == len(done) == 12
         check_exactly_once(str(job.output), {i: (before if i in done else after)[i] for i in before})
 
+    @pytest.mark.parametrize("kind", ["table", "list", "tar", "tar with sidecar"])
+    def test_what_failed_in_a_container_is_asked_again_when_that_is_rewritten(self, job, tmp_path, kind):
+        """And only then, and once."""
+        paths = write_photos(tmp_path / "photos", 3)
+        job.input.mkdir()
+        source = {"table": "x.parquet", "list": "x.jsonl"}.get(kind, "x.tar")
+
+        def write(whole: bool) -> None:
+            if kind == "table":
+                images = [Path(path).read_bytes() if whole or i != 1 else None for i, path in enumerate(paths)]
+                pq.write_table(pa.table({"image_id": [*"abc"], "image": images}), job.input / source)
+            elif kind == "list":
+                rows = [
+                    {"image_id": "abc"[i], "uri": path if whole or i != 1 else None} for i, path in enumerate(paths)
+                ]
+                (job.input / source).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+            else:
+                bad = tmp_path / "bad.jpg"
+                bad.write_text("no image")
+                with tarfile.open(job.input / source, "w") as tar:
+                    for i, path in enumerate(paths):
+                        tar.add(path if whole or i != 1 else bad, f"{i}.jpg")
+                if kind == "tar with sidecar":
+                    pq.write_table(pa.table({"key": ["0", "1", "2"]}), job.input / "x.parquet")
+
+        def run() -> tuple[int, int, int]:
+            summary = job.run(input=str(job.input / source))
+            return summary.captions, sum(summary.failures.values()), sum(summary.current_failures.values())
+
+        write(whole=False)
+        assert run() == (2, 1, 1)
+        assert run() == (0, 0, 1)
+        write(whole=False)
+        assert run() == (0, 1, 1)
+        assert run() == (0, 0, 1)
+        write(whole=True)
+        assert run() == (1, 0, 0)
+
     def test_what_changes_again_and_again_is_a_fault_of_this_run(self, job):
         self.table(job, seed=0)
         seeds = iter(range(1, 1000))

@@ -54,8 +54,9 @@ class Plan:
 
     In the connection of ``settled`` it keeps what was taken in of the listing: ``listed`` (position, id, container, is_tar,
     folder), containers by number, and where there are manifests in several folders that of each id which is a path below it;
-    ``containers`` (number, since, is_read, changed_at), those whose rows before a position do not count, tars whose members
-    are known, and when they changed; and ``counted``, the rows of ``listed`` that count.
+    ``containers`` (number, since, is_read, changed_at, name, written_at), those whose rows before a position do not count,
+    tars whose members are known, when they changed, and those written since the first failure; and ``counted``, the rows of
+    ``listed`` that count.
     """
 
     def __init__(self, output: Output, run_id: str, listing: Listing, settled: Settled, write: Write):
@@ -66,6 +67,9 @@ class Plan:
         lists = [uri for source in listing.sources if source.kind == "manifest" for uri in source.units()]
         folders = sorted({posixpath.dirname(uri) for uri in lists})
         self._folders = folders if len(folders) > 1 else []
+        self._modified = {
+            (number, uri): at for number, source in enumerate(listing.sources) for uri, at in source.modified().items()
+        }
         self._num_files = 0
 
     def fresh(self, chunks: list[Location], block_rows: int, limit: int | None = None) -> Work:
@@ -233,15 +237,20 @@ class Plan:
 
     def _update_containers(self, given_up: frozenset[str]) -> None:
         listing = self.listing
+        (failed_at,) = self._ask("SELECT coalesce(epoch(min(failed_at)), 'inf') FROM failed")
+        times = {key: max(listing.changed.get(key, 0.0), self._modified.get(key, 0.0)) for key in self._containers}
+        written = {key: at for key, at in times.items() if at > failed_at}
         rows = [
             (
                 number,
                 ALL_ROWS if key[1] in given_up else listing.superseded.get(key, 0),
                 key in listing.known_tars,
                 None if key in self._manifests else listing.changed.get(key),
+                key[1],
+                written.get(key),
             )
             for key, number in self._containers.items()
-            if key in listing.superseded or key in listing.known_tars or key[1] in given_up
+            if key in written or key in listing.superseded or key in listing.known_tars or key[1] in given_up
         ]
         columns = list(zip(*rows, strict=True)) or [[]] * len(_CONTAINERS)
         table = pa.table([pa.array(c, f.type) for c, f in zip(columns, _CONTAINERS, strict=True)], schema=_CONTAINERS)
@@ -251,6 +260,16 @@ class Plan:
             SELECT listed.* FROM listed LEFT JOIN containers ON number = container
             WHERE position >= coalesce(since, 0) AND NOT (is_tar AND coalesce(is_read, false))
         """)
+        self._connection.execute("DELETE FROM rewritten")
+        if written:
+            self._connection.execute(f"""
+                INSERT INTO rewritten SELECT id, to_timestamp(max(written_at)) FROM (
+                    SELECT id, written_at FROM counted JOIN containers ON number = container SEMI JOIN failed USING (id)
+                    UNION ALL
+                    SELECT failed.id, written_at FROM failed JOIN (
+                        SELECT written_at, {TAR} AS tar FROM (SELECT written_at, name || '#' AS image_id FROM containers)
+                    ) USING (tar)
+                ) WHERE written_at IS NOT NULL GROUP BY id""")
 
     def _ids_at(self, positions: list[int]) -> list[str]:
         ids: dict[int, str] = {}
@@ -372,7 +391,14 @@ _TAKEN = pa.schema(
     ]
 )
 _CONTAINERS = pa.schema(
-    [("number", pa.int32()), ("since", pa.int64()), ("is_read", pa.bool_()), ("changed_at", pa.float64())]
+    [
+        ("number", pa.int32()),
+        ("since", pa.int64()),
+        ("is_read", pa.bool_()),
+        ("changed_at", pa.float64()),
+        ("name", pa.string()),
+        ("written_at", pa.float64()),
+    ]
 )
 
 
