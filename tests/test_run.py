@@ -321,6 +321,16 @@ class TestOddInputs:
         assert (summary.captions, summary.captioned_before, summary.duplicates) == (5, 0, 2)
         assert len(sha256s(job)) == 5
 
+    def test_an_id_of_two_sidecars_that_two_shards_caption_is_found_by_verify(self, job):
+        write_tars(job.input, 12, 1)
+        for tar in job.input.glob("*.tar"):
+            pq.write_table(pa.table({"key": ["photo-0000"], "name": ["the same"]}), tar.with_suffix(".parquet"))
+        outputs = tuple(f"{job.output}-{i}" for i in (1, 2))
+        for i, output in enumerate(outputs, 1):
+            assert job.run(output=output, id_column="name", shard=f"{i}/2").captions == 1
+        (problem,) = verify(VerifyConfig(output=outputs[0], also=outputs[1:])).problems
+        assert problem.startswith("1 ids have more than one caption: the same (")
+
     def test_a_shard_without_images(self, job):
         write_tars(job.input, 1, 2)
         shards = [job.run(shard=f"{i}/3", output=f"{job.output}-{i}") for i in (1, 2, 3)]
