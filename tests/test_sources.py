@@ -719,6 +719,8 @@ class TestKinds:
             (["a.jpg", "b.tar"], "images"),
             (["a.jpg", "a.txt", "a.csv"], "images"),
             (["a.txt"], "images"),
+            (["a.csv", "a.txt"], "images"),
+            (["a.csv", "b/c.JSONL.gz", "_d.jpg"], "manifest"),
             (["a.tar", "a.json", "a.parquet", "a.txt"], "tar"),
             (["_x/a.jpg", "b/a.tar"], "tar"),
         ],
