@@ -26,7 +26,7 @@ from capray.captioning.plan import Plan
 from capray.captioning.record import Summary
 from capray.captioning.stream import Stalled
 from capray.config import CaptionConfig, VerifyConfig
-from capray.errors import ConfigError, DataError, Interrupted, StorageError, TryAgain
+from capray.errors import CaprayError, ConfigError, DataError, Interrupted, StorageError, TryAgain
 from capray.images import ImageError
 from capray.inputs import byte_reader, files, listing, reader
 from capray.output.verify import verify
@@ -298,7 +298,7 @@ class TestOddInputs:
         (job.input / "linked").symlink_to(tmp_path / "elsewhere")
         (job.input / "again").symlink_to(job.input)
         assert job.run().captions == 5
-        (tmp_path / "images").mkdir()
+        write_photos(tmp_path / "images", 1)
         (tmp_path / "images" / "a.jpg").symlink_to("a.jpg")
         output = str(tmp_path / "out2")
         assert job.run(input=str(tmp_path / "images"), output=output).current_failures == {"missing": 1}
@@ -330,6 +330,18 @@ class TestOddInputs:
             assert job.run(output=output, id_column="name", shard=f"{i}/2").captions == 1
         (problem,) = verify(VerifyConfig(output=outputs[0], also=outputs[1:])).problems
         assert problem.startswith("1 ids have more than one caption: the same (")
+
+    def test_nothing_but_junk_is_a_fault_each_time(self, job):
+        """Fewer than what stops a job early."""
+        job.input.mkdir()
+        for i in range(3):
+            (job.input / f"{i}.jpg").write_text("version https://git-lfs.github.com/spec/v1\n")
+        for _ in range(2):
+            with pytest.raises(CaprayError, match=r"no image .*all 3 .*failed.*not_an_image: not an image") as caught:
+                job.run()
+            assert caught.value.exit_code == 1
+        write_photos(job.input, 1)
+        assert job.run().captions == 1
 
     def test_a_shard_without_images(self, job):
         write_tars(job.input, 1, 2)

@@ -461,6 +461,14 @@ class Run:
                 f"{', '.join(unread[:10])}{' …' if len(unread) > 10 else ''}; run the same command again"
             )
         self.limits.check_any()
+        failed = Counter(summary.current_failures)
+        if not self.settled.num_captions and failed.total() >= wanted.images > 0:
+            ((kind, count),) = failed.most_common(1)
+            with self.output.connect() as connection:
+                (message,) = first_row(connection, f"SELECT message FROM failures WHERE error_type = '{kind}' LIMIT 1")
+            raise CaprayError(
+                f"no image could be captioned, all {failed.total():,} have failed, {count:,} of them as {kind}: {message}"
+            )
 
     # For whoever watches.
 
