@@ -212,6 +212,11 @@ class TestMistakes:
             ("SELECT captoin FROM captions", "captoin"),
             ("SELECT caption::INT FROM captions", "Could not convert"),
             ("SELECT sum(caption) FROM captions", "No function matches"),
+            ("SELECT strptime(caption, '%Y') FROM captions", "Could not parse"),
+            ("SELECT regexp_matches(caption, '(') FROM captions", r"missing \)"),
+            ("SELECT 9223372036854775807 + num_tokens::BIGINT FROM captions", "Overflow"),
+            ("SELECT INTERVAL '1000000000 days'", "magnitude"),
+            ("COMMIT", "no transaction"),
         ],
     )
     def test_bad_sql_names_the_views(self, local, sql, message):
