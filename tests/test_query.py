@@ -266,7 +266,7 @@ class TestMistakes:
 
     def test_a_damaged_part(self, local):
         write_atomic(local.captions.join("part-run-3-00000.parquet"), b"PAR1 and no more")
-        with pytest.raises(StorageError, match=r"reading .*part-run-3-00000\.parquet"):
+        with pytest.raises(StorageError, match=r"reading .*part-run-3-00000\.parquet.*delete it"):
             ask(local)
 
 

@@ -132,6 +132,22 @@ def test_no_temporary_space_is_said(job, tmp_path, monkeypatch):
         job.run()
 
 
+@pytest.mark.parametrize("table", ["captions", "failures"])
+def test_a_damaged_part_is_named_with_the_way_out_which_works(job, table):
+    write_photos(job.input, 6)
+    bad = job.input / "bad.jpg"
+    bad.write_text("no image")
+    job.run()
+    (part,) = (job.output / table).iterdir()
+    part.write_bytes(b"PAR1 and no more")
+    with pytest.raises(StorageError, match=rf"{part.name}' is damaged.*put it back.*delete it.*same command") as caught:
+        job.run()
+    assert caught.value.exit_code == 1
+    part.unlink()
+    job.run()
+    job.check({str(bad): "not_an_image"})
+
+
 def test_a_damaged_listing_is_made_again(job):
     write_photos(job.input, 6)
     job.run(limit=3)

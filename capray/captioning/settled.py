@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capray.errors import StorageError
-from capray.output import Output, first_row, open_duckdb
+from capray.output import MEND_PART, Output, first_row, open_duckdb
 from capray.storage import Location, Write, read_bytes, storage_errors
 from capray.tables import FAILURES, FINAL_FAILURES, encode_parquet
 
@@ -225,7 +225,7 @@ def _numbered(number: int, part: Location, names: tuple[str, ...]) -> pa.Table:
             with part.fs.open(part.path, "rb", cache_type="none") as file:
                 table = pq.read_table(file, columns=list(names), use_threads=False, pre_buffer=True)
         except pa.ArrowInvalid as error:
-            raise StorageError(f"{part.uri!r} is damaged: {error}") from error
+            raise StorageError(f"{part.uri!r} is damaged ({error}): {MEND_PART}") from error
     return table.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), table.num_rows))
 
 
