@@ -347,6 +347,17 @@ class TestOddInputs:
         (problem,) = verify(VerifyConfig(output=outputs[0], also=outputs[1:])).problems
         assert problem.startswith("1 ids have more than one caption: the same (")
 
+    @pytest.mark.parametrize("is_tar", [True, False])
+    def test_globs_that_choose_nothing_are_a_mistake(self, job, is_tar):
+        if is_tar:
+            write_tars(job.input, 2, 2)
+        else:
+            write_photos(job.input, 2)
+        for options in ({"include": ("*.nope",)}, {"exclude": ("*.jpg", "*.tar#*")}):
+            with pytest.raises(ConfigError, match=r"no images at .*/in' that --include and --exclude choose"):
+                job.run(**options)
+        assert job.run().captions in (2, 4)
+
     def test_nothing_but_junk_is_a_fault_each_time(self, job):
         """Fewer than what stops a job early."""
         job.input.mkdir()
