@@ -75,13 +75,15 @@ class Location:
 
 @dataclass(frozen=True)
 class Entry:
-    """One listed object: its URI, its path in the filesystem, its size in bytes and what tells it from other versions of
-    it (``file_version``, ``object_version``)."""
+    """One listed object: its URI, its path in the filesystem, its size in bytes, what tells it from other versions of
+    it (``file_version``, ``object_version``), and when it was last written, in seconds since the epoch; 0 where that is not
+    known."""
 
     uri: str
     path: str
     size: int
     version: str = ""
+    modified: float = 0.0
 
 
 Write = Callable[[Location, bytes], None]
@@ -212,9 +214,14 @@ def entry_of(root: Location, path: str, info: dict[str, Any]) -> Entry:
     """The object at ``path`` of the filesystem of ``root``, as that filesystem's ``info`` has it."""
     size = info["size"] or 0
     if root.is_local:
-        return Entry(path, path, size, file_version(os.stat(path)))
+        return _file_entry(path, os.stat(path))
     etag = next((str(info[name]) for name in ("ETag", "etag", "mtime", "LastModified") if info.get(name)), None)
-    return Entry(uri_of(root, path), path, size, object_version(etag, size))
+    modified = getattr(info.get("LastModified"), "timestamp", float)()
+    return Entry(uri_of(root, path), path, size, object_version(etag, size), modified)
+
+
+def _file_entry(path: str, about: os.stat_result) -> Entry:
+    return Entry(path, path, about.st_size, file_version(about), about.st_mtime)
 
 
 def uri_of(root: Location, path: str) -> str:
@@ -236,7 +243,7 @@ def iter_files(root: Location, denied: list[str] | None = None) -> Iterator[Entr
                         about = stat_of(path) or os.lstat(path)
                     except FileNotFoundError:
                         continue  # Gone since its folder was read.
-                    yield Entry(path, path, about.st_size, file_version(about))
+                    yield _file_entry(path, about)
             return
         if hasattr(root.fs, "call_s3"):
             yield from _iter_s3(root)
@@ -251,7 +258,7 @@ def _iter_s3(root: Location) -> Iterator[Entry]:
     for objects, _ in s3_pages(root.fs, Bucket=bucket, Prefix=f"{key}/" if key else ""):
         for entry in objects:
             path = f"{bucket}/{entry['Key']}"
-            yield Entry(uri_of(root, path), path, entry["Size"], object_version(entry["ETag"], entry["Size"]))
+            yield entry_of(root, path, {**entry, "size": entry["Size"]})
 
 
 def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:

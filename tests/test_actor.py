@@ -31,7 +31,8 @@ from tests.conftest import make_model
 FAULTS = Path(__file__).parent / "faults"
 SHA = bytes(32)
 KILLER = (255, 0, 255)
-"""The colour of an image that kills the process that captions it (faults)."""
+STARVED = (0, 255, 255)
+"""The colours of images whose process dies when it captions them: by a bug, and for want of memory (faults)."""
 
 
 class Ended(BaseException):
@@ -239,7 +240,7 @@ class TestAnImageThatKillsItsProcess:
         assert child is not None and child.poll() is None
         rows = caption(actor, photo("a"), photo("killer", KILLER, place="{1}"), photo("bb"))
         assert outcomes(rows) == {"a": "captioned", "killer": "crashed", "bb": "captioned"}
-        assert rows[1]["message"] == f"captioning killed its process by {signal.SIGKILL.name}"
+        assert rows[1]["message"] == f"captioning killed its process by {signal.SIGABRT.name}"
         assert (rows[1]["certain"], rows[1]["place"], rows[1]["node"]) == (False, "{1}", "node-1")
         assert "restarted" in notices[0] and "child process" in notices[0]
         assert child.poll() is not None and actor._child._child is None
@@ -259,6 +260,11 @@ class TestAnImageThatKillsItsProcess:
         assert rows[1]["certain"] is True
         assert log.read_text().split()[0] == "2"
         assert actor._child._child is None, "the child is gone, and its memory with it"
+
+    def test_is_proven_by_no_sigkill_which_is_the_machines(self, settings, device):
+        rows = caption(CaptioningActor(settings), photo("starved", STARVED, careful=True))
+        assert outcomes(rows) == {"starved": "crashed"}
+        assert (rows[0]["message"], rows[0]["certain"]) == ("captioning killed its process by SIGKILL", False)
 
 
 class TestAChildThatCannotStart:

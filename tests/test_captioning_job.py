@@ -160,20 +160,20 @@ def add_to_tar(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def test_images_that_kill_their_process_cost_a_row_each(tmp_path, model):
     photos = set(write_photos(tmp_path / "photos", 40))
+    decoding, captioning, starved = (tmp_path / "photos" / f"photo-{i:04d}-a.png" for i in (7, 23, 31))
     mark = PngInfo()
     mark.add_text("note", "KILLS-THE-DECODER")
-    decoding, captioning = tmp_path / "photos" / "photo-0007-a.png", tmp_path / "photos" / "photo-0023-a.png"
     decoding.write_bytes(image_bytes(pnginfo=mark))
     captioning.write_bytes(image_bytes(Image.new("RGB", (32, 32), (255, 0, 255))))
+    starved.write_bytes(image_bytes(Image.new("RGB", (32, 32), (0, 255, 255))))
     summary = run_on_ray(tmp_path / "photos", tmp_path / "out", model)
-    crashing = {str(decoding): "crashed", str(captioning): "crashed"}
+    crashing = {str(decoding): "crashed", str(captioning): "crashed", str(starved): "captioning_error"}
     captions = check_exactly_once(str(tmp_path / "out"), photos | crashing.keys(), failed=crashing)
     assert set(captions) == photos
     failures = {row["image_id"]: row for row in read_parts(str(tmp_path / "out"), "failures")}
-    assert set(failures) == {str(decoding), str(captioning)}
-    assert {row["error_type"] for row in failures.values()} == {"crashed"}
-    assert failures[str(decoding)]["message"] == "decoding killed its process by SIGKILL"
-    assert failures[str(captioning)]["message"] == "captioning killed its process by SIGKILL"
+    assert {image_id: row["error_type"] for image_id, row in failures.items()} == crashing
+    assert failures[str(decoding)]["message"] == "decoding killed its process by SIGABRT"
+    assert failures[str(captioning)]["message"] == "captioning killed its process by SIGABRT"
     assert summary.passes == 2
 
 

@@ -9,9 +9,11 @@ import json
 import os
 from dataclasses import replace
 from hashlib import md5
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from PIL.PngImagePlugin import PngInfo
 
 from capray.captioning.fetching import MAX_ATTEMPTS, Fetcher, Look, fetch_unit
 from capray.captioning.isolation import CannotStart
@@ -22,6 +24,7 @@ from capray.errors import TryAgain
 from capray.inputs.base import Changed, InputReading, Selection, TarMembers, TarUnreadable
 from capray.inputs.places import PLACES
 from capray.inputs.reader import Reader
+from capray.tables import FINAL_FAILURES
 from tests.conftest import image_bytes, write_photos
 from tests.test_reader import alone, write_tar  # noqa: F401 (a fixture)
 
@@ -200,6 +203,21 @@ class TestLooks:
         (tmp_path / "a.jpg").write_bytes(image_bytes(image_format="JPEG")[:200])
         look = self.look(fetcher, uri=str(tmp_path / "a.jpg"))
         assert (look.kind, look.certain) == ("truncated", True)
+
+    @pytest.mark.parametrize(
+        ("mark", "kind", "death"),
+        [("KILLS", "crashed", "SIGABRT"), ("STARVES", "captioning_error", "SIGKILL")],
+    )
+    def test_what_kills_its_process_again_does_so_but_for_a_kernels_sigkill(
+        self, tmp_path, fetcher, monkeypatch, mark, kind, death
+    ):
+        monkeypatch.syspath_prepend(Path(__file__).parent / "faults")
+        note = PngInfo()
+        note.add_text("note", f"{mark}-THE-DECODER")
+        (tmp_path / "a.png").write_bytes(image_bytes(pnginfo=note))
+        look = self.look(fetcher, uri=str(tmp_path / "a.png"))
+        assert (look.kind, look.message) == (kind, f"decoding killed its process by {death}")
+        assert (look.certain and look.kind in FINAL_FAILURES) == (kind == "crashed")
 
     def test_a_container_that_changed_tells_nothing(self, tmp_path, fetcher):
         tar = write_tar(tmp_path / "x.tar", {"0.png": photo(0)})

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from capray.captioning import isolation
-from capray.captioning.isolation import CannotStart, Crashed, Isolated
+from capray.captioning.isolation import CannotStart, Crashed, Isolated, KilledFromOutside
 from capray.errors import CheckpointError
 
 MEMORY = 2**30
@@ -135,7 +135,7 @@ class TestDeaths:
     @pytest.mark.parametrize(
         ("value", "reason"),
         [
-            (("kill", signal.SIGKILL), "SIGKILL"),
+            (("kill", signal.SIGBUS), "SIGBUS"),
             (("kill", signal.SIGABRT), "SIGABRT"),
             (("fault",), "SIGSEGV"),
             (("leave", 7), "ended its process with 7"),
@@ -144,8 +144,15 @@ class TestDeaths:
         ],
     )
     def test_the_reason_is_told_and_the_next_call_works(self, child, value, reason):
-        with pytest.raises(Crashed, match=reason):
+        with pytest.raises(Crashed, match=reason) as death:
             child.call(value)
+        assert type(death.value) is Crashed
+        assert child.call(2) == 6
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+    def test_from_outside_are_told_from_those_of_a_value(self, child, number):
+        with pytest.raises(KilledFromOutside, match=number.name):
+            child.call(("kill", number))
         assert child.call(2) == 6
 
     def test_over_the_time_limit(self):
@@ -169,7 +176,7 @@ class TestDeaths:
         pid = child.call(("pid",))
         os.kill(pid, signal.SIGKILL)
         time.sleep(0.2)
-        with pytest.raises(Crashed, match="SIGKILL"):
+        with pytest.raises(KilledFromOutside, match="SIGKILL"):
             child.call(2)
         assert child.call(2) == 6
 

@@ -212,6 +212,11 @@ class TestMistakes:
             ("SELECT captoin FROM captions", "captoin"),
             ("SELECT caption::INT FROM captions", "Could not convert"),
             ("SELECT sum(caption) FROM captions", "No function matches"),
+            ("SELECT strptime(caption, '%Y') FROM captions", "Could not parse"),
+            ("SELECT regexp_matches(caption, '(') FROM captions", r"missing \)"),
+            ("SELECT 9223372036854775807 + num_tokens::BIGINT FROM captions", "Overflow"),
+            ("SELECT INTERVAL '1000000000 days'", "magnitude"),
+            ("COMMIT", "no transaction"),
         ],
     )
     def test_bad_sql_names_the_views(self, local, sql, message):
@@ -261,7 +266,7 @@ class TestMistakes:
 
     def test_a_damaged_part(self, local):
         write_atomic(local.captions.join("part-run-3-00000.parquet"), b"PAR1 and no more")
-        with pytest.raises(StorageError, match=r"reading .*part-run-3-00000\.parquet"):
+        with pytest.raises(StorageError, match=r"reading .*part-run-3-00000\.parquet.*delete it"):
             ask(local)
 
 

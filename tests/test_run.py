@@ -26,7 +26,7 @@ from capray.captioning.plan import Plan
 from capray.captioning.record import Summary
 from capray.captioning.stream import Stalled
 from capray.config import CaptionConfig, VerifyConfig
-from capray.errors import ConfigError, DataError, Interrupted, StorageError, TryAgain
+from capray.errors import CaprayError, ConfigError, DataError, Interrupted, StorageError, TryAgain
 from capray.images import ImageError
 from capray.inputs import byte_reader, files, listing, reader
 from capray.output.verify import verify
@@ -132,6 +132,22 @@ def test_no_temporary_space_is_said(job, tmp_path, monkeypatch):
         job.run()
 
 
+@pytest.mark.parametrize("table", ["captions", "failures"])
+def test_a_damaged_part_is_named_with_the_way_out_which_works(job, table):
+    write_photos(job.input, 6)
+    bad = job.input / "bad.jpg"
+    bad.write_text("no image")
+    job.run()
+    (part,) = (job.output / table).iterdir()
+    part.write_bytes(b"PAR1 and no more")
+    with pytest.raises(StorageError, match=rf"{part.name}' is damaged.*put it back.*delete it.*same command") as caught:
+        job.run()
+    assert caught.value.exit_code == 1
+    part.unlink()
+    job.run()
+    job.check({str(bad): "not_an_image"})
+
+
 def test_a_damaged_listing_is_made_again(job):
     write_photos(job.input, 6)
     job.run(limit=3)
@@ -140,6 +156,43 @@ def test_a_damaged_listing_is_made_again(job):
         spoil(chunk, chunk.stat().st_size - 8 - size, -8)
     job.run()
     job.check()
+
+
+class TestManifestsOfSeveralFolders:
+    """A URI relative to its manifest is the id as it is written: two images must not hide behind one."""
+
+    @pytest.fixture
+    def lists(self, job) -> list[Path]:
+        folders = [job.input / name for name in "ab"]
+        for seed, folder in enumerate(folders):
+            names = [Path(path).name for path in write_photos(folder, 3, seed=seed)]
+            (folder / "list.csv").write_text("\n".join(["path,key", *(f"{n},{seed}-{n}" for n in names)]) + "\n")
+        return [folder / "list.csv" for folder in folders]
+
+    def run(self, job, lists, **settings) -> Summary:
+        return job.run(input=str(lists[0]), also=tuple(map(str, lists[1:])), **settings)
+
+    def test_are_refused_when_they_name_two_files_alike_and_ids_are_the_way_out(self, job, lists):
+        with pytest.raises(ConfigError, match=r"'.*/a/list\.csv' and '.*/b/list\.csv' .*photo-0000.*--id-column"):
+            self.run(job, lists)
+        summary = self.run(job, lists, id_column="key")
+        assert (summary.images, summary.captions, summary.duplicates) == (6, 6, 0)
+
+    def test_keep_their_ids_when_all_differ(self, job, lists):
+        for i, path in enumerate(sorted(lists[1].parent.glob("*.jpg"))):
+            path.rename(path.with_name(f"other-{i}.jpg"))
+        lists[1].write_text("".join(f"{line}\n" for line in ("path", *(f"other-{i}.jpg" for i in range(3)))))
+        assert self.run(job, lists).captions == 6
+        assert {"photo-0001.jpg", "other-1.jpg"} <= {row["image_id"] for row in read_parts(str(job.output), "captions")}
+
+    def test_may_repeat_what_is_the_same_file(self, job, lists):
+        whole = lists[1].parent / "photo-0000.jpg"
+        beside = lists[0].with_name("again.csv")
+        beside.write_text("path\nphoto-0001.jpg\n")
+        for path in lists:
+            path.write_text(f"path\n{whole}\n")
+        summary = self.run(job, [*lists, beside])
+        assert (summary.captions, summary.duplicates) == (2, 1)
 
 
 class TestOneBadContainer:
@@ -261,7 +314,7 @@ class TestOddInputs:
         (job.input / "linked").symlink_to(tmp_path / "elsewhere")
         (job.input / "again").symlink_to(job.input)
         assert job.run().captions == 5
-        (tmp_path / "images").mkdir()
+        write_photos(tmp_path / "images", 1)
         (tmp_path / "images" / "a.jpg").symlink_to("a.jpg")
         output = str(tmp_path / "out2")
         assert job.run(input=str(tmp_path / "images"), output=output).current_failures == {"missing": 1}
@@ -283,6 +336,39 @@ class TestOddInputs:
         summary = job.run(also=(str(table),))
         assert (summary.captions, summary.captioned_before, summary.duplicates) == (5, 0, 2)
         assert len(sha256s(job)) == 5
+
+    def test_an_id_of_two_sidecars_that_two_shards_caption_is_found_by_verify(self, job):
+        write_tars(job.input, 12, 1)
+        for tar in job.input.glob("*.tar"):
+            pq.write_table(pa.table({"key": ["photo-0000"], "name": ["the same"]}), tar.with_suffix(".parquet"))
+        outputs = tuple(f"{job.output}-{i}" for i in (1, 2))
+        for i, output in enumerate(outputs, 1):
+            assert job.run(output=output, id_column="name", shard=f"{i}/2").captions == 1
+        (problem,) = verify(VerifyConfig(output=outputs[0], also=outputs[1:])).problems
+        assert problem.startswith("1 ids have more than one caption: the same (")
+
+    @pytest.mark.parametrize("is_tar", [True, False])
+    def test_globs_that_choose_nothing_are_a_mistake(self, job, is_tar):
+        if is_tar:
+            write_tars(job.input, 2, 2)
+        else:
+            write_photos(job.input, 2)
+        for options in ({"include": ("*.nope",)}, {"exclude": ("*.jpg", "*.tar#*")}):
+            with pytest.raises(ConfigError, match=r"no images at .*/in' that --include and --exclude choose"):
+                job.run(**options)
+        assert job.run().captions in (2, 4)
+
+    def test_nothing_but_junk_is_a_fault_each_time(self, job):
+        """Fewer than what stops a job early."""
+        job.input.mkdir()
+        for i in range(3):
+            (job.input / f"{i}.jpg").write_text("version https://git-lfs.github.com/spec/v1\n")
+        for _ in range(2):
+            with pytest.raises(CaprayError, match=r"no image .*all 3 .*failed.*not_an_image: not an image") as caught:
+                job.run()
+            assert caught.value.exit_code == 1
+        write_photos(job.input, 1)
+        assert job.run().captions == 1
 
     def test_a_shard_without_images(self, job):
         write_tars(job.input, 1, 2)
@@ -681,6 +767,44 @@ class TestWhatChanges:
         summary = job.run()
         assert summary.kept == len(done) == 12
         check_exactly_once(str(job.output), {i: (before if i in done else after)[i] for i in before})
+
+    @pytest.mark.parametrize("kind", ["table", "list", "tar", "tar with sidecar"])
+    def test_what_failed_in_a_container_is_asked_again_when_that_is_rewritten(self, job, tmp_path, kind):
+        """And only then, and once."""
+        paths = write_photos(tmp_path / "photos", 3)
+        job.input.mkdir()
+        source = {"table": "x.parquet", "list": "x.jsonl"}.get(kind, "x.tar")
+
+        def write(whole: bool) -> None:
+            if kind == "table":
+                images = [Path(path).read_bytes() if whole or i != 1 else None for i, path in enumerate(paths)]
+                pq.write_table(pa.table({"image_id": [*"abc"], "image": images}), job.input / source)
+            elif kind == "list":
+                rows = [
+                    {"image_id": "abc"[i], "uri": path if whole or i != 1 else None} for i, path in enumerate(paths)
+                ]
+                (job.input / source).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+            else:
+                bad = tmp_path / "bad.jpg"
+                bad.write_text("no image")
+                with tarfile.open(job.input / source, "w") as tar:
+                    for i, path in enumerate(paths):
+                        tar.add(path if whole or i != 1 else bad, f"{i}.jpg")
+                if kind == "tar with sidecar":
+                    pq.write_table(pa.table({"key": ["0", "1", "2"]}), job.input / "x.parquet")
+
+        def run() -> tuple[int, int, int]:
+            summary = job.run(input=str(job.input / source))
+            return summary.captions, sum(summary.failures.values()), sum(summary.current_failures.values())
+
+        write(whole=False)
+        assert run() == (2, 1, 1)
+        assert run() == (0, 0, 1)
+        write(whole=False)
+        assert run() == (0, 1, 1)
+        assert run() == (0, 0, 1)
+        write(whole=True)
+        assert run() == (1, 0, 0)
 
     def test_what_changes_again_and_again_is_a_fault_of_this_run(self, job):
         self.table(job, seed=0)

@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import tempfile
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -304,6 +305,18 @@ class TestParquet:
         assert some(listed(source), "kind", "image_id", "uri") == [("object", "1", "/a"), ("object", "2", None)]
         assert ids(path, id_column="path") == ["/p", "/q"]
         assert [row["uri"] for row in listed(opened(path, uri_column="path"))] == ["/p", "/q"]
+
+    @pytest.mark.parametrize(
+        ("first", "later"), [(pa.date32(), pa.timestamp("us")), (pa.timestamp("s"), pa.timestamp("us", "UTC"))]
+    )
+    def test_a_time_to_keep_is_not_cut_to_the_first_files_type(self, tmp_path, first, later):
+        times = [datetime(2026, 1, 2), datetime(2026, 1, 2, 3, 4, 5, 678901)]
+        for name, time, kind in zip("ab", times, (first, later), strict=True):
+            write_table(tmp_path / f"{name}.parquet", {"uri": [name], "taken": pa.array([time]).cast(kind)})
+        with pytest.raises(DataError, match=r"b\.parquet.*(column 'taken' holds timestamp|lose data)"):
+            listed(opened(tmp_path, ["taken"]))
+        write_table(tmp_path / "b.parquet", {"uri": ["b"], "taken": pa.array(times[:1]).cast(later)})
+        assert {row["source"]["taken"].day for row in listed(opened(tmp_path, ["taken"]))} == {2}
 
     def test_chosen_columns_split_and_keep(self, tmp_path):
         columns = {
@@ -706,6 +719,8 @@ class TestKinds:
             (["a.jpg", "b.tar"], "images"),
             (["a.jpg", "a.txt", "a.csv"], "images"),
             (["a.txt"], "images"),
+            (["a.csv", "a.txt"], "images"),
+            (["a.csv", "b/c.JSONL.gz", "_d.jpg"], "manifest"),
             (["a.tar", "a.json", "a.parquet", "a.txt"], "tar"),
             (["_x/a.jpg", "b/a.tar"], "tar"),
         ],

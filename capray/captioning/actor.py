@@ -24,7 +24,7 @@ import torch
 
 from capray import cluster
 from capray.captioning.canary import canary_score, is_near, is_same
-from capray.captioning.isolation import CannotStart, Crashed, Isolated, deadline
+from capray.captioning.isolation import CannotStart, Crashed, Isolated, KilledFromOutside, deadline
 from capray.captioning.model_transfer import ModelTransfer
 from capray.captioning.rows import results_schema, table_of, with_table
 from capray.config import Decoding
@@ -269,13 +269,15 @@ class CaptioningActor:
         self._blocks_since_canary = 0
 
     def _carefully(self, row: Row) -> Outcome:
-        """An image in the child process. That it was the image that crashed it is certain the second time."""
+        """An image in the child process. That it was the image that crashed it is certain the second time, and
+        never when it was killed from outside."""
         try:
             call = partial(self._child.call, [row])
             (outcome,) = self._patiently("no image can be captioned carefully", call, CannotStart, StorageError)
         except Crashed as error:
             self._check_device()
-            return NotCaptioned("crashed", f"captioning {error}", certain=bool(row["careful"]))
+            is_proof = row["careful"] and not isinstance(error, KilledFromOutside)
+            return NotCaptioned("crashed", f"captioning {error}", certain=bool(is_proof))
         return outcome
 
     def _patiently(self, trouble: str, attempt: Callable[[], T], *passing: type[Exception]) -> T:

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from capray import cluster
-from capray.captioning.isolation import CannotStart, Crashed, Isolated
+from capray.captioning.isolation import CannotStart, Crashed, Isolated, KilledFromOutside
 from capray.captioning.rows import BLOCK, block_of, fetched_schema, unit_of, unit_row
 from capray.captioning.units import num_blocks, read_units
 from capray.config import ImageLimits, Preprocessing
@@ -152,6 +152,8 @@ class Fetcher:
             def decode(data: bytes) -> tuple[np.ndarray, int, int]:
                 try:
                     return child.call(data)
+                except KilledFromOutside as error:
+                    raise ImageError("captioning_error", f"decoding {error}") from error
                 except Crashed as error:
                     raise ImageError("crashed", f"decoding {error}") from error
 

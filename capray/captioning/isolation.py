@@ -25,11 +25,17 @@ from capray.errors import CaprayError
 
 _START_SECONDS = 600.0
 _KILL_SECONDS = 10.0
+_FAULT_SIGNALS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+"""What a process dies of by its own doing. The others are sent to it: SIGKILL by a kernel without memory."""
 _NO_START = "a child process for careful work cannot be started"
 
 
 class Crashed(Exception):
     """The child died, or was ended for what it used, while it worked on a value."""
+
+
+class KilledFromOutside(Crashed):
+    """The child was killed by the machine or somebody, whatever it worked on: no proof against the value."""
 
 
 class CannotStart(RuntimeError):
@@ -75,6 +81,7 @@ class Isolated:
 
         Raises:
             Crashed: the child died of it, or took too long.
+            KilledFromOutside: it was killed while it worked on it.
         """
         if self._child is None:
             self._start()
@@ -92,7 +99,7 @@ class Isolated:
             death = self._death() if isinstance(error, (EOFError, OSError)) else None
             self.close()
             if death is not None:
-                raise Crashed(death) from None
+                raise death from None
             raise
         if ok:
             return result
@@ -140,13 +147,16 @@ class Isolated:
             self.close()
             raise ready if isinstance(ready, CaprayError) else CannotStart(f"{_NO_START}: {ready}")
 
-    def _death(self) -> str:
+    def _death(self) -> Crashed:
         assert self._child is not None
         try:
             code = self._child.wait(5)
         except subprocess.TimeoutExpired:
-            return "closed its connection"
-        return f"killed its process by {signal.Signals(-code).name}" if code < 0 else f"ended its process with {code}"
+            return Crashed("closed its connection")
+        if code >= 0:
+            return Crashed(f"ended its process with {code}")
+        death = Crashed if -code in _FAULT_SIGNALS else KilledFromOutside
+        return death(f"killed its process by {signal.Signals(-code).name}")
 
 
 def _exchange(pipe: Connection, value: Any) -> Any:

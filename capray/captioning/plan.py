@@ -5,6 +5,7 @@ Knows nothing of how images are read, nor of what a failure means.
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from capray.captioning.settled import ID, TAR, Settled, insert
 from capray.captioning.units import UnitFiles, Work
-from capray.errors import StorageError
+from capray.errors import ConfigError, StorageError
 from capray.inputs.listing import ALL_ROWS, Listing
 from capray.output import Output, duckdb_errors, first_row, parquet_files
 from capray.storage import Location, Write, read_bytes
@@ -51,9 +52,11 @@ class _Chunk:
 class Plan:
     """The plan of one run on ``output``: what is listed, less what is settled.
 
-    In the connection of ``settled`` it keeps what was taken in of the listing: ``listed`` (position, id, container, is_tar),
-    containers by number; ``containers`` (number, since, is_read, changed_at), those whose rows before a position do not
-    count, tars whose members are known, and when they changed; and ``counted``, the rows of ``listed`` that count.
+    In the connection of ``settled`` it keeps what was taken in of the listing: ``listed`` (position, id, container, is_tar,
+    folder), containers by number, and where there are manifests in several folders that of each id which is a path below it;
+    ``containers`` (number, since, is_read, changed_at, name, written_at), those whose rows before a position do not count,
+    tars whose members are known, when they changed, and those written since the first failure; and ``counted``, the rows of
+    ``listed`` that count.
     """
 
     def __init__(self, output: Output, run_id: str, listing: Listing, settled: Settled, write: Write):
@@ -61,6 +64,12 @@ class Plan:
         self._chunks: dict[str, _Chunk] = {}
         self._containers: dict[tuple[int, str], int] = {}
         self._manifests: set[tuple[int, str]] = set()
+        lists = [uri for source in listing.sources if source.kind == "manifest" for uri in source.units()]
+        folders = sorted({posixpath.dirname(uri) for uri in lists})
+        self._folders = folders if len(folders) > 1 else []
+        self._modified = {
+            (number, uri): at for number, source in enumerate(listing.sources) for uri, at in source.modified().items()
+        }
         self._num_files = 0
 
     def fresh(self, chunks: list[Location], block_rows: int, limit: int | None = None) -> Work:
@@ -146,12 +155,15 @@ class Plan:
         self.settled.refresh()
         with duckdb_errors(f"planning for {self.output.root.uri}"):
             self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS listed (position BIGINT, id UHUGEINT, container INTEGER, is_tar BOOLEAN)"
+                "CREATE TABLE IF NOT EXISTS listed "
+                "(position BIGINT, id UHUGEINT, container INTEGER, is_tar BOOLEAN, folder INTEGER)"
             )
             if chunks is None:
                 chunks = [*self.listing.chunks(), *self.listing.member_chunks()]
             new = self._take_in([file for file in chunks if file.path not in self._chunks])
             self._update_containers(given_up)
+            if new and self._folders:
+                self._refuse_files_of_one_id()
             yield new
 
     def _take_in(self, files: list[Location]) -> list[_Chunk]:
@@ -160,7 +172,7 @@ class Plan:
         for begin in range(0, len(files), CHUNKS_AT_ONCE):
             batches = (batch for file in files[begin : begin + CHUNKS_AT_ONCE] for batch in self._rows(file, new))
             # Sorted, so that a slice of the hashes lies together.
-            sql = f"INSERT INTO listed SELECT position, {ID} AS id, container, is_tar FROM incoming ORDER BY id"
+            sql = f"INSERT INTO listed SELECT position, {ID} AS id, container, is_tar, folder FROM incoming ORDER BY id"
             insert(self._connection, sql, _TAKEN, batches)
         self._chunks |= {chunk.file.path: chunk for chunk in new}
         return new
@@ -170,16 +182,42 @@ class Plan:
         try:
             rows = pq.ParquetFile(pa.BufferReader(read_bytes(file)))
             begin = rows.read_row_group(0, columns=["position"])["position"][0].as_py()
-            yield from map(
-                self._taken, rows.iter_batches(columns=["position", "input", "image_id", "kind", "container"])
-            )
+            columns = ["position", "input", "image_id", "kind", "container", *(["uri"] if self._folders else [])]
+            yield from map(self._taken, rows.iter_batches(columns=columns))
         except (pa.ArrowException, OSError) as error:
             raise StorageError(f"{file.uri!r} is damaged ({error}): --relist lists the inputs afresh") from error
         taken.append(_Chunk(file, begin, begin + rows.metadata.num_rows))
 
     def _taken(self, rows: pa.RecordBatch) -> pa.RecordBatch:
         is_tar = pc.equal(rows["kind"], "tar")  # ty: ignore[missing-attribute]
-        return pa.record_batch([rows["position"], rows["image_id"], self._numbers(rows), is_tar], schema=_TAKEN)
+        columns = [rows["position"], rows["image_id"], self._numbers(rows), is_tar, self._folders_of(rows)]
+        return pa.record_batch(columns, schema=_TAKEN)
+
+    def _folders_of(self, rows: pa.RecordBatch) -> pa.Array:
+        """The folders, by number, of manifests in which the ids of ``rows`` are paths below them."""
+        if not self._folders:
+            return pa.nulls(rows.num_rows, pa.int32())
+        names = rows["container"].dictionary_encode()
+        folders = pa.array(map(posixpath.dirname, names.dictionary.to_pylist()), pa.string()).take(names.indices)
+        numbers = pc.index_in(folders, pa.array(self._folders))  # ty: ignore[missing-attribute]
+        whole = pc.binary_join_element_wise(folders, rows["image_id"], "/")  # ty: ignore[missing-attribute]
+        return pc.if_else(pc.equal(whole, rows["uri"]), numbers, None)  # ty: ignore[missing-attribute]
+
+    def _refuse_files_of_one_id(self) -> None:
+        """Raise ConfigError when manifests in different folders name two files by one relative URI, which is their id."""
+        for condition in self._slices():
+            clash = self._connection.execute(f"""
+                SELECT min(position), arg_min(container, folder), arg_max(container, folder) FROM counted
+                WHERE folder IS NOT NULL AND {condition}
+                GROUP BY id HAVING min(folder) <> max(folder) ORDER BY ALL LIMIT 1""").fetchall()
+            for position, *numbers in clash:
+                names = {number: name for (_, name), number in self._containers.items()}
+                first, second = (names[number] for number in numbers)
+                raise ConfigError(
+                    f"{first!r} and {second!r} both list {self._ids_at([position])[0]!r}, each in its own folder, but "
+                    "an image id stands for one image: name a column of ids with --id-column, write absolute URIs, or "
+                    "caption them into two outputs"
+                )
 
     def _numbers(self, rows: pa.RecordBatch) -> pa.Array:
         """The containers of ``rows`` by their numbers."""
@@ -199,15 +237,20 @@ class Plan:
 
     def _update_containers(self, given_up: frozenset[str]) -> None:
         listing = self.listing
+        (failed_at,) = self._ask("SELECT coalesce(epoch(min(failed_at)), 'inf') FROM failed")
+        times = {key: max(listing.changed.get(key, 0.0), self._modified.get(key, 0.0)) for key in self._containers}
+        written = {key: at for key, at in times.items() if at > failed_at}
         rows = [
             (
                 number,
                 ALL_ROWS if key[1] in given_up else listing.superseded.get(key, 0),
                 key in listing.known_tars,
                 None if key in self._manifests else listing.changed.get(key),
+                key[1],
+                written.get(key),
             )
             for key, number in self._containers.items()
-            if key in listing.superseded or key in listing.known_tars or key[1] in given_up
+            if key in written or key in listing.superseded or key in listing.known_tars or key[1] in given_up
         ]
         columns = list(zip(*rows, strict=True)) or [[]] * len(_CONTAINERS)
         table = pa.table([pa.array(c, f.type) for c, f in zip(columns, _CONTAINERS, strict=True)], schema=_CONTAINERS)
@@ -217,6 +260,16 @@ class Plan:
             SELECT listed.* FROM listed LEFT JOIN containers ON number = container
             WHERE position >= coalesce(since, 0) AND NOT (is_tar AND coalesce(is_read, false))
         """)
+        self._connection.execute("DELETE FROM rewritten")
+        if written:
+            self._connection.execute(f"""
+                INSERT INTO rewritten SELECT id, to_timestamp(max(written_at)) FROM (
+                    SELECT id, written_at FROM counted JOIN containers ON number = container SEMI JOIN failed USING (id)
+                    UNION ALL
+                    SELECT failed.id, written_at FROM failed JOIN (
+                        SELECT written_at, {TAR} AS tar FROM (SELECT written_at, name || '#' AS image_id FROM containers)
+                    ) USING (tar)
+                ) WHERE written_at IS NOT NULL GROUP BY id""")
 
     def _ids_at(self, positions: list[int]) -> list[str]:
         ids: dict[int, str] = {}
@@ -329,10 +382,23 @@ class Plan:
 
 
 _TAKEN = pa.schema(
-    [("position", pa.int64()), ("image_id", pa.string()), ("container", pa.int32()), ("is_tar", pa.bool_())]
+    [
+        ("position", pa.int64()),
+        ("image_id", pa.string()),
+        ("container", pa.int32()),
+        ("is_tar", pa.bool_()),
+        ("folder", pa.int32()),
+    ]
 )
 _CONTAINERS = pa.schema(
-    [("number", pa.int32()), ("since", pa.int64()), ("is_read", pa.bool_()), ("changed_at", pa.float64())]
+    [
+        ("number", pa.int32()),
+        ("since", pa.int64()),
+        ("is_read", pa.bool_()),
+        ("changed_at", pa.float64()),
+        ("name", pa.string()),
+        ("written_at", pa.float64()),
+    ]
 )
 
 

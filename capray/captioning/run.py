@@ -91,7 +91,6 @@ class Run:
         self._careful_from = 0.0
         self._witness_looks: deque[Look] = deque()
         self._changed: set[tuple[int, str]] = set()
-        self._tried_tars: set[str] = set()
         self._unread_tars: Counter[str] = Counter()
         self._faults: dict[str, CaprayError] = {}
         self._faults_of_tars: dict[str, CaprayError] = {}
@@ -332,7 +331,6 @@ class Run:
             else:
                 self._faults[event.container] = TryAgain("it changes again and again while it is read")
             return
-        self._tried_tars.add(event.container)
         if isinstance(event, TarUnreadable):
             self._unread_tars[event.container] += 1
             self._faults_of_tars[event.container] = DataError(event.message)
@@ -427,14 +425,15 @@ class Run:
             self.writer.num_captions = self.settled.num_captions_of(self.summary.run_id)
             self.summary.captioned_before = self.settled.num_captions - self.writer.num_captions
         wanted = self.plan.count_wanted()
-        if not (wanted.images or self._tried_tars or self.listing.faults or self.config.shard):
+        unread = self.plan.unread_tars()
+        if not (wanted.images or unread or self.listing.faults or self.config.shard):
             split = f" in split {self.config.split!r}" if self.config.split else ""
-            raise ConfigError(f"there are no images at {', '.join(map(repr, self.config.inputs))}{split}")
+            globs = " that --include and --exclude choose" if self.config.include or self.config.exclude else ""
+            raise ConfigError(f"there are no images at {', '.join(map(repr, self.config.inputs))}{split}{globs}")
         summary = self.summary
         summary.images, summary.duplicates, summary.kept = wanted.images, wanted.duplicates, wanted.kept
         summary.hidden_files = self.listing.num_hidden
         summary.current_failures = self.plan.current_failures()
-        unread = self.plan.unread_tars()
         faults = self.listing.faults | self._faults
         faults |= {uri: self._faults_of_tars[uri] for uri in unread if uri in self._faults_of_tars}
         lost, names = self.plan.unaccounted()
@@ -461,6 +460,14 @@ class Run:
                 f"{', '.join(unread[:10])}{' …' if len(unread) > 10 else ''}; run the same command again"
             )
         self.limits.check_any()
+        failed = Counter(summary.current_failures)
+        if not self.settled.num_captions and failed.total() >= wanted.images > 0:
+            ((kind, count),) = failed.most_common(1)
+            with self.output.connect() as connection:
+                (message,) = first_row(connection, f"SELECT message FROM failures WHERE error_type = '{kind}' LIMIT 1")
+            raise CaprayError(
+                f"no image could be captioned, all {failed.total():,} have failed, {count:,} of them as {kind}: {message}"
+            )
 
     # For whoever watches.
 

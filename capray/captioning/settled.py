@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capray.errors import StorageError
-from capray.output import Output, first_row, open_duckdb
+from capray.output import MEND_PART, Output, first_row, open_duckdb
 from capray.storage import Location, Write, read_bytes, storage_errors
 from capray.tables import FAILURES, FINAL_FAILURES, encode_parquet
 
@@ -58,8 +58,10 @@ class Settled:
     captioned (id, tar, part): the captions, ``id`` being the hash, ``tar`` TAR and ``part`` the number of the part.
     failed (id, tar, part, error_type, failed_at, run_id): the failure log.
     current_failures (error_type): the latest failure of each id that has no caption.
+    rewritten (id, written_at): failed ids whose container was written anew then, for others to fill.
     settled (id, tar): what needs no attempt in run ``run_id``. The one definition: captioned; or failed for good, unless
-        the kind is one of ``retried`` and the run another; or attempted ATTEMPTS_PER_RUN times in this run.
+        the kind is one of ``retried`` and the run another, or the failure is older than what was rewritten; or attempted
+        ATTEMPTS_PER_RUN times in this run.
     """
 
     def __init__(self, output: Output, run_id: str, retried: tuple[str, ...] = ()):
@@ -86,6 +88,7 @@ class Settled:
             CREATE TABLE failed (
                 id UHUGEINT, tar UBIGINT, part INTEGER, error_type VARCHAR, failed_at TIMESTAMPTZ, run_id VARCHAR
             );
+            CREATE TABLE rewritten (id UHUGEINT, written_at TIMESTAMPTZ);
             CREATE VIEW latest AS
             SELECT id, any_value(tar) AS tar, count(*) FILTER ({this_run}) AS attempts,
                    unnest(max({{failed_at: failed_at, run_id: run_id, error_type: error_type}}))
@@ -94,9 +97,10 @@ class Settled:
             CREATE VIEW settled AS
             SELECT id, tar FROM captioned
             UNION ALL
-            SELECT id, tar FROM latest
+            SELECT id, tar FROM latest LEFT JOIN rewritten USING (id)
             WHERE attempts >= {ATTEMPTS_PER_RUN}
-               OR (error_type IN ({final}) AND (error_type NOT IN ({retried}) OR {this_run}));
+               OR (error_type IN ({final}) AND (error_type NOT IN ({retried}) OR {this_run})
+                   AND (written_at IS NULL OR failed_at >= written_at));
         """)
         return self
 
@@ -221,7 +225,7 @@ def _numbered(number: int, part: Location, names: tuple[str, ...]) -> pa.Table:
             with part.fs.open(part.path, "rb", cache_type="none") as file:
                 table = pq.read_table(file, columns=list(names), use_threads=False, pre_buffer=True)
         except pa.ArrowInvalid as error:
-            raise StorageError(f"{part.uri!r} is damaged: {error}") from error
+            raise StorageError(f"{part.uri!r} is damaged ({error}): {MEND_PART}") from error
     return table.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), table.num_rows))
 
 

@@ -190,6 +190,8 @@ def _kind_of(place: Location, sample: list[Entry]) -> str:
     for kind in ("tar", "parquet"):
         if any(name.endswith(_ENDINGS[kind]) for name in names) and not _others(kind, shown):
             return kind
-    if is_glob(place) and names and all(name.endswith(MANIFESTS) for name in names):
+    # In a folder, text may be what somebody has written about its images.
+    lists = MANIFESTS if is_glob(place) else tuple(ending for ending in MANIFESTS if ".txt" not in ending)
+    if names and all(name.endswith(lists) for name in names):
         return "manifest"
     return "images"

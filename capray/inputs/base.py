@@ -224,6 +224,11 @@ class Source(ABC):
         """Of units that are containers, the version of each when the source was opened."""
         return {}
 
+    def modified(self) -> dict[str, float]:
+        """Of units that are containers, when each was last written, in seconds since the epoch; 0 where that is not
+        known."""
+        return {}
+
     @abstractmethod
     def units(self) -> list[str]:
         """The units known at the start; each can be listed independently."""
@@ -266,6 +271,9 @@ class Containers(Source):
 
     def versions(self) -> dict[str, str]:
         return {entry.uri: entry.version for entry in self.files}
+
+    def modified(self) -> dict[str, float]:
+        return {entry.uri: entry.modified for entry in self.files}
 
     def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
         wanted, behind = after or ("", None)

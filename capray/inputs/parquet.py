@@ -173,8 +173,25 @@ def opened_parquet(stream: Stream) -> pq.ParquetFile:
 def _struct(table: pa.Table, keep: tuple[str, ...], source_type: pa.DataType | None) -> pa.Array:
     """The columns ``keep`` as one struct column."""
     assert source_type is not None
-    parts = [table[name].combine_chunks().cast(source_type.field(name).type) for name in keep]
+    parts = [_as_first(table[name].combine_chunks(), source_type.field(name)) for name in keep]
     return pa.StructArray.from_arrays(parts, fields=[source_type.field(name) for name in keep])
+
+
+def _as_first(column: pa.Array, first: pa.Field) -> pa.Array:
+    """``column`` in the type it has in the first file. Arrow refuses to cut numbers and fractions of a second, but not
+    times of a day."""
+    cast = column.cast(first.type)
+    is_of_time = pa.types.is_temporal(column.type) and pa.types.is_temporal(first.type)
+    try:
+        is_whole = not is_of_time or cast.cast(column.type).equals(column)
+    except pa.ArrowNotImplementedError:  # From a time without its date there is no way back.
+        is_whole = False
+    if not is_whole:
+        raise pa.ArrowInvalid(
+            f"column {first.name!r} holds {column.type}, of which {first.type}, as in the first file, keeps only a part: "
+            "write all files with one type"
+        )
+    return cast
 
 
 def _refuse_web(uris: pa.ChunkedArray, where: str) -> None:

@@ -73,6 +73,10 @@ class Tars(Containers):
         beside = {uri: f"+{sidecar.version}" for uri, sidecar in self._sidecars.items()}
         return {entry.uri: entry.version + beside.get(entry.uri, "") for entry in self.files}
 
+    def modified(self) -> dict[str, float]:
+        beside = {uri: sidecar.modified for uri, sidecar in self._sidecars.items()}
+        return {entry.uri: max(entry.modified, beside.get(entry.uri, 0.0)) for entry in self.files}
+
     def _list(self, unit: str, wanted: str, behind: bool | None) -> Iterator[tuple[pa.Table, str, bool]]:
         """One page. A unit's version is the tar's and its sidecar's, its rows' that of the tar alone."""
         if behind:

@@ -3,6 +3,7 @@ and copies of it in large parts (``compact``). Knows nothing of Ray, of models, 
 """
 
 from capray.output.folder import (
+    MEND_PART,
     Output,
     create_view,
     duckdb_errors,
@@ -15,6 +16,7 @@ from capray.output.folder import (
 )
 
 __all__ = [
+    "MEND_PART",
     "Output",
     "create_view",
     "duckdb_errors",

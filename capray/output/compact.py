@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capray.errors import ConfigError, DataError, OutputConflictError, StorageError
-from capray.output import Output, first_row, require_output
+from capray.output import MEND_PART, Output, first_row, require_output
 from capray.progress import ProgressDisplay, duration
 from capray.storage import (
     Location,
@@ -261,7 +261,7 @@ def _schema_of(file: Location) -> pa.Schema:
         try:
             return pq.read_schema(file.path, filesystem=file.fs)
         except pa.ArrowInvalid as error:
-            raise DataError(f"{file.uri!r} is damaged: {error}") from error
+            raise DataError(f"{file.uri!r} is damaged ({error}): {MEND_PART}") from error
 
 
 def _is_inexact(column_type: pa.DataType) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 Table = Literal["captions", "failures", "failure_log"]
 
 MEMORY_LIMIT = "2GB"
+MEND_PART = (
+    "put it back from a copy, or delete it and give the same command of capray caption, which does its images anew"
+)
+"""What to do about a damaged part."""
+_PART = re.compile(r"/part-[^/]*\.parquet")
 _CURRENT_FAILURES = """
 SELECT f.* FROM failure_log f
 WHERE NOT EXISTS (SELECT 1 FROM captions c WHERE c.image_id = f.image_id)
@@ -176,7 +182,8 @@ def duckdb_errors(doing: str) -> Generator[None]:
         try:
             yield
         except (duckdb.IOException, duckdb.InvalidInputException, duckdb.OutOfMemoryException) as error:
-            raise StorageError(f"{doing}: {error}") from error
+            is_of_part = isinstance(error, duckdb.InvalidInputException) and _PART.search(str(error))
+            raise StorageError(f"{doing}: {error}{f': {MEND_PART}' if is_of_part else ''}") from error
         except duckdb.Error as error:
             if type(error) is not duckdb.Error:
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 NUM_ROWS_SHOWN = 5
 NUM_FOUND_SHOWN = 20
+_NAMES_PART = re.compile(r"""file ['"][^'"]*\.parquet['"]""", re.IGNORECASE)
+"""What tells that a file cannot be read from what a function refuses: DuckDB raises the same."""
 
 _COUNTS = """
 SELECT (SELECT count(*) FROM captions) AS captions,
@@ -58,8 +61,14 @@ def run_query(config: QueryConfig, stream: TextIO | None = None) -> None:
                 return
             question = _question(connection, config)
             answers = [_answer(connection, sql) for sql in ([question] if question else _summary(connection))]
-        except (duckdb.ProgrammingError, duckdb.DataError) as error:
-            if isinstance(error, duckdb.InvalidInputException):
+        except (
+            duckdb.ProgrammingError,
+            duckdb.DataError,
+            duckdb.NotSupportedError,
+            duckdb.TransactionException,
+            OverflowError,  # An interval that is too long for Python's.
+        ) as error:
+            if isinstance(error, duckdb.InvalidInputException) and _NAMES_PART.search(str(error)):
                 raise
             raise ConfigError(f"{error}\n  (views: {', '.join(NAMES)})") from error
     for names, rows in answers:

@@ -1,5 +1,5 @@
-"""Loaded by every Python process of the tests' Ray: marked images kill the process that decodes or captions them, or
-hang it.
+"""Loaded by every Python process of the tests' Ray: marked images kill the process that decodes or captions them, as a bug
+of a library does (SIGABRT) or a kernel without memory (SIGKILL), or hang it.
 
 With CAPRAY_CHAOS_LOG, a file, captioning takes its time (CAPRAY_CHAOS_DELAY seconds an image) and the number of images of
 each batch, canaries not counted, is added to the file.
@@ -21,6 +21,8 @@ def _arm_images(module):
 
     def deadly(data, *arguments, **options):
         if b"KILLS-THE-DECODER" in data:
+            os.kill(os.getpid(), signal.SIGABRT)
+        if b"STARVES-THE-DECODER" in data:
             os.kill(os.getpid(), signal.SIGKILL)
         if b"HANGS-THE-DECODER" in data:
             time.sleep(3600)
@@ -33,8 +35,9 @@ def _arm_inference(module):
     copied, encoded = module.Inference._copied, module.Inference._grids
 
     def deadly(self, images):
-        if any((image == (255, 0, 255)).all() for image in images):
-            os.kill(os.getpid(), signal.SIGKILL)
+        for colour, number in (((255, 0, 255), signal.SIGABRT), ((0, 255, 255), signal.SIGKILL)):
+            if any((image == colour).all() for image in images):
+                os.kill(os.getpid(), number)
         if (log := os.environ.get("CAPRAY_CHAOS_LOG")) and not _in_canary:
             with open(log, "a") as file:
                 file.write(f"{len(images)}\n")
