@@ -138,11 +138,15 @@ class Bench:
                 fused = FoldedEncoder(captioner.encoder.backbone, dtype)
                 grid, other = fused(images_B3HW[:8]).float(), captioner.encoder(images_B3HW[:8].float())
                 self.row(
-                    "relative error of the grid in bf16", float((grid - other).norm() / other.norm()), "of its norm"
+                    f"relative error of the grid in bf16/{captioner.architecture.encoder}",
+                    float((grid - other).norm() / other.norm()),
+                    "of its norm",
                 )
                 found["folded and fused by cuDNN, 128 at once"] = self.seconds(lambda: fused(images_B3HW))
         for name, times in found.items():
-            self.row(f"encoder alone/{name}", len(images_B3HW) / median(times), "images/s")
+            self.row(
+                f"encoder alone/{captioner.architecture.encoder}/{name}", len(images_B3HW) / median(times), "images/s"
+            )
         best = min(found, key=lambda name: median(found[name]))
         torch.backends.cudnn.benchmark = False
         return median(found[best]), best, compile_seconds

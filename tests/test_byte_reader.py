@@ -24,6 +24,7 @@ from typing import ClassVar
 import fsspec
 import pytest
 import s3fs
+from botocore.exceptions import ClientError
 from fsspec.implementations.memory import MemoryFileSystem
 from tenacity import wait_exponential_jitter
 
@@ -173,6 +174,22 @@ class TestOutcomes:
             read_image("s3://capray-no-such-bucket/x.jpg", 10)
         assert kind_of("s3://No_Bucket_Has!This Name/x.jpg") == "missing"
         assert kind_of("s3://") == "missing"
+
+    @pytest.mark.parametrize("code", ["NoSuchBucket", "NoSuchAccessPoint", "AccessDenied", "InvalidBucketName"])
+    def test_a_definite_answer_is_not_waited_for_and_a_store_that_is_not_there_blames_no_image(
+        self, s3, forget, monkeypatch, code
+    ):
+        async def refuse(*arguments):
+            status = {"AccessDenied": 403, "InvalidBucketName": 400}.get(code, 404)
+            raise ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
+
+        monkeypatch.setattr(reading, "_read_s3", refuse)
+        kinds = {"AccessDenied": "denied", "InvalidBucketName": "missing"}
+        began = time.monotonic()
+        with pytest.raises(ImageError if code in kinds else StorageError) as caught:
+            read_image(f"{s3}/x.jpg", 10, Patience(60))
+        assert time.monotonic() - began < 5
+        assert getattr(caught.value, "kind", None) == kinds.get(code)
 
     def test_what_is_no_file_does_not_hold_the_reader_up(self, tmp_path):
         os.mkfifo(tmp_path / "pipe")

@@ -59,6 +59,7 @@ _SLOW_DOWN_SECONDS = 5.0
 
 _NO_NAME_CODES = {"InvalidBucketName", "KeyTooLongError"}
 """What S3 says with status 400 of names that no object can have."""
+_NO_STORE_CODES = ("NoSuchBucket", "NoSuchAccessPoint")
 _SLOW_DOWN_STATUSES = (429, 503)
 _DENIED_CODES = {"InvalidToken"}
 """What S3 says with status 400 of credentials; the rest comes with 401 or 403."""
@@ -215,8 +216,8 @@ def _fetch(uri: str, start: int, end: int, version: str | None, patience: Patien
             if failure is None:
                 raise
             status, code = _answer(error)
-            if code == "NoSuchBucket":
-                raise StorageError(f"{uri}: there is no such bucket") from error
+            if code in _NO_STORE_CODES:
+                raise StorageError(f"{uri}: there is no such bucket or access point") from error
             if code in EXPIRED_CODES:
                 if has_renewed:
                     raise TryAgain(

@@ -28,15 +28,35 @@ search looks at groups of as many (``beam.GROUP``)."""
 
 class SearchMemory(NamedTuple):
     """What the beams of each image attend over. ``spread_PQ`` turns the native grid into the pooled one; None where they
-    are the same, or where each cell of the one is copied equally often into the other."""
+    are the same, or where each cell of the one is copied equally often into the other. Behind its ``num_cells`` the grid may
+    be filled up with zeros (see ``cells_alignment``)."""
 
     grid_BQD: torch.Tensor
     keys: SearchKeys
+    num_cells: int
     spread_PQ: torch.Tensor | None = None
 
     def keep(self, images_B: torch.Tensor) -> SearchMemory:
         keys = self.keys._replace(keys_BPA=self.keys.keys_BPA[images_B])
-        return SearchMemory(self.grid_BQD[images_B], keys, self.spread_PQ)
+        return self._replace(grid_BQD=self.grid_BQD[images_B], keys=keys)
+
+    def mean_grid(self) -> torch.Tensor:
+        """The mean over the positions that attention sees (B, D)."""
+        cells_BQD = self.grid_BQD[:, : self.num_cells]
+        if self.spread_PQ is None:
+            return cells_BQD.mean(1)
+        return (self.spread_PQ.float().mean(0) @ cells_BQD.float()).to(cells_BQD.dtype)
+
+    def context(self, alpha_BKP: torch.Tensor) -> torch.Tensor:
+        """The mean of the grid by the weights ``alpha_BKP`` (B, K, D)."""
+        alpha_BKQ = alpha_BKP if self.spread_PQ is None else alpha_BKP @ self.spread_PQ
+        rest = self.grid_BQD.shape[1] - self.num_cells
+        return (functional.pad(alpha_BKQ, (0, rest)) if rest else alpha_BKQ) @ self.grid_BQD
+
+
+def cells_alignment(device: torch.device) -> int:
+    """To a multiple of how many positions a grid is filled up: a GPU's matrix units do not take the 49 of 7x7."""
+    return 8 if device.type == "cuda" else 1
 
 
 class SearchState(NamedTuple):
@@ -107,18 +127,15 @@ class PreparedDecoder:
     def search_memory(self, memory: Memory) -> SearchMemory:
         """``memory``, as the decoder makes it, for beam search."""
         grid_BPD, keys_BPA = (part.to(self.dtype) for part in memory)
-        attention = self.decoder.attention
-        return SearchMemory(
-            grid_BPD, SearchKeys(keys_BPA, False) if attention is None else attention.search_keys(keys_BPA)
-        )
+        attention, num_cells = self.decoder.attention, grid_BPD.shape[1]
+        keys = SearchKeys(keys_BPA, False) if attention is None else attention.search_keys(keys_BPA)
+        if rest := -num_cells % cells_alignment(grid_BPD.device):
+            grid_BPD = functional.pad(grid_BPD, (0, 0, 0, rest))
+        return SearchMemory(grid_BPD, keys, num_cells)
 
     def start(self, memory: SearchMemory) -> SearchState:
         """The state before the first word, with one beam per image."""
-        if memory.spread_PQ is None:
-            mean_BD = memory.grid_BQD.mean(1)
-        else:
-            mean_BD = (memory.spread_PQ.float().mean(0) @ memory.grid_BQD.float()).to(self.dtype)
-        return SearchState(self.decoder.start_from(mean_BD, 1), memory)
+        return SearchState(self.decoder.start_from(memory.mean_grid(), 1), memory)
 
     def next_scores(self, last_BK: torch.Tensor, search: SearchState) -> tuple[torch.Tensor, SearchState]:
         """Unnormalised scores of the next word (B, K, V, filled up to WORDS_ALIGNMENT) after ``last_BK``, and the new
@@ -133,10 +150,8 @@ class PreparedDecoder:
         def attend(query_NA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             assert decoder.attention is not None
             scores_BKP = decoder.attention.search_scores(memory.keys, query_NA.unflatten(0, shape))
-            alpha_BKQ = alpha_BKP = scores_BKP.float().softmax(-1).to(self.dtype)
-            if memory.spread_PQ is not None:
-                alpha_BKQ = alpha_BKP @ memory.spread_PQ
-            return (alpha_BKQ @ memory.grid_BQD).flatten(0, 1), alpha_BKP.flatten(0, 1)
+            alpha_BKP = scores_BKP.float().softmax(-1).to(self.dtype)
+            return memory.context(alpha_BKP).flatten(0, 1), alpha_BKP.flatten(0, 1)
 
         state = State(*(part.flatten(0, 1) for part in search.state))
         (hidden_NH, cell_NH), _, _ = decoder.advance(words_NG, self.weights.bias_O, state, self.weights, attend)
