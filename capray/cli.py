@@ -29,6 +29,7 @@ from capray.config import (
     ReportConfig,
     ServeConfig,
     Settings,
+    ShrinkConfig,
     TrainConfig,
     VerifyConfig,
     read_yaml,
@@ -37,7 +38,7 @@ from capray.datasets.settings import CocoConfig, Flickr8kConfig, Flickr30kConfig
 from capray.errors import CaprayError, ConfigError, ImagesFailed, Interrupted
 
 Flat = Parameter(name="*")
-_DEMO = DemoConfig()
+_DEMO, _SERVE = DemoConfig(), ServeConfig()
 
 app = App(
     name="capray",
@@ -125,7 +126,7 @@ def train(config: Annotated[TrainConfig, Flat]) -> None:
 def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = False) -> None:
     """Caption inputs (the last argument is the output) into Parquet tables; the same command does what is missing.
 
-    `capray caption PHOTO … --model DIR` captions single photos instead, one per line.
+    `capray caption PHOTO …` captions single photos instead, one per line.
 
     Parameters
     ----------
@@ -136,7 +137,8 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
 
     paths = [path for path in (config.input, config.output, *photos) if path is not None]
     if are_photos(paths):
-        caption_photos(paths, config)
+        if failed := caption_photos(paths, config):
+            raise CaprayError(f"{failed} of {len(paths)} photos could not be captioned")
         return
     if photos:
         config = config.model_copy(update={"also": (*config.also, *paths[1:-1]), "output": paths[-1]})
@@ -158,7 +160,7 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
 
 
 @app.command
-def serve(config: Annotated[ServeConfig, Flat]) -> None:
+def serve(config: Annotated[ServeConfig, Flat] = _SERVE) -> None:
     """Caption photos over HTTP: a page for people, JSON for programs."""
     from capray.serving.server import run as serve_until_stopped
 
@@ -171,6 +173,14 @@ def explain(config: Annotated[ExplainConfig, Flat]) -> None:
     from capray.report.explanation import explain as run
 
     print(f"{config.image}\t{run(config).caption}")
+
+
+@app.command
+def shrink(config: Annotated[ShrinkConfig, Flat]) -> None:
+    """Copy a captioner with its weights in float16: half the size, and the same captions but for rounding."""
+    from capray.shrinking import shrink as run
+
+    print(run(config))
 
 
 @app.command

@@ -27,6 +27,9 @@ FailureKind = Literal[
 MetricName = Literal["bleu", "rouge_l", "cider_d", "meteor", "meteor_nltk", "diversity"]
 """Groups of figures of captions; the names that `metrics.REFERENCE_METRICS` has, and `diversity`."""
 
+IN_THE_BOX = "builtin:flickr8k"
+"""The captioner that comes with capray: what captions where no model is given."""
+
 CPU_BATCH, GPU_BATCH = 64, 512
 """Images captioned together, where nothing else is asked for."""
 
@@ -506,8 +509,9 @@ class RegistrySettings(Settings):
 class CaptionerSettings(RegistrySettings):
     """The captioner that a cluster captions with."""
 
-    model: str
-    """Captioner: a folder or URI, or one in MLflow: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/ID/captioner`."""
+    model: str = IN_THE_BOX
+    """Captioner: a folder or URI, or one in MLflow: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/ID/captioner`; when
+    not given, the one an output was begun with, else the one that comes with capray."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the encoder and decoder; auto is bf16 on GPUs and fp32 on CPUs."""
 
@@ -585,8 +589,8 @@ class ExplainConfig(RegistrySettings, ImageLimits, Decoding):
 
     image: str
     """A photo, a file or URI; with `table`, an image id."""
-    model: str | None = None
-    """Captioner that captions the photo: a folder, a URI or `models:/…`."""
+    model: str = IN_THE_BOX
+    """Captioner that captions the photo: a folder, a URI or `models:/…`; the one that comes with capray when not given."""
     table: str | None = None
     """Captioning output, written with `attention`, that holds the image's caption, in place of `model`."""
     photo: str | None = None
@@ -600,7 +604,7 @@ class ExplainConfig(RegistrySettings, ImageLimits, Decoding):
 
     @model_validator(mode="after")
     def _of_one_thing(self) -> Self:
-        if (self.model is None) == (self.table is None):
+        if self.table is not None and "model" in self.model_fields_set:
             raise ValueError("give a captioner with model, or a captioning output with table: one of the two")
         if self.photo is not None and self.table is None:
             raise ValueError("photo goes with table: the image itself is the photo otherwise")
@@ -722,6 +726,17 @@ class ImportSgrvinodConfig(Settings):
     """Folder or URI for the captioner."""
 
 
+class ShrinkConfig(RegistrySettings):
+    """Copy a captioner with its weights in float16."""
+
+    positional: ClassVar[tuple[str, ...]] = ("model", "output")
+
+    model: str
+    """Captioner: a folder or URI, or one in MLflow."""
+    output: str
+    """Folder or URI for the copy."""
+
+
 class QueryConfig(Settings):
     """Query a captioning output: with SQL (DuckDB), by words, or in part."""
 
@@ -800,5 +815,7 @@ class DemoConfig(Settings):
 
     out: str = "capray-demo"
     """Folder for everything the demo makes."""
+    photos: str | None = None
+    """Folder of photos of yours, a few of which the captioner that comes with capray captions first."""
     seed: int = 0
     """Seed of the data set and of the training."""

@@ -14,6 +14,7 @@ from nltk.util import ngrams
 from rich.console import Console
 
 from capray.captioning.job import caption
+from capray.captioning.photos import caption_photos, photos_in
 from capray.config import CaptionConfig, DemoConfig, QueryConfig, TrainConfig
 from capray.datasets.samples import read_captions
 from capray.datasets.settings import ShapesConfig
@@ -29,6 +30,8 @@ from capray.vocabulary import tokenise
 MARGIN = 0.10
 """BLEU-4 by which the captioner must beat what does not look at the image."""
 NUM_CONSTANTS_TRIED = 20
+NUM_PHOTOS = 12
+"""Photos of the user's that are captioned."""
 
 RECIPE = {
     "encoder": "tiny",
@@ -56,12 +59,16 @@ def demo(config: DemoConfig) -> None:
     """Run the demo in ``config.out``.
 
     Raises:
-        ConfigError: the folder is not empty.
+        ConfigError: the folder is not empty, or that of photos holds none.
         CaprayError: the captioner did not beat its controls by MARGIN.
     """
-    started = time.monotonic()
     console = Console(stderr=True, highlight=False)
     check_empty(config.out)
+    if config.photos is not None:
+        photos = photos_in(config.photos)
+        console.rule("0. caption photos of yours with the captioner that comes with capray")
+        caption_photos(photos[:NUM_PHOTOS], CaptionConfig(input=photos[0]))
+    started = time.monotonic()
     samples, model, tables = (os.path.join(config.out, name) for name in ("samples", "training", "captions"))
 
     console.rule("1. draw a captioned data set")

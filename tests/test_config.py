@@ -2,7 +2,7 @@
 
 import pytest
 
-from capray.config import Architecture, CaptionConfig, Decoding, Preprocessing, TrainConfig
+from capray.config import Architecture, CaptionConfig, Decoding, EvaluateConfig, Preprocessing, TrainConfig
 from capray.errors import ConfigError
 
 REQUIRED = {"samples": "s", "output": "o"}
@@ -44,8 +44,8 @@ def test_values_out_of_range_are_refused_with_the_value(values, message):
 
 
 def test_a_missing_setting_is_named():
-    with pytest.raises(ConfigError, match="model is required"):
-        CaptionConfig.create(input="a")
+    with pytest.raises(ConfigError, match="split is required"):
+        EvaluateConfig.create(output="a", references="b")
 
 
 def test_settings_are_frozen():

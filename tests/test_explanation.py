@@ -120,7 +120,6 @@ def test_the_region_is_what_the_encoder_sees(resize, size):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"out": "x.png"}, "one of the two"),
         ({"out": "x.png", "model": "m", "table": "t"}, "one of the two"),
         ({"model": "m"}, "give --out"),
         ({"out": "x.png", "model": "m", "photo": "p"}, "photo goes with table"),

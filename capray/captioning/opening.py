@@ -10,10 +10,11 @@ from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
 from capray.errors import CaprayError, ConfigError, DataError, OutputConflictError, TryAgain
 from capray.inference import Inference
 from capray.inputs import Source, open_sources
+from capray.model.captioner_files import FILES, model_id_of
 from capray.output import Output
-from capray.storage import is_within, list_names, locate
+from capray.storage import is_within, list_names, locate, read_bytes
 from capray.tables import SCHEMA_VERSION
-from capray.tracking.registry import find_model
+from capray.tracking.registry import find_model, find_model_of, say_model
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,39 @@ def open_job(config: CaptionConfig) -> OpenedJob:
 def _with_absolute_paths(config: CaptionConfig) -> CaptionConfig:
     """``config`` with absolute paths, which mean the same to every process, and the place of a model in MLflow."""
     inputs = [locate(uri).uri for uri in config.inputs]
-    model = find_model(config.model, config.tracking_uri)
+    is_chosen = "model" in config.model_fields_set
+    model = find_model(config.model, config.tracking_uri) if is_chosen else _model_of_output(config)
     return config.model_copy(update={"model": model, "input": inputs[0], "also": tuple(inputs[1:])})
+
+
+def _model_of_output(config: CaptionConfig) -> str:
+    """The place of the captioner that captions where none was given, which is named: the one the output was begun with,
+    else the one that comes with capray.
+
+    Raises:
+        OutputConflictError: the output's captioner is not where it was.
+    """
+    output, built_in = Output(config.output or ""), find_model(config.model)
+    wanted = (output.read_job() or {}).get("model_id")
+    if wanted is None or wanted == _model_id_in(built_in):
+        return find_model_of(config)
+    model = output.last_model()
+    if model is None or _model_id_in(model) != wanted:
+        where = "" if model is None else f" (it was at {model!r})"
+        raise OutputConflictError(
+            f"{config.output!r} was written by model {wanted[:12]}…{where}, not by the one that comes with this capray: "
+            "give it with --model, or choose another output"
+        )
+    say_model(model, f"with which {config.output!r} was begun")
+    return model
+
+
+def _model_id_in(folder: str) -> str | None:
+    """The model_id of the captioner in ``folder``; None where there is none."""
+    place = locate(folder)
+    if not set(FILES) <= set(list_names(place)):
+        return None
+    return model_id_of({name: read_bytes(place.join(name)) for name in FILES})
 
 
 def _check_apart(config: CaptionConfig, output: Output) -> None:

@@ -6,9 +6,9 @@ import os
 
 from capray import cluster
 from capray.config import CaptionConfig, Decoding, ImageLimits
-from capray.errors import CaprayError, ConfigError
+from capray.errors import ConfigError
 from capray.inputs import are_containers
-from capray.storage import locate
+from capray.storage import list_names, locate
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 _SETTINGS = {
@@ -25,12 +25,24 @@ def are_photos(paths: list[str]) -> bool:
     return last.lower().endswith(_SUFFIXES) or (os.path.isfile(last) and not are_containers(last))
 
 
-def caption_photos(paths: list[str], config: CaptionConfig) -> None:
-    """Print ``path<TAB>caption`` for each photo; a bad one is said on standard error.
+def photos_in(folder: str) -> list[str]:
+    """The photos in ``folder`` (a path or URI), by their names' endings.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    place = locate(folder)
+    names = [name for name in list_names(place) if name.lower().endswith(_SUFFIXES)]
+    if not names:
+        raise ConfigError(f"no photos in {folder!r}: give a folder of {', '.join(_SUFFIXES[:3])} …")
+    return [place.join(name).uri for name in names]
+
+
+def caption_photos(paths: list[str], config: CaptionConfig) -> int:
+    """Print ``path<TAB>caption`` for each photo; a bad one is said on standard error. How many were bad.
 
     Raises:
         ConfigError: a path that is no file, or settings that only mean something for tables.
-        CaprayError: in the end, when a photo could not be captioned.
         CheckpointError: the model cannot be loaded.
     """
     import sys
@@ -40,7 +52,7 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
     from capray.images import ImageError, load
     from capray.inference import Inference
     from capray.inputs.byte_reader import read_image
-    from capray.tracking.registry import find_model
+    from capray.tracking.registry import find_model_of
 
     if tables_only := config.model_fields_set - _SETTINGS:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(tables_only))
@@ -52,7 +64,7 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
         if place.is_local and not os.path.isfile(place.path):
             raise ConfigError(f"no photo at {path!r}")
     precision = cluster.resolved_precision(config.precision, torch.cuda.is_available())
-    inference = Inference.load(find_model(config.model, config.tracking_uri), precision=precision)
+    inference = Inference.load(find_model_of(config), precision=precision)
     limits, decoding = config.subset(ImageLimits), config.subset(Decoding)
     failed = 0
     for path in paths:
@@ -68,5 +80,4 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> None:
             print(f"capray: {path}: captioning_error: {outcome.error}", file=sys.stderr)
             continue
         print(f"{path}\t{outcome.hypotheses[0].caption}", flush=True)
-    if failed:
-        raise CaprayError(f"{failed} of {len(paths)} photos could not be captioned")
+    return failed

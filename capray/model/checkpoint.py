@@ -11,6 +11,7 @@ import json
 
 import safetensors.torch
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import capray
 from capray.config import Architecture
@@ -24,9 +25,15 @@ SCHEMA_VERSION = 1
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".joblib")
 
 
-def pack(captioner: Captioner) -> dict[str, bytes]:
-    """The files of ``captioner``'s folder, ``config.json`` last."""
+def pack(captioner: Captioner, half: bool = False) -> dict[str, bytes]:
+    """The files of ``captioner``'s folder, ``config.json`` last; ``half`` stores the weights in float16.
+
+    Raises:
+        CheckpointError: a weight is too large for float16.
+    """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in captioner.state_dict().items()}
+    if half:
+        state = _halved(captioner, state)
     files = {
         WEIGHTS: safetensors.torch.save(state),
         VOCABULARY: captioner.vocabulary.to_json().encode(),
@@ -41,9 +48,20 @@ def pack(captioner: Captioner) -> dict[str, bytes]:
     return files
 
 
-def save_captioner(captioner: Captioner, folder: str) -> str:
-    """Write ``captioner`` to ``folder`` (a path or URI) and return its model_id."""
-    files = pack(captioner)
+def _halved(captioner: Captioner, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``state`` in float16, but for BatchNorm's tensors: few, and its variances may be tiny."""
+    norms = [name for name, module in captioner.named_modules() if isinstance(module, _BatchNorm)]
+    kept = {name for name in state if name.rpartition(".")[0] in norms}
+    halved = {name: tensor if name in kept else tensor.half() for name, tensor in state.items()}
+    for name, tensor in halved.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"weights of {name} are beyond 65,504, the largest number of float16")
+    return halved
+
+
+def save_captioner(captioner: Captioner, folder: str, half: bool = False) -> str:
+    """Write ``captioner`` to ``folder`` (a path or URI), as ``pack`` does, and return its model_id."""
+    files = pack(captioner, half)
     target = locate(folder)
     for name, data in files.items():
         write_atomic(target.join(name), data)
@@ -51,7 +69,8 @@ def save_captioner(captioner: Captioner, folder: str) -> str:
 
 
 def load_captioner(folder: str, device: torch.device | str = "cpu") -> tuple[Captioner, str]:
-    """The captioner in ``folder`` (a path or URI), in evaluation mode on ``device``, and its model_id.
+    """The captioner in ``folder`` (a path or URI), in evaluation mode on ``device``, and its model_id. Weights stored in
+    float16 become float32.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged, from a newer schema, or holds a pickle.

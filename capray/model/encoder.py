@@ -14,6 +14,7 @@ from torch import nn
 
 from capray.errors import CheckpointError, ConfigError
 from capray.model import timm_networks
+from capray.model.mobilenet import mobilenet_v2_features
 from capray.storage import locate, read_bytes
 
 _NORMALISATIONS = (nn.modules.batchnorm._BatchNorm,)
@@ -48,6 +49,8 @@ def _backbone(name: str, weights: str | None) -> nn.Sequential:
         return _tiny()
     if name.startswith(timm_networks.PREFIX):
         return _named(timm_networks.children(name, pretrained=weights is not None))
+    if name == "mobilenet_v2" and weights is None:
+        return _named([("features", mobilenet_v2_features())])
     import torchvision  # Takes as long to import as torch does.
 
     try:

@@ -90,6 +90,13 @@ class Output:
                 return [settings["input"], *settings.get("also", ())]
         return []
 
+    def last_model(self) -> str | None:
+        """Where the last run had its captioner; None when nothing is known of any."""
+        for name in reversed(list_names(self.runs, ".json")):
+            with suppress(ValueError, KeyError, TypeError):
+                return str(json.loads(read_bytes(self.runs.join(name)))["settings"]["model"])
+        return None
+
     def parts(self, folder: Location) -> list[Location]:
         """The parts published in ``captions`` or ``failures`` now, oldest run first."""
         return [folder.join(name) for name in list_names(folder, ".parquet") if name.startswith("part-")]

@@ -24,7 +24,7 @@ from capray.inputs.byte_reader import read_image
 from capray.output import require_output
 from capray.report.rendering import data_uri, encoded, render
 from capray.storage import locate, write_atomic
-from capray.tracking.registry import find_model
+from capray.tracking.registry import find_model_of
 from capray.vocabulary import without_end
 
 SIDE = 480
@@ -60,7 +60,7 @@ def explain(config: ExplainConfig) -> Explanation:
         CaprayError: the photo cannot be read or decoded.
         CheckpointError, StorageError: as loading and reading do.
     """
-    explanation = _from_table(config, config.table) if config.table else _by_captioning(config, config.model or "")
+    explanation = _from_table(config, config.table) if config.table else _by_captioning(config)
     if config.out is not None:
         write_atomic(
             locate(config.out), figure(explanation, PurePosixPath(config.out).suffix.lstrip(".").lower() or "png")
@@ -79,17 +79,17 @@ def region_of(width: int, height: int, preprocessing: Preprocessing) -> Box:
     return (1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2
 
 
-def _by_captioning(config: ExplainConfig, model: str) -> Explanation:
+def _by_captioning(config: ExplainConfig) -> Explanation:
     from capray.inference import Inference
     from capray.model.captioner import NO_CAPTION
 
     limits = config.subset(ImageLimits)
     with _failures_of(config.image):
         decoded = decode(read_image(config.image, limits.max_image_bytes), limits)
-    inference = Inference.load(find_model(model, config.tracking_uri), precision=config.precision)
+    inference = Inference.load(find_model_of(config), precision=config.precision)
     captioner = inference.captioner
     if captioner.decoder.attention is None:
-        raise ConfigError(f"the captioner {model!r} has no attention to show")
+        raise ConfigError(f"the captioner {config.model!r} has no attention to show")
     found = inference.explained(fit(decoded.image, captioner.architecture), config.subset(Decoding))
     if found is None:
         raise CaprayError(f"{config.image}: {NO_CAPTION}")

@@ -8,7 +8,7 @@ from typing import Any
 from capray import cluster
 from capray.config import Decoding, ImageLimits, Preprocessing, ServeConfig
 from capray.errors import ConfigError, Interrupted
-from capray.tracking.registry import find_model
+from capray.tracking.registry import find_model_of
 
 
 def build(config: ServeConfig) -> Any:
@@ -25,7 +25,7 @@ def build(config: ServeConfig) -> Any:
     from capray.serving.ingress import Ingress
     from capray.serving.replica import Replica
 
-    model = find_model(config.model, config.tracking_uri)
+    model = find_model_of(config)
     captioner, model_id = load_captioner(model)
     preprocessing = captioner.architecture.subset(Preprocessing)
     gpus = cluster.gpus_each(config.gpus_per_replica)

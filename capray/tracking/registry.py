@@ -10,13 +10,15 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+from capray.config import CaptionerSettings, ExplainConfig
 from capray.errors import CheckpointError, ConfigError, StorageError
-from capray.model.captioner_files import FILES
+from capray.model.captioner_files import BUILT_IN, FILES, built_in_folder
 from capray.storage import list_names, locate
 
 _ENVIRONMENT = {
@@ -72,6 +74,18 @@ def is_registered(model: str) -> bool:
     return model.startswith(_SCHEMES)
 
 
+def find_model_of(config: CaptionerSettings | ExplainConfig) -> str:
+    """``find_model`` of the model of ``config``; one that was not asked for is named on standard error."""
+    if "model" not in config.model_fields_set:
+        say_model(config.model, "which comes with capray (--model chooses another)")
+    return find_model(config.model, config.tracking_uri)
+
+
+def say_model(model: str, why: str) -> None:
+    """Name, on standard error, the captioner that captions although it was not asked for."""
+    print(f"captioner: {model}, {why}", file=sys.stderr)
+
+
 _found: dict[tuple[str, str], str] = {}
 
 
@@ -80,15 +94,17 @@ def find_model(model: str, tracking_uri: str | None = None) -> str:
     this process lives) or the place on S3 that the server keeps it in.
 
     Args:
-        model: a folder, a URI of one, ``models:/NAME/VERSION``, ``models:/NAME@ALIAS``, ``models:/NAME/latest``,
-            ``models:/MODEL_ID`` or ``runs:/RUN_ID/PATH``.
+        model: a folder, a URI of one, ``builtin:NAME``, ``models:/NAME/VERSION``, ``models:/NAME@ALIAS``,
+            ``models:/NAME/latest``, ``models:/MODEL_ID`` or ``runs:/RUN_ID/PATH``.
         tracking_uri: the MLflow server; ``MLFLOW_TRACKING_URI`` when not given.
 
     Raises:
-        ConfigError: no server is named, or it has no such model, version, alias or run.
+        ConfigError: no server is named, or it has no such model, version, alias or run; none of that name is built in.
         CheckpointError: what is there is no captioner.
         StorageError: the server does not answer.
     """
+    if model.startswith(BUILT_IN):
+        return built_in_folder(model)
     if not is_registered(model):
         return locate(model).uri
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
