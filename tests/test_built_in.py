@@ -29,9 +29,6 @@ from tests.conftest import TINY, image_bytes, make_model, write_photos
 from tests.local_executor import LocalExecutor
 
 FOLDER = Path(find_model(IN_THE_BOX))
-with_weights = pytest.mark.skipif(
-    not (FOLDER / "model.safetensors").is_file(), reason=f"this tree has no weights at {FOLDER} yet"
-)
 FIRST_LINE = f"captioner: {IN_THE_BOX}, which comes with capray (--model chooses another)"
 
 
@@ -44,7 +41,6 @@ def write_photo(place: Path) -> str:
     return str(place)
 
 
-@with_weights
 class TestTheCaptioner:
     def test_it_is_small_and_opens_as_float32(self):
         assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 20_000_000
