@@ -82,6 +82,22 @@ def write_tars(folder: Path, num_tars: int, num_photos: int) -> None:
                 tar.add(path, Path(path).name)
 
 
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def encoded(name: str, shade: int = 0, mode: str = "RGB") -> bytes:
+    """An image in Pillow's format ``name``."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (shade, 200 - shade, 90)).convert(mode).save(file, name)
+    return file.getvalue()
+
+
 def test_all_is_captioned_once_and_then_nothing_is_left_to_do(job):
     write_photos(job.input, 30)
     bad = job.input / "bad.jpg"
@@ -281,6 +297,52 @@ class TestOneBadContainer:
         manifest.write_text("\n".join([*write_photos(tmp_path / "photos", 3), uri]))
         assert job.run(input=str(manifest)).current_failures == {"unreadable_storage": 1}
         assert len(sha256s(job)) == 3
+
+
+class TestWhatOfATarIsAnImage:
+    @pytest.fixture(scope="class")
+    def files(self) -> dict[str, bytes]:
+        formats = (
+            "a.tga TGA",
+            "b.ico ICO",
+            "c.pcx PCX",
+            "d.sgi SGI",
+            "e.dib BMP",
+            "f.jpf JPEG2000",
+            "g BMP",
+            "h/i.x PPM",
+        )
+        rgb = {name: encoded(kind) for name, kind in map(str.split, formats)}
+        return rgb | {"grey.pgm": encoded("PPM", mode="L"), "bits.pbm": encoded("PPM", mode="1")}
+
+    def test_it_is_what_is_one_in_a_folder(self, job, files, tmp_path):
+        for name, data in files.items():
+            path = tmp_path / "photos" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        folder = job.run(input=str(tmp_path / "photos"), output=str(tmp_path / "beside"))
+        write_tar(job.input / "0.tar", files)
+        assert job.run().captions == folder.captions == len(files)
+        prefix = f"{job.input}/0.tar#"
+        assert {name.removeprefix(prefix) for name in sha256s(job)} == set(files)
+
+    def test_what_is_none_is_counted_but_for_what_lies_beside_images(self, job):
+        others = {
+            "x.dat": b"BM is no bitmap",
+            "notes": b"P5 Piccadilly",
+            "readme.txt": b"BMW",
+            "0.cls": b"3",
+            "empty": b"",
+        }
+        for number in range(2):
+            write_tar(job.input / f"{number}.tar", {"0.png": encoded("PNG", number), **others})
+        pq.write_table(pa.table({"key": ["0"]}), job.input / "1.parquet")
+        first = job.run(limit=1)
+        for summary in (job.run(), job.run()):
+            number, name = summary.left_out["no_image"]
+            assert (number, name.rpartition("#")[2]) == (3, "x.dat")
+            assert "note: 3 files in tars neither have an image's name nor begin like an image" in summary.text()
+        assert (first.captions, summary.captioned_before) == (1, 2)
 
 
 class TestOddInputs:
