@@ -299,6 +299,56 @@ class TestOneBadContainer:
         assert len(sha256s(job)) == 3
 
 
+class TestWhatFailedAndWasMended:
+    """Versions tell, not clocks."""
+
+    def write(self, job, second: bytes, *times: float) -> None:
+        job.input.mkdir(exist_ok=True)
+        table = pa.table({"image_id": ["a", "b"], "image": [encoded("PNG"), second]})
+        pq.write_table(table, job.input / "t.parquet")
+        if times:
+            os.utime(job.input / "t.parquet", (*times, *times))
+
+    def test_with_an_older_time(self, job):
+        self.write(job, b"no image at all")
+        assert job.run().current_failures == {"not_an_image": 1}
+        self.write(job, encoded("PNG", 9), time.time() - 86_400)
+        assert (job.run().captions, job.run().passes) == (1, 0)
+
+    def test_by_a_table_put_in_its_place_under_its_size_and_a_tar(self, job):
+        tar = job.input / "0.tar"
+        write_tar(tar, {"a.png": encoded("PNG"), "b.png": b"no image"})
+        assert job.run().current_failures == {"not_an_image": 1}
+        write_tar(tar, {"a.png": encoded("PNG"), "b.png": encoded("PNG", 9)})
+        os.utime(tar, (1, 1))
+        assert job.run().captions == 1
+
+    @pytest.mark.parametrize("at", [2e9, 2e13])
+    def test_with_a_time_in_the_future_and_is_no_image_it_is_attempted_once(self, job, at):
+        for second, failed in ((b"no image", 1), (b"still no image", 2)):
+            self.write(job, second, at)
+            for _ in range(3):
+                job.run()
+            assert len(job.failures()) == failed
+
+    def test_after_a_run_whose_clock_was_ahead(self, job, monkeypatch):
+        self.write(job, b"no image")
+        now = time.time_ns
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.time, "time_ns", lambda: now() + 600 * 10**9)
+            job.run()
+        self.write(job, encoded("PNG", 9))
+        assert job.run().captions == 1
+
+    @pytest.mark.parametrize("at", [2e9, 2e13, 1.0])
+    def test_in_an_output_that_knows_no_versions_file_times_tell(self, job, at):
+        self.write(job, b"no image")
+        job.run()
+        shutil.rmtree(job.output / "_capray" / "versions")
+        self.write(job, encoded("PNG", 9), at)
+        assert job.run().captions == (at > 1)
+
+
 class TestWhatOfATarIsAnImage:
     @pytest.fixture(scope="class")
     def files(self) -> dict[str, bytes]:

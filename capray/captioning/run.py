@@ -148,6 +148,7 @@ class Run:
             )
         for remark in self.listing.remarks:
             self.display.say(remark)
+        self.plan.versions.record(self.summary.run_id, self.write)
 
     @cached_property
     def writer(self) -> PartWriter:
