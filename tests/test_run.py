@@ -349,6 +349,15 @@ class TestWhatFailedAndWasMended:
         assert job.run().captions == (at > 1)
 
 
+def test_a_limit_comes_to_a_tar_behind_many_that_are_done(job):
+    write_tars(job.input, 14, 2)
+    job.run()
+    write_tar(job.input / "999.tar", {f"{i}.png": encoded("PNG", i) for i in range(3)})
+    assert job.run(limit=2).captions >= 2
+    job.run(limit=2)
+    assert len(sha256s(job)) == 31
+
+
 class TestWhatOfATarIsAnImage:
     @pytest.fixture(scope="class")
     def files(self) -> dict[str, bytes]:

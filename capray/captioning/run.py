@@ -214,8 +214,12 @@ class Run:
                 work = self.plan.remaining(self.block_rows, self._room_left(), frozenset(given_up))
             if not work.num_units and self.listing.is_complete:
                 return
+            num_done, num_known = self.num_done, len(self.listing.known_tars)
             self._caption(work, "retrying")
-            if not self._changed:  # How often a container is listed again has a limit of its own.
+            self.listing.flush()
+            # How often a container is listed again has a limit of its own, and tars that are done are read once each.
+            only_read = self.num_done == num_done and len(self.listing.known_tars) > num_known
+            if not self._changed and not only_read:
                 passes_left -= 1
             if not self.listing.is_complete:
                 self._follow_listing()
