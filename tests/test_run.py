@@ -358,6 +358,25 @@ def test_a_limit_comes_to_a_tar_behind_many_that_are_done(job):
     assert len(sha256s(job)) == 31
 
 
+class TestASidecarThatNamesFewer:
+    """The others are said."""
+
+    @pytest.mark.parametrize("named", [2, 5])
+    def test_than_its_tar_holds(self, job, named):
+        images = {f"{i}.png": encoded("PNG", i) for i in range(5)}
+        write_tar(job.input / "0.tar", {**images, "4.mask.png": encoded("PNG"), "4.json": b"{}"})
+        pq.write_table(pa.table({"key": [str(i) for i in range(named)]}), job.input / "0.parquet")
+        summary = job.run()
+        assert summary.captions == named
+        assert summary.left_out == ({"unnamed": (4, f"{job.input}/0.tar#2.png")} if named == 2 else {})
+        assert ("note: 4 images in tars are not named by the Parquet sidecars" in summary.text()) == (named == 2)
+
+    def test_and_globs_that_leave_the_others_out(self, job):
+        write_tar(job.input / "0.tar", {f"{i}.png": encoded("PNG", i) for i in range(5)})
+        pq.write_table(pa.table({"key": ["0", "1", "2"]}), job.input / "0.parquet")
+        assert job.run(include=("*#[03].png",)).left_out == {"unnamed": (1, f"{job.input}/0.tar#3.png")}
+
+
 class TestWhatOfATarIsAnImage:
     @pytest.fixture(scope="class")
     def files(self) -> dict[str, bytes]:
@@ -395,12 +414,11 @@ class TestWhatOfATarIsAnImage:
         }
         for number in range(2):
             write_tar(job.input / f"{number}.tar", {"0.png": encoded("PNG", number), **others})
-        pq.write_table(pa.table({"key": ["0"]}), job.input / "1.parquet")
         first = job.run(limit=1)
         for summary in (job.run(), job.run()):
             number, name = summary.left_out["no_image"]
-            assert (number, name.rpartition("#")[2]) == (3, "x.dat")
-            assert "note: 3 files in tars neither have an image's name nor begin like an image" in summary.text()
+            assert (number, name.rpartition("#")[2]) == (6, "x.dat")
+            assert "note: 6 files in tars neither have an image's name nor begin like an image" in summary.text()
         assert (first.captions, summary.captioned_before) == (1, 2)
 
 

@@ -98,7 +98,10 @@ class LeftOut:
     example: str
 
 
-LEFT_OUT = {"no_image": "files in tars neither have an image's name nor begin like an image, and were left out"}
+LEFT_OUT = {
+    "no_image": "files in tars neither have an image's name nor begin like an image, and were left out",
+    "unnamed": "images in tars are not named by the Parquet sidecars beside these, and were left out",
+}
 """Why files of tars are left out, in words for the user."""
 
 Event = Changed | TarMembers | TarUnreadable | LeftOut

@@ -112,7 +112,9 @@ class Tars(Containers):
         columns: dict[str, Any] = {"image_id": ids, "uri": uris, "member": members}
         if self.keep:
             columns["source"] = _struct(table, self.keep, self._source_type)
-        return rows_of("name", columns, container=uri, version=version), f"{version}+{stream.version}"
+        rows = self.selection.filter(rows_of("name", columns, container=uri, version=version))
+        number = pa.repeat(pa.scalar(len(rows["member"].unique()), pa.int32()), rows.num_rows)
+        return rows.append_column("row", number), f"{version}+{stream.version}"
 
 
 def _first_suffix(uri: str, keys: set[str]) -> tuple[str, str]:
@@ -121,7 +123,7 @@ def _first_suffix(uri: str, keys: set[str]) -> tuple[str, str]:
     stream = Stream(uri)
     with opened(uri, stream, _PEEK_BYTES) as tar:
         for member in tar:
-            suffix = next((member.name[dot + 1 :] for dot in _dots(member.name) if member.name[:dot] in keys), "")
+            suffix = next((member.name[dot + 1 :] for dot in dots(member.name) if member.name[:dot] in keys), "")
             if _ending(suffix) in ENDINGS:
                 return suffix, stream.version
     return "jpg", stream.version
@@ -131,7 +133,7 @@ def _ending(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
-def _dots(member: str) -> Iterator[int]:
+def dots(member: str) -> Iterator[int]:
     """Where the dots in a member's name are, that behind the longest key first."""
     dot = len(member)
     while (dot := member.rfind(".", member.rfind("/") + 1, dot)) >= 0:
