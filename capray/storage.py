@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -51,6 +52,9 @@ _AWAY = (errno.ENOTCONN, errno.ESTALE, errno.EHOSTDOWN, errno.EHOSTUNREACH, errn
 
 _BROKEN_OFF = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientPayloadError"}
 """Botocore's errors of connections, and of answers that did not arrive whole; the last is aiohttp's."""
+
+_ESCAPED = re.compile(r"\\x([89a-f][0-9a-f]|5c)")
+"""In the text of a path: a byte that is no UTF-8, or a backslash."""
 
 _MAX_PUT_BYTES = 5 * 10**9
 """S3 takes no more in one PUT."""
@@ -326,6 +330,22 @@ def _is_listed_elsewhere(path: str, root: str) -> bool:
 def _is_hidden_below(path: str, root: str) -> bool:
     """Whether ``path``, which goes on from ``root``, has a hidden name on the way."""
     return "/." in path[len(root.rstrip("/")) :]
+
+
+def text_of(path: str) -> str:
+    """A local path as text that ids and tables can hold: bytes that are no UTF-8 are written ``\\xNN``. So are backslashes
+    in a path that has such bytes, or what looks like one written so: no two paths have one text."""
+    encoded = path.encode("utf-8", "surrogateescape")
+    text = encoded.decode("utf-8", "backslashreplace")
+    if text == path and not _ESCAPED.search(path):
+        return path
+    return encoded.replace(b"\\", rb"\x5c").decode("utf-8", "backslashreplace")
+
+
+def path_of(text: str) -> str:
+    """The path whose ``text_of`` is ``text``, or ``text`` itself if there is nothing at that path."""
+    path = _ESCAPED.sub(lambda byte: "\\" if byte[1] == "5c" else chr(0xDC00 + int(byte[1], 16)), text)
+    return path if path != text and os.path.lexists(path) else text
 
 
 def stat_of(path: str) -> os.stat_result | None:

@@ -524,6 +524,19 @@ class TestOddInputs:
         assert job.run().captions == 1
         assert list(sha256s(job)) == [f"{job.input}/caf\\xe9.jpg"]
 
+    def test_names_that_are_no_utf8_and_names_that_look_like_their_ids(self, job):
+        names = [b"\xff", rb"\xff", rb"\xe9" + b"\xfe", b"\xe9\xfe", rb"\x5c", rb"\x5cxff", rb"a\b", rb"\x41", b"ok"]
+        photos = write_photos(job.input, len(names))
+        wanted = {digest(path) for path in photos}
+        for photo, name in zip(photos, names, strict=True):
+            os.rename(photo, os.fsencode(job.input) + b"/" + name)
+        summary = job.run()
+        assert (summary.captions, summary.duplicates) == (len(names), 0)
+        captions = sha256s(job)
+        assert set(captions.values()) == wanted
+        ids = {name.rpartition("/")[2] for name in captions}
+        assert ids >= {r"\xff", r"\x5cxff", r"\x5cxe9\xfe", r"a\b", r"\x41", "ok"}
+
     def test_an_input_whose_name_is_no_utf8(self, job, tmp_path):
         with pytest.raises(ConfigError, match="no UTF-8"):
             job.run(input=os.fsdecode(bytes(tmp_path) + b"/\xff"))
