@@ -94,15 +94,20 @@ Write = Callable[[Location, bytes], None]
 """Publishes bytes at a place: ``write_atomic``, or a wrapper that checks the lease first."""
 
 
-def locate(uri: str) -> Location:
+def locate(uri: str, as_written: bool = False) -> Location:
     """The filesystem and path of ``uri``: a local path, ``file://…``, ``s3://…`` or any fsspec URI.
+
+    Args:
+        as_written: whether to leave ``..`` in a local path to the system, and not to look for links now.
 
     Raises:
         StorageError: no installed filesystem serves the URI's scheme.
     """
     uri = os.fspath(uri)
     if "://" not in uri or uri.startswith("file://"):
-        path = os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+        path = os.path.expanduser(uri.removeprefix("file://"))
+        if not (as_written and os.path.isabs(path) and "/../" in path):
+            path = _without_dots(path)
         return Location(path, fsspec.filesystem("file"), path)
     scheme = uri.split("://", 1)[0]
     try:
@@ -113,6 +118,20 @@ def locate(uri: str) -> Location:
         return Location(uri, fs, fs._strip_protocol(uri))
     fs.retries = _S3FS_ATTEMPTS
     return Location(uri, fs, uri.split("://", 1)[1])
+
+
+def _without_dots(path: str) -> str:
+    """The absolute ``path`` without ``..``, which behind a link means what it means to the system: the folder in which the
+    link's target lies."""
+    names = path.split("/")
+    if ".." not in names:
+        return os.path.abspath(path)
+    here = "/" if os.path.isabs(path) else os.getcwd()
+    for name in names:
+        if name == ".." and os.path.islink(here):
+            here = os.path.realpath(here)
+        here = os.path.normpath(os.path.join(here, name))
+    return here
 
 
 def is_s3(location: Location) -> bool:

@@ -377,6 +377,37 @@ class TestASidecarThatNamesFewer:
         assert job.run(include=("*#[03].png",)).left_out == {"unnamed": (1, f"{job.input}/0.tar#3.png")}
 
 
+class TestRelativeUris:
+    def test_in_a_parquet_table_start_at_the_table(self, job, tmp_path, monkeypatch):
+        (photo,) = write_photos(job.input, 1)
+        (other,) = write_photos(tmp_path / "elsewhere", 1, seed=1)
+        assert Path(photo).name == Path(other).name
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        table = job.input / "t.parquet"
+        pq.write_table(pa.table({"uri": [Path(photo).name]}), table)
+        job.run(input=str(table))
+        assert sha256s(job) == {Path(photo).name: digest(photo)}
+
+    def test_of_tables_in_two_folders_that_name_two_files_alike_are_refused(self, job):
+        for name in "ab":
+            (photo,) = write_photos(job.input / name, 1, seed=ord(name))
+            pq.write_table(pa.table({"uri": [Path(photo).name]}), job.input / name / "t.parquet")
+        with pytest.raises(ConfigError, match="--id-column"):
+            job.run(input=f"{job.input}/*/t.parquet")
+
+    def test_that_go_up_behind_a_link_are_what_they_are_to_the_system(self, job, tmp_path):
+        (there,) = write_photos(tmp_path / "x", 1)
+        (tmp_path / "x" / "y").mkdir()
+        write_photos(job.input, 1, seed=1)
+        (job.input / "link").symlink_to(tmp_path / "x" / "y")
+        manifest = job.input / "list.txt"
+        manifest.write_text("link/../photo-0000.jpg\n")
+        job.run(input=str(manifest))
+        assert sha256s(job) == {"link/../photo-0000.jpg": digest(there)}
+        job.run(input=f"{job.input}/link/..", output=f"{job.output}-2")
+        assert {row["image_id"] for row in read_parts(f"{job.output}-2", "captions")} == {there}
+
+
 class TestWhatOfATarIsAnImage:
     @pytest.fixture(scope="class")
     def files(self) -> dict[str, bytes]:

@@ -71,7 +71,8 @@ class Plan:
         self._chunks: dict[str, _Chunk] = {}
         self._containers: dict[tuple[int, str], int] = {}
         self._manifests: set[tuple[int, str]] = set()
-        lists = [uri for source in listing.sources if source.kind == "manifest" for uri in source.units()]
+        of_uris = [s for s in listing.sources if s.kind in ("manifest", "parquet") and s.image_column is None]
+        lists = [uri for source in of_uris for uri in source.units()]
         folders = sorted({posixpath.dirname(uri) for uri in lists})
         self._folders = folders if len(folders) > 1 else []
         self._modified = {

@@ -198,7 +198,7 @@ def _fetch(uri: str, start: int, end: int, version: str | None, patience: Patien
     """The bytes from ``start`` to ``end`` or the object's end, of the ``version``; of any when it is "", which the piece
     then tells, or None."""
     try:
-        place = locate(uri)
+        place = locate(uri, as_written=True)
     except StorageError as error:
         raise ImageError("unreadable_storage", f"{_public(uri)}: {error}") from error
     began = time.monotonic()
