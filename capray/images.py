@@ -29,6 +29,11 @@ FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 """Pillow's decoders that may run (JPEG opens MPO too). Left out are those that start other programs (EPS) or that no
 photo needs."""
 
+_ENDED_BY = {ending[1:] for ending, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
+ENDINGS = frozenset(_ENDED_BY | {"heic", "heif"})
+"""What an image's name ends with, in lower case, behind the last dot: Pillow's endings of FORMATS, and those of HEIC, which
+has a kind of failure."""
+
 _MAX_ASPECT = 4
 """With keep-aspect the longer side is at most this many times the shorter; what is longer is squashed to it."""
 
@@ -70,6 +75,24 @@ _BRANDS = {
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"),
     b"crx ": "Canon raw",
 }
+_SIGNS = re.compile(
+    b"|".join(
+        (
+            rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8|RIFF....WEBP",
+            rb"II[*+]\x00|MM\x00[*+]|II\x00\*|MM\*\x00",
+            rb"\xff\x4f\xff\x51|\x00\x00\x00\x0cjP  ",
+            rb"....ftyp(?:avi[fs]|hei[cmsx]|hev[cx]|m[is]f1)",
+            rb"\x00\x00\x01\x00[^\x00]\x00",
+            rb"(?:BM.{12})?(?:\x0c\x00{3}.{4}|[\x28\x34\x38\x40\x6c\x7c]\x00{3}.{8})\x01\x00",
+            rb"P[0-6fFy]\s+(?:#[^\n]*\s+)*\d+\s+\d+\s",
+            rb"\x0a[\x00\x02\x03\x05][\x00\x01][\x01\x02\x04\x08]",
+            rb"\x01\xda[\x00\x01][\x01\x02]\x00[\x01-\x03]",
+        )
+    ),
+    re.DOTALL,
+)
+"""How files of FORMATS and HEIC begin, less TGA, which has no sign. Where Pillow asks for two bytes that may begin other
+files, what follows is asked for too."""
 _TRUNCATED = ("truncated", "unexpected end", "not enough", "reached eof", "expected to read")
 _UNSUPPORTED = ("unsupported", "not supported", "not yet supported", "cannot handle", "unknown pixel mode")
 _TRANSPOSE = {
@@ -174,6 +197,11 @@ def decode(data: bytes, limits: ImageLimits | None = None, at_least: int | None 
     else:
         width, height = declared[::-1] if orientation >= 5 else declared
     return Decoded(upright, width, height)
+
+
+def begins_like_image(head: bytes) -> bool:
+    """Whether the first bytes of a file, at least 32 unless it is shorter, are those of an image, whatever its name."""
+    return _SIGNS.match(head) is not None
 
 
 def _refuse_pixels(width: int, height: int, limits: ImageLimits, where: str = "") -> None:

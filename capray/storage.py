@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -52,6 +53,9 @@ _AWAY = (errno.ENOTCONN, errno.ESTALE, errno.EHOSTDOWN, errno.EHOSTUNREACH, errn
 _BROKEN_OFF = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientPayloadError"}
 """Botocore's errors of connections, and of answers that did not arrive whole; the last is aiohttp's."""
 
+_ESCAPED = re.compile(r"\\x([89a-f][0-9a-f]|5c)")
+"""In the text of a path: a byte that is no UTF-8, or a backslash."""
+
 _MAX_PUT_BYTES = 5 * 10**9
 """S3 takes no more in one PUT."""
 
@@ -90,15 +94,20 @@ Write = Callable[[Location, bytes], None]
 """Publishes bytes at a place: ``write_atomic``, or a wrapper that checks the lease first."""
 
 
-def locate(uri: str) -> Location:
+def locate(uri: str, as_written: bool = False) -> Location:
     """The filesystem and path of ``uri``: a local path, ``file://…``, ``s3://…`` or any fsspec URI.
+
+    Args:
+        as_written: whether to leave ``..`` in a local path to the system, and not to look for links now.
 
     Raises:
         StorageError: no installed filesystem serves the URI's scheme.
     """
     uri = os.fspath(uri)
     if "://" not in uri or uri.startswith("file://"):
-        path = os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+        path = os.path.expanduser(uri.removeprefix("file://"))
+        if not (as_written and os.path.isabs(path) and "/../" in path):
+            path = _without_dots(path)
         return Location(path, fsspec.filesystem("file"), path)
     scheme = uri.split("://", 1)[0]
     try:
@@ -109,6 +118,20 @@ def locate(uri: str) -> Location:
         return Location(uri, fs, fs._strip_protocol(uri))
     fs.retries = _S3FS_ATTEMPTS
     return Location(uri, fs, uri.split("://", 1)[1])
+
+
+def _without_dots(path: str) -> str:
+    """The absolute ``path`` without ``..``, which behind a link means what it means to the system: the folder in which the
+    link's target lies."""
+    names = path.split("/")
+    if ".." not in names:
+        return os.path.abspath(path)
+    here = "/" if os.path.isabs(path) else os.getcwd()
+    for name in names:
+        if name == ".." and os.path.islink(here):
+            here = os.path.realpath(here)
+        here = os.path.normpath(os.path.join(here, name))
+    return here
 
 
 def is_s3(location: Location) -> bool:
@@ -328,6 +351,22 @@ def _is_hidden_below(path: str, root: str) -> bool:
     return "/." in path[len(root.rstrip("/")) :]
 
 
+def text_of(path: str) -> str:
+    """A local path as text that ids and tables can hold: bytes that are no UTF-8 are written ``\\xNN``. So are backslashes
+    in a path that has such bytes, or what looks like one written so: no two paths have one text."""
+    encoded = path.encode("utf-8", "surrogateescape")
+    text = encoded.decode("utf-8", "backslashreplace")
+    if text == path and not _ESCAPED.search(path):
+        return path
+    return encoded.replace(b"\\", rb"\x5c").decode("utf-8", "backslashreplace")
+
+
+def path_of(text: str) -> str:
+    """The path whose ``text_of`` is ``text``, or ``text`` itself if there is nothing at that path."""
+    path = _ESCAPED.sub(lambda byte: "\\" if byte[1] == "5c" else chr(0xDC00 + int(byte[1], 16)), text)
+    return path if path != text and os.path.lexists(path) else text
+
+
 def stat_of(path: str) -> os.stat_result | None:
     """None for a link to nowhere or to itself."""
     try:
@@ -385,7 +424,11 @@ def read_bytes(location: Location) -> bytes:
 
 
 def write_atomic(
-    location: Location, data: bytes, scratch: Location | None = None, deadline: float | None = None
+    location: Location,
+    data: bytes,
+    scratch: Location | None = None,
+    deadline: float | None = None,
+    beside: Location | None = None,
 ) -> None:
     """Publish ``data`` under ``location`` in one step: a reader sees the old bytes or the new, never a part.
 
@@ -394,6 +437,9 @@ def write_atomic(
 
     With a ``deadline`` (of ``deadlines.now``) it ends by then, all retries included. Nothing is sent or renamed later, but
     for one thing that no client can call back: a PUT that S3 has already, or a rename that hangs in the system.
+
+    With the folder ``beside`` no folder is made, and nothing written, unless that is there; on an object store, which has no
+    folders, it means nothing.
 
     Raises:
         WriteUnanswered: it is not known whether it happened.
@@ -404,7 +450,8 @@ def write_atomic(
             _put(location, data, deadline)
         elif location.is_local:
             folder = scratch.path if scratch else os.path.dirname(location.path)
-            within(_until(deadline), lambda: _replace_file(location.path, data, folder, deadline))
+            there = beside.path if beside else None
+            within(_until(deadline), lambda: _replace_file(location.path, data, folder, deadline, there))
         else:
             within(_until(deadline), lambda: location.fs.pipe_file(location.path, data))
 
@@ -428,8 +475,10 @@ def _put(location: Location, data: bytes, deadline: float | None) -> None:
         raise TimeoutError(str(error.__cause__ or "") or "no answer in time") from error
 
 
-def _replace_file(path: str, data: bytes, scratch: str, deadline: float | None) -> None:
+def _replace_file(path: str, data: bytes, scratch: str, deadline: float | None, beside: str | None) -> None:
     folder = os.path.dirname(path)
+    if beside is not None and not os.path.isdir(beside):
+        raise FileNotFoundError(f"{beside} is gone: was it moved or removed?")
     os.makedirs(folder, exist_ok=True)
     os.makedirs(scratch, exist_ok=True)
     temporary = os.path.join(scratch, f".{os.path.basename(path)}.{uuid.uuid4().hex}")

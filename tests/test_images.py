@@ -1,12 +1,15 @@
 """From bytes to pixels, one case of each; ``test_image_zoo`` holds the many formats and broken files."""
 
+import io
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from capray.config import ImageLimits, Preprocessing
-from capray.images import ImageError, decode, fit, input_size, load, normalise
+from capray.images import FORMATS, ImageError, begins_like_image, decode, fit, input_size, load, normalise
 from tests.conftest import image_bytes
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
@@ -102,3 +105,20 @@ def test_normalise():
     images = normalise(pixels, preprocessing)
     assert images.shape == (1, 3, 2, 2)
     torch.testing.assert_close(images[0, :, 0, 0], torch.tensor([1.0, 3.0, 0.5]))
+
+
+@pytest.mark.parametrize("name", sorted({*FORMATS} - {"TGA"}))
+def test_each_format_is_known_by_its_beginning(name):
+    for mode in ("RGB", "L", "1", "P", "RGBA"):
+        file = io.BytesIO()
+        with suppress(OSError, ValueError):
+            PHOTO.convert(mode).save(file, name)
+            assert begins_like_image(file.getvalue()[:64]), mode
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"BMW parked", b"P5 Piccadilly", b"Pyramid", b"II.", b"\nA dog", b"RIFF0000WAVE", b"\x93NUMPY", b"GIF"],
+)
+def test_what_begins_with_the_letters_of_a_format_is_no_image(text):
+    assert not begins_like_image(text)

@@ -82,6 +82,22 @@ def write_tars(folder: Path, num_tars: int, num_photos: int) -> None:
                 tar.add(path, Path(path).name)
 
 
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def encoded(name: str, shade: int = 0, mode: str = "RGB") -> bytes:
+    """An image in Pillow's format ``name``."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (shade, 200 - shade, 90)).convert(mode).save(file, name)
+    return file.getvalue()
+
+
 def test_all_is_captioned_once_and_then_nothing_is_left_to_do(job):
     write_photos(job.input, 30)
     bad = job.input / "bad.jpg"
@@ -283,6 +299,171 @@ class TestOneBadContainer:
         assert len(sha256s(job)) == 3
 
 
+class TestWhatFailedAndWasMended:
+    """Versions tell, not clocks."""
+
+    def write(self, job, second: bytes, *times: float) -> None:
+        job.input.mkdir(exist_ok=True)
+        table = pa.table({"image_id": ["a", "b"], "image": [encoded("PNG"), second]})
+        pq.write_table(table, job.input / "t.parquet")
+        if times:
+            os.utime(job.input / "t.parquet", (*times, *times))
+
+    def test_with_an_older_time(self, job):
+        self.write(job, b"no image at all")
+        assert job.run().current_failures == {"not_an_image": 1}
+        self.write(job, encoded("PNG", 9), time.time() - 86_400)
+        assert (job.run().captions, job.run().passes) == (1, 0)
+
+    def test_by_a_table_put_in_its_place_under_its_size_and_a_tar(self, job):
+        tar = job.input / "0.tar"
+        write_tar(tar, {"a.png": encoded("PNG"), "b.png": b"no image"})
+        assert job.run().current_failures == {"not_an_image": 1}
+        write_tar(tar, {"a.png": encoded("PNG"), "b.png": encoded("PNG", 9)})
+        os.utime(tar, (1, 1))
+        assert job.run().captions == 1
+
+    @pytest.mark.parametrize("at", [2e9, 2e13])
+    def test_with_a_time_in_the_future_and_is_no_image_it_is_attempted_once(self, job, at):
+        for second, failed in ((b"no image", 1), (b"still no image", 2)):
+            self.write(job, second, at)
+            for _ in range(3):
+                job.run()
+            assert len(job.failures()) == failed
+
+    def test_after_a_run_whose_clock_was_ahead(self, job, monkeypatch):
+        self.write(job, b"no image")
+        now = time.time_ns
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.time, "time_ns", lambda: now() + 600 * 10**9)
+            job.run()
+        self.write(job, encoded("PNG", 9))
+        assert job.run().captions == 1
+
+    @pytest.mark.parametrize("at", [2e9, 2e13, 1.0])
+    def test_in_an_output_that_knows_no_versions_file_times_tell(self, job, at):
+        self.write(job, b"no image")
+        job.run()
+        shutil.rmtree(job.output / "_capray" / "versions")
+        self.write(job, encoded("PNG", 9), at)
+        assert job.run().captions == (at > 1)
+
+
+def test_a_limit_comes_to_a_tar_behind_many_that_are_done(job):
+    write_tars(job.input, 14, 2)
+    job.run()
+    write_tar(job.input / "999.tar", {f"{i}.png": encoded("PNG", i) for i in range(3)})
+    assert job.run(limit=2).captions >= 2
+    job.run(limit=2)
+    assert len(sha256s(job)) == 31
+
+
+class TestASidecarThatNamesFewer:
+    """The others are said."""
+
+    @pytest.mark.parametrize("named", [2, 5])
+    def test_than_its_tar_holds(self, job, named):
+        images = {f"{i}.png": encoded("PNG", i) for i in range(5)}
+        write_tar(job.input / "0.tar", {**images, "4.mask.png": encoded("PNG"), "4.json": b"{}"})
+        pq.write_table(pa.table({"key": [str(i) for i in range(named)]}), job.input / "0.parquet")
+        summary = job.run()
+        assert summary.captions == named
+        assert summary.left_out == ({"unnamed": (4, f"{job.input}/0.tar#2.png")} if named == 2 else {})
+        assert ("note: 4 images in tars are not named by the Parquet sidecars" in summary.text()) == (named == 2)
+
+    def test_and_globs_that_leave_the_others_out(self, job):
+        write_tar(job.input / "0.tar", {f"{i}.png": encoded("PNG", i) for i in range(5)})
+        pq.write_table(pa.table({"key": ["0", "1", "2"]}), job.input / "0.parquet")
+        assert job.run(include=("*#[03].png",)).left_out == {"unnamed": (1, f"{job.input}/0.tar#3.png")}
+
+
+class TestRelativeUris:
+    def test_in_a_parquet_table_start_at_the_table(self, job, tmp_path, monkeypatch):
+        (photo,) = write_photos(job.input, 1)
+        (other,) = write_photos(tmp_path / "elsewhere", 1, seed=1)
+        assert Path(photo).name == Path(other).name
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        table = job.input / "t.parquet"
+        pq.write_table(pa.table({"uri": [Path(photo).name]}), table)
+        job.run(input=str(table))
+        assert sha256s(job) == {Path(photo).name: digest(photo)}
+
+    def test_of_tables_in_two_folders_that_name_two_files_alike_are_refused(self, job):
+        for name in "ab":
+            (photo,) = write_photos(job.input / name, 1, seed=ord(name))
+            pq.write_table(pa.table({"uri": [Path(photo).name]}), job.input / name / "t.parquet")
+        with pytest.raises(ConfigError, match="--id-column"):
+            job.run(input=f"{job.input}/*/t.parquet")
+
+    def test_that_go_up_behind_a_link_are_what_they_are_to_the_system(self, job, tmp_path):
+        (there,) = write_photos(tmp_path / "x", 1)
+        (tmp_path / "x" / "y").mkdir()
+        write_photos(job.input, 1, seed=1)
+        (job.input / "link").symlink_to(tmp_path / "x" / "y")
+        manifest = job.input / "list.txt"
+        manifest.write_text("link/../photo-0000.jpg\n")
+        job.run(input=str(manifest))
+        assert sha256s(job) == {"link/../photo-0000.jpg": digest(there)}
+        job.run(input=f"{job.input}/link/..", output=f"{job.output}-2")
+        assert {row["image_id"] for row in read_parts(f"{job.output}-2", "captions")} == {there}
+
+
+def test_an_output_moved_away_is_not_begun_anew_and_goes_on_where_it_is(job):
+    write_photos(job.input, 24)
+    moved = job.output.with_name("moved")
+    with pytest.raises(StorageError, match=r"out/_capray is gone: was it moved"):
+        job.run(at_block(3, lambda: job.output.rename(moved)), part_rows=4)
+    assert not job.output.exists()
+    moved.rename(job.output)
+    job.run()
+    job.check()
+
+
+class TestWhatOfATarIsAnImage:
+    @pytest.fixture(scope="class")
+    def files(self) -> dict[str, bytes]:
+        formats = (
+            "a.tga TGA",
+            "b.ico ICO",
+            "c.pcx PCX",
+            "d.sgi SGI",
+            "e.dib BMP",
+            "f.jpf JPEG2000",
+            "g BMP",
+            "h/i.x PPM",
+        )
+        rgb = {name: encoded(kind) for name, kind in map(str.split, formats)}
+        return rgb | {"grey.pgm": encoded("PPM", mode="L"), "bits.pbm": encoded("PPM", mode="1")}
+
+    def test_it_is_what_is_one_in_a_folder(self, job, files, tmp_path):
+        for name, data in files.items():
+            path = tmp_path / "photos" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        folder = job.run(input=str(tmp_path / "photos"), output=str(tmp_path / "beside"))
+        write_tar(job.input / "0.tar", files)
+        assert job.run().captions == folder.captions == len(files)
+        prefix = f"{job.input}/0.tar#"
+        assert {name.removeprefix(prefix) for name in sha256s(job)} == set(files)
+
+    def test_what_is_none_is_counted_but_for_what_lies_beside_images(self, job):
+        others = {
+            "x.dat": b"BM is no bitmap",
+            "notes": b"P5 Piccadilly",
+            "readme.txt": b"BMW",
+            "0.cls": b"3",
+            "empty": b"",
+        }
+        for number in range(2):
+            write_tar(job.input / f"{number}.tar", {"0.png": encoded("PNG", number), **others})
+        first = job.run(limit=1)
+        for summary in (job.run(), job.run()):
+            number, name = summary.left_out["no_image"]
+            assert (number, name.rpartition("#")[2]) == (6, "x.dat")
+            assert "note: 6 files in tars neither have an image's name nor begin like an image" in summary.text()
+        assert (first.captions, summary.captioned_before) == (1, 2)
+
+
 class TestOddInputs:
     """What no image is lost in, and none takes the place of another."""
 
@@ -384,6 +565,19 @@ class TestOddInputs:
         os.rename(photo, os.fsencode(job.input) + b"/caf\xe9.jpg")
         assert job.run().captions == 1
         assert list(sha256s(job)) == [f"{job.input}/caf\\xe9.jpg"]
+
+    def test_names_that_are_no_utf8_and_names_that_look_like_their_ids(self, job):
+        names = [b"\xff", rb"\xff", rb"\xe9" + b"\xfe", b"\xe9\xfe", rb"\x5c", rb"\x5cxff", rb"a\b", rb"\x41", b"ok"]
+        photos = write_photos(job.input, len(names))
+        wanted = {digest(path) for path in photos}
+        for photo, name in zip(photos, names, strict=True):
+            os.rename(photo, os.fsencode(job.input) + b"/" + name)
+        summary = job.run()
+        assert (summary.captions, summary.duplicates) == (len(names), 0)
+        captions = sha256s(job)
+        assert set(captions.values()) == wanted
+        ids = {name.rpartition("/")[2] for name in captions}
+        assert ids >= {r"\xff", r"\x5cxff", r"\x5cxe9\xfe", r"a\b", r"\x41", "ok"}
 
     def test_an_input_whose_name_is_no_utf8(self, job, tmp_path):
         with pytest.raises(ConfigError, match="no UTF-8"):

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from capray.captioning.container_versions import ContainerVersions
 from capray.captioning.settled import ID, TAR, Settled, insert
 from capray.captioning.units import UnitFiles, Work
 from capray.errors import ConfigError, StorageError
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 CHUNKS_AT_ONCE = 10
 """Chunks of the listing whose ids are sorted together."""
+_FOREVER = 253402300799.0
+"""The end of the year 9999 in seconds since the epoch: later than any failure."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,13 @@ class Plan:
 
     In the connection of ``settled`` it keeps what was taken in of the listing: ``listed`` (position, id, container, is_tar,
     folder), containers by number, and where there are manifests in several folders that of each id which is a path below it;
-    ``containers`` (number, since, is_read, changed_at, name, written_at), those whose rows before a position do not count,
-    tars whose members are known, when they changed, and those written since the first failure; and ``counted``, the rows of
-    ``listed`` that count.
+    ``containers`` (number, since, is_read, changed_at, name, noticed_at, modified_at, same_since), those whose rows before a
+    position do not count, tars whose members are known, when they changed, and those that may be other ones than when an
+    image failed: when that was noticed, when they were last written, and the number of the run since which they are as now;
+    ``runs`` (run_id, run), their numbers; and ``counted``, the rows of ``listed`` that count.
+
+    Attributes:
+        versions: of the containers; a run is to record them.
     """
 
     def __init__(self, output: Output, run_id: str, listing: Listing, settled: Settled, write: Write):
@@ -64,12 +71,14 @@ class Plan:
         self._chunks: dict[str, _Chunk] = {}
         self._containers: dict[tuple[int, str], int] = {}
         self._manifests: set[tuple[int, str]] = set()
-        lists = [uri for source in listing.sources if source.kind == "manifest" for uri in source.units()]
+        of_uris = [s for s in listing.sources if s.kind in ("manifest", "parquet") and s.image_column is None]
+        lists = [uri for source in of_uris for uri in source.units()]
         folders = sorted({posixpath.dirname(uri) for uri in lists})
         self._folders = folders if len(folders) > 1 else []
         self._modified = {
             (number, uri): at for number, source in enumerate(listing.sources) for uri, at in source.modified().items()
         }
+        self.versions = ContainerVersions(output, listing.sources)
         self._num_files = 0
 
     def fresh(self, chunks: list[Location], block_rows: int, limit: int | None = None) -> Work:
@@ -237,9 +246,18 @@ class Plan:
 
     def _update_containers(self, given_up: frozenset[str]) -> None:
         listing = self.listing
-        (failed_at,) = self._ask("SELECT coalesce(epoch(min(failed_at)), 'inf') FROM failed")
-        times = {key: max(listing.changed.get(key, 0.0), self._modified.get(key, 0.0)) for key in self._containers}
-        written = {key: at for key, at in times.items() if at > failed_at}
+        failed_at, run_ids = self._ask(
+            "SELECT coalesce(epoch(min(failed_at)), 'inf'), list(DISTINCT run_id) FROM failed"
+        )
+        runs = self.versions.runs
+        first_run = min((runs[run_id] for run_id in run_ids or () if run_id in runs), default=ALL_ROWS)
+        noticed = {key: at for key, at in listing.changed.items() if at > failed_at}
+        # Of failures of which no version is known, file times tell.
+        modified = {} if runs.keys() >= set(run_ids or ()) else self._modified
+        modified = {key: min(at, _FOREVER) for key, at in modified.items() if at > failed_at}
+        same_since = {key: self.versions.same_since.get(key[1], 0) for key in self._containers}
+        same_since = {key: since for key, since in same_since.items() if since > first_run}
+        written = noticed.keys() | modified.keys() | same_since.keys()
         rows = [
             (
                 number,
@@ -247,7 +265,9 @@ class Plan:
                 key in listing.known_tars,
                 None if key in self._manifests else listing.changed.get(key),
                 key[1],
-                written.get(key),
+                noticed.get(key),
+                modified.get(key),
+                same_since.get(key),
             )
             for key, number in self._containers.items()
             if key in written or key in listing.superseded or key in listing.known_tars or key[1] in given_up
@@ -262,13 +282,19 @@ class Plan:
         """)
         self._connection.execute("DELETE FROM rewritten")
         if written:
+            self._connection.register("runs", pa.table([list(runs), list(runs.values())], schema=_RUNS))
             self._connection.execute(f"""
                 INSERT INTO rewritten SELECT id, to_timestamp(max(written_at)) FROM (
-                    SELECT id, written_at FROM counted JOIN containers ON number = container SEMI JOIN failed USING (id)
-                    UNION ALL
-                    SELECT failed.id, written_at FROM failed JOIN (
-                        SELECT written_at, {TAR} AS tar FROM (SELECT written_at, name || '#' AS image_id FROM containers)
-                    ) USING (tar)
+                    SELECT id, greatest(
+                        noticed_at,
+                        CASE WHEN run IS NULL THEN modified_at WHEN run < same_since THEN {_FOREVER} END
+                    ) AS written_at FROM (
+                        SELECT id, container FROM counted SEMI JOIN failed USING (id)
+                        UNION ALL
+                        SELECT failed.id, number FROM failed JOIN (
+                            SELECT number, {TAR} AS tar FROM (SELECT number, name || '#' AS image_id FROM containers)
+                        ) USING (tar)
+                    ) JOIN containers ON number = container JOIN latest USING (id) LEFT JOIN runs USING (run_id)
                 ) WHERE written_at IS NOT NULL GROUP BY id""")
 
     def _ids_at(self, positions: list[int]) -> list[str]:
@@ -397,9 +423,12 @@ _CONTAINERS = pa.schema(
         ("is_read", pa.bool_()),
         ("changed_at", pa.float64()),
         ("name", pa.string()),
-        ("written_at", pa.float64()),
+        ("noticed_at", pa.float64()),
+        ("modified_at", pa.float64()),
+        ("same_since", pa.int64()),
     ]
 )
+_RUNS = pa.schema([("run_id", pa.string()), ("run", pa.int64())])
 
 
 def _row_groups(chunks: list[_Chunk], wanted: np.ndarray) -> Iterator[tuple[int, pa.Table]]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from capray import __version__
 from capray.captioning.lease import own_ray_job
+from capray.inputs.base import LEFT_OUT
 from capray.output import Output
 from capray.progress import duration
 from capray.storage import Write
@@ -35,6 +36,7 @@ class Summary:
 
     Attributes:
         images: ids the inputs name, ``duplicates`` further rows that repeat one.
+        left_out: of the files in tars that are no images of the job's: by the reason in LEFT_OUT how many, and one's name.
         left: images and shards known of that are neither captioned nor settled as failed: those behind a ``limit``.
         captioned_before: captions of other runs.
         kept: captions of this output whose table or shard has changed since they were made.
@@ -47,6 +49,7 @@ class Summary:
     images: int = 0
     duplicates: int = 0
     hidden_files: int = 0
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
     left: int = 0
     kept: int = 0
     captioned_before: int = 0
@@ -81,6 +84,7 @@ class Summary:
             notes.append(
                 f"{self.hidden_files:,} hidden files (names that begin with ., in tables and shards _) were left out"
             )
+        notes += [f"{number:,} {LEFT_OUT[reason]} ({name})" for reason, (number, name) in self.left_out.items()]
         return "\n".join([*lines, *(f"  note: {note}" for note in notes), f"tables in {self.output}"])
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
-from capray.inputs.base import Changed, Event, TarMembers, TarUnreadable
+from capray.inputs.base import Changed, Event, LeftOut, TarMembers, TarUnreadable
 from capray.inputs.places import MEMBERS
 from capray.tables import captions_schema
 
@@ -48,6 +48,8 @@ EVENTS = pa.schema(
         ("container", pa.string()),
         ("version", pa.string()),
         ("message", pa.string()),
+        ("number", pa.int64()),
+        ("example", pa.string()),
         ("members", pa.list_(pa.struct(MEMBERS))),
     ]
 )
@@ -119,6 +121,8 @@ def _event_row(event: Event) -> dict:
     row = {"kind": type(event).__name__, "input": event.input, "container": event.container}
     if isinstance(event, TarMembers):
         return row | {"version": event.version, "members": event.members.to_pylist()}
+    if isinstance(event, LeftOut):
+        return row | {"message": event.reason, "number": event.number, "example": event.example}
     return row | ({"message": event.message} if isinstance(event, TarUnreadable) else {})
 
 
@@ -128,4 +132,6 @@ def _event(row: dict) -> Event:
         return Changed(number, container)
     if row["kind"] == TarUnreadable.__name__:
         return TarUnreadable(number, container, row["message"])
+    if row["kind"] == LeftOut.__name__:
+        return LeftOut(number, container, row["message"], row["number"], row["example"])
     return TarMembers(number, container, row["version"], pa.Table.from_pylist(row["members"], MEMBERS))

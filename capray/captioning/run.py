@@ -34,7 +34,7 @@ from capray.captioning.units import Work, block_rows_of
 from capray.captioning.writer import FencedWrites, PartWriter
 from capray.config import CaptionConfig, Decoding, ImageLimits
 from capray.errors import CaprayError, ConfigError, DataError, Interrupted, TryAgain
-from capray.inputs.base import Changed, Event, TarMembers, TarUnreadable
+from capray.inputs.base import Changed, Event, LeftOut, TarMembers, TarUnreadable
 from capray.inputs.listing import Listing
 from capray.inputs.reader import Reader
 from capray.output import first_row
@@ -148,6 +148,7 @@ class Run:
             )
         for remark in self.listing.remarks:
             self.display.say(remark)
+        self.plan.versions.record(self.summary.run_id, self.write)
 
     @cached_property
     def writer(self) -> PartWriter:
@@ -213,8 +214,12 @@ class Run:
                 work = self.plan.remaining(self.block_rows, self._room_left(), frozenset(given_up))
             if not work.num_units and self.listing.is_complete:
                 return
+            num_done, num_known = self.num_done, len(self.listing.known_tars)
             self._caption(work, "retrying")
-            if not self._changed:  # How often a container is listed again has a limit of its own.
+            self.listing.flush()
+            # How often a container is listed again has a limit of its own, and tars that are done are read once each.
+            only_read = self.num_done == num_done and len(self.listing.known_tars) > num_known
+            if not self._changed and not only_read:
                 passes_left -= 1
             if not self.listing.is_complete:
                 self._follow_listing()
@@ -336,6 +341,8 @@ class Run:
             self._faults_of_tars[event.container] = DataError(event.message)
         elif isinstance(event, TarMembers):
             self.listing.add_members(event)
+        elif isinstance(event, LeftOut):
+            self.listing.add_left_out(event)
 
     def _with_uncertain_as_transient(self, table: pa.Table, kinds: list, messages: list) -> pa.Table:
         """``table`` with failures that have to be seen again under transient kinds; a second look at them is planned."""
@@ -433,6 +440,7 @@ class Run:
         summary = self.summary
         summary.images, summary.duplicates, summary.kept = wanted.images, wanted.duplicates, wanted.kept
         summary.hidden_files = self.listing.num_hidden
+        summary.left_out = self.listing.count_left_out()
         summary.current_failures = self.plan.current_failures()
         faults = self.listing.faults | self._faults
         faults |= {uri: self._faults_of_tars[uri] for uri in unread if uri in self._faults_of_tars}

@@ -83,7 +83,28 @@ class TarUnreadable:
     message: str
 
 
-Event = Changed | TarMembers | TarUnreadable
+@dataclass(frozen=True)
+class LeftOut:
+    """How many files of a tar that was read to its end are no images of it, and the name of one.
+
+    Attributes:
+        reason: one of LEFT_OUT.
+    """
+
+    input: int
+    container: str
+    reason: str
+    number: int
+    example: str
+
+
+LEFT_OUT = {
+    "no_image": "files in tars neither have an image's name nor begin like an image, and were left out",
+    "unnamed": "images in tars are not named by the Parquet sidecars beside these, and were left out",
+}
+"""Why files of tars are left out, in words for the user."""
+
+Event = Changed | TarMembers | TarUnreadable | LeftOut
 """What was found out about a container while it was read."""
 
 

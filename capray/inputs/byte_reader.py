@@ -40,6 +40,7 @@ from capray.storage import (
     is_s3,
     locate,
     object_version,
+    path_of,
     s3_answer,
 )
 
@@ -65,9 +66,6 @@ _DENIED_CODES = {"InvalidToken"}
 """What S3 says with status 400 of credentials; the rest comes with 401 or 403."""
 _CREDENTIAL_ERRORS = re.compile("Credential|Token|SSO|Login|Profile")
 """In the names of botocore's exceptions: no credentials, or none that can be had."""
-
-_UNDECODED = re.compile(r"\\x([89a-f][0-9a-f])")
-"""Of a file's name that is no UTF-8: how its id has the bytes."""
 
 _throttle = Throttle()
 _renewing = threading.Lock()
@@ -200,7 +198,7 @@ def _fetch(uri: str, start: int, end: int, version: str | None, patience: Patien
     """The bytes from ``start`` to ``end`` or the object's end, of the ``version``; of any when it is "", which the piece
     then tells, or None."""
     try:
-        place = locate(uri)
+        place = locate(uri, as_written=True)
     except StorageError as error:
         raise ImageError("unreadable_storage", f"{_public(uri)}: {error}") from error
     began = time.monotonic()
@@ -287,8 +285,7 @@ def _read(place: Location, start: int, end: int, version: str | None) -> _Piece:
 def _read_file(path: str, start: int, end: int, version: str | None) -> _Piece:
     if "\0" in path:
         raise OSError(errno.ENAMETOOLONG, "no file can have this name")
-    if "\\x" in path and not os.path.lexists(path):
-        path = _UNDECODED.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), path)
+    path = path_of(path)
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from capray.inputs.base import ROWS_PER_PAGE, Page, Source, is_hidden, rows_of
-from capray.storage import Location, is_file, s3_pages, stat_of, storage_errors, walk, was_removed
+from capray.storage import Location, is_file, s3_pages, stat_of, storage_errors, text_of, walk, was_removed
 
 MAX_LEVELS = 3
 """Levels below the input that are looked into for prefixes to list side by side."""
@@ -58,7 +58,7 @@ class Images(Source):
 
     def _uri(self, path: str) -> str:
         if self.place.is_local:
-            return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            return text_of(path)
         return f"{self.place.uri.split('://', 1)[0]}://{path}"
 
     def _list_folder(self, root: str, after: list[str] | None) -> Iterator[Page]:

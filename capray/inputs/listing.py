@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from capray.config import CaptionConfig, SourceSettings
 from capray.errors import CaprayError, ConfigError, StorageUnavailable
-from capray.inputs.base import ContainerChanged, Page, Source, TarMembers
+from capray.inputs.base import ContainerChanged, LeftOut, Page, Source, TarMembers
 from capray.inputs.places import encode_places, places_schema
 from capray.storage import Location, Write, is_of_arrow, storage_errors
 
@@ -104,6 +104,8 @@ class Listing:
         self.changed: dict[_Key, float] = {}
         self.known_tars: set[_Key] = set()
         self.relisted: set[_Key] = set()
+        self._left_out: dict[_Key, dict[str, LeftOut]] = defaultdict(dict)
+        self._new_left_out: list[LeftOut] = []
         self.faults: dict[str, CaprayError] = {}
         self.remarks: list[str] = []
         self.num_rows = self.num_hidden = 0
@@ -178,7 +180,7 @@ class Listing:
             self._add_progress(each)
             if each["rows"]:
                 self._chunks.append(self.plan.join(name))
-            if each["rows"] or each["units"] or each["hidden"] or each["tars"]:
+            if each["rows"] or each["units"] or each["hidden"] or each["tars"] or each.get("left_out"):
                 self._adopted.append(name)
         if self._adopted:
             self.resumed_at = progress[0]["at"]
@@ -208,6 +210,9 @@ class Listing:
                 self._supersede(key, unit.since, progress["at"])
             self._units[key] = unit
         self.known_tars.update((number, container) for number, container in progress["tars"])
+        for values in progress.get("left_out", ()):
+            event = LeftOut(*values)
+            self._left_out[event.input, event.container][event.reason] = event
 
     def _compare(self) -> None:
         """Begin what the stored listing lacks, and again what is of another version by now; leave out what is gone."""
@@ -241,6 +246,7 @@ class Listing:
     def _supersede(self, key: _Key, since: int, at: float) -> None:
         self.superseded[key], self.changed[key] = since, at
         self.known_tars.discard(key)
+        self._left_out.pop(key, None)
 
     # What callers see.
 
@@ -321,8 +327,23 @@ class Listing:
             if held >= FIRST_CHUNK_ROWS or time.monotonic() - self._members_since > MAX_CHUNK_SECONDS:
                 self.flush()
 
+    def add_left_out(self, event: LeftOut) -> None:
+        """Take what of a tar was left out. It is stored with what is stored next."""
+        with self._storing:
+            self._left_out[event.input, event.container][event.reason] = event
+            self._new_left_out.append(event)
+
+    def count_left_out(self) -> dict[str, tuple[int, str]]:
+        """By the reason in LEFT_OUT how many files of tars were left out, and the name of one."""
+        counts: dict[str, tuple[int, str]] = {}
+        for events in self._left_out.values():
+            for reason, event in events.items():
+                number, _ = counts.get(reason, (0, ""))
+                counts[reason] = number + event.number, f"{event.container}#{event.example}"
+        return counts
+
     def flush(self) -> None:
-        """Store the members that are held."""
+        """Store the members that are held, and what was left out."""
         with self._storing:
             held = {(each.input, each.container): each for each in self._held_members}
             self._held_members = []
@@ -331,6 +352,8 @@ class Listing:
             if tars := events.keys() - self.known_tars:
                 self._publish("members", [self._members_of(events[key]) for key in sorted(tars)], tars=tars)
                 self.known_tars |= tars
+            elif self._new_left_out:
+                self._publish("members", [])
 
     def _members_of(self, event: TarMembers) -> pa.Table:
         same = {"kind": "member", "container": event.container, "version": event.version}
@@ -496,6 +519,7 @@ class Listing:
             "hidden": hidden,
             "units": [[*key, *astuple(self._units[key])] for key in sorted(units)],
             "tars": sorted(tars),
+            "left_out": [astuple(event) for event in self._new_left_out],
             "adopted": adopted,
             "closed": closed,
         }
@@ -507,6 +531,7 @@ class Listing:
         except BaseException as error:
             self._fail(error)
             raise
+        self._new_left_out = []
         with self._state:
             self._num_stored += 1
             self.num_rows += rows.num_rows

@@ -48,7 +48,8 @@ def _require(name: str, columns: list[str], where: str) -> None:
 
 
 class Parquet(Containers):
-    """Parquet files. Of those that hold images only the ids (and carried columns) are read to list them."""
+    """Parquet files. Of those that hold images only the ids (and carried columns) are read to list them. URIs may be
+    relative, as a Manifest's are."""
 
     kind = "parquet"
 
@@ -121,8 +122,7 @@ class Parquet(Containers):
         if not self._uri:
             columns["row"] = numbers
             return rows_of("row", columns, container=uri, version=version, row_group=group)
-        columns["uri"] = table[self._uri].cast(pa.string())
-        _refuse_web(columns["uri"], uri)
+        columns["uri"] = _resolved(table[self._uri].cast(pa.string()), uri)
         return rows_of("object", columns, container=uri, version=version)
 
 
@@ -202,6 +202,14 @@ def _refuse_web(uris: pa.ChunkedArray, where: str) -> None:
             f"{where!r} lists {web[0].as_py()!r}: http(s) URIs are not read; fetch them into tar shards or a bucket first "
             "(img2dataset)"
         )
+
+
+def _resolved(uris: pa.ChunkedArray, where: str) -> list[str | None]:
+    """The URIs that the table or manifest ``where`` names; those without a scheme that are no absolute paths are relative to
+    its folder."""
+    _refuse_web(uris, where)
+    folder = posixpath.dirname(where)
+    return [uri if uri is None or _ABSOLUTE.match(uri) else f"{folder}/{uri}" for uri in uris.to_pylist()]
 
 
 def _is_binary(column_type: pa.DataType) -> bool:
@@ -292,11 +300,7 @@ class Manifest(Containers):
         return pa.table(columns)
 
     def _resolved(self, rows: pa.Table, uri: str, version: str) -> pa.Table:
-        folder = posixpath.dirname(uri)
-        _refuse_web(rows["uri"], uri)
-        names = rows["uri"].to_pylist()
-        whole = [name if name is None or _ABSOLUTE.match(name) else f"{folder}/{name}" for name in names]
-        columns = {name: rows[name] for name in rows.column_names} | {"uri": whole}
+        columns = {name: rows[name] for name in rows.column_names} | {"uri": _resolved(rows["uri"], uri)}
         return rows_of("object", columns, container=uri, version=version)
 
 

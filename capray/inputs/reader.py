@@ -21,11 +21,11 @@ import pyarrow as pa
 from capray.config import ImageLimits
 from capray.errors import CaprayError, DataError, StorageError
 from capray.images import ImageError
-from capray.inputs.base import Changed, Event, Failed, Found, InputReading, Source, TarMembers, TarUnreadable
+from capray.inputs.base import Changed, Event, Failed, Found, InputReading, LeftOut, Source, TarMembers, TarUnreadable
 from capray.inputs.byte_reader import Patience, Stream, ignore, read_image, read_range
 from capray.inputs.parquet import opened_parquet
 from capray.inputs.places import MEMBERS, Row
-from capray.inputs.tars import HEADER_BYTES, content_in, images_of, member_in, opened
+from capray.inputs.tars import HEADER_BYTES, content_in, dots, images_of, member_in, opened
 from capray.inputs.versions import VersionChanged
 from capray.inputs.witnesses import witnesses
 from capray.storage import locate
@@ -59,7 +59,7 @@ class Reader:
     ) -> Iterator[FetchOutcome | Event]:
         """What is at each of ``rows``: every one gives a Found or a Failed, or its container a Changed, after which none of
         that container's rows gives anything. A ``tar`` gives them for each of its wanted images, and then its TarMembers or
-        a TarUnreadable.
+        a TarUnreadable. Of what else is in a tar that was read to its end a LeftOut tells.
 
         Args:
             skipped: the MD5 digests of the ids of images to leave out of tars.
@@ -214,30 +214,39 @@ class Reader:
             return Failed(row, ImageError("unreadable_storage", message))
         return Found(row, data)
 
-    def _named(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[FetchOutcome]:
+    def _named(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[FetchOutcome | Event]:
         """Members of which the name is known, in one reading of the tar. One under a name with another extension is taken
-        for it when none of those beside it has the very name."""
+        for it when none of those beside it has the very name. When all that the sidecar names are asked for, images that it
+        does not name are counted."""
         wanted: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
             wanted[_stem(row["member"])][row["member"]].append(row)
-        stream = _stream(rows[0], patience)
-        is_cut = False
-        with opened(rows[0]["container"], stream) as tar:
-            images = images_of(tar, self.limits.max_image_bytes)
+        stream, container, row_input = _stream(rows[0], patience), rows[0]["container"], rows[0]["input"]
+        stems, is_cut = set(wanted), False
+        counts = rows[0].get("row") == sum(map(len, wanted.values()))
+        others: list[str] = []
+        unnamed: list[str] = []
+        with opened(container, stream) as tar:
+            images = images_of(tar, self.limits.max_image_bytes, others.append)
             for stem, of_stem in groupby(images, lambda image: _stem(image[0].name)):
                 names, other = wanted.get(stem, {}), None
+                is_named = any(of in stems for of in _stems(f"{stem}."))
                 for member, data, whole in of_stem:
                     is_cut = is_cut or (not whole and member.size <= self.limits.max_image_bytes)
                     other = other or (member, data, whole)
+                    if not is_named and self.inputs[row_input].selection.has(f"{container}#{member.name}"):
+                        unnamed.append(member.name)
                     for row in names.pop(member.name, ()):
                         yield self._of_member(_as_member(row, member, stream.version), member, data, whole)
                 for row in (row for name in list(names) for row in names.pop(name)):
                     assert other is not None
                     yield self._of_member(_as_member(row, other[0], stream.version), *other)
                 wanted.pop(stem, None)
-                if not wanted:
+                if not wanted and not counts:
                     return
-        container = rows[0]["container"]
+        if counts:
+            yield from _left_out(rows[0], "unnamed", unnamed)
+        yield from _left_out(rows[0], "no_image", others)
         error = ImageError("missing", f"{container} has no such member", certain=True)
         if is_cut:
             error = ImageError("unreadable_storage", f"{container} ends before this member")
@@ -250,9 +259,10 @@ class Reader:
         uri, selection = tar_row["container"], self.inputs[tar_row["input"]].selection
         stream = _stream(tar_row, patience)
         members: list[Row] = []
+        others: list[str] = []
         seen: set[str] = set()
         with opened(uri, stream) as tar:
-            for member, data, whole in images_of(tar, self.limits.max_image_bytes):
+            for member, data, whole in images_of(tar, self.limits.max_image_bytes, others.append):
                 image_id = f"{uri}#{member.name}"
                 if not whole and member.size <= self.limits.max_image_bytes:
                     raise DataError(f"{uri!r} is cut off within {member.name}")
@@ -266,12 +276,23 @@ class Reader:
                 ):
                     yield self._of_member(row, member, data, whole)
                 seen.add(image_id)
+        yield from _left_out(tar_row, "no_image", [name for name in others if selection.has(f"{uri}#{name}")])
         yield TarMembers(tar_row["input"], uri, stream.version, pa.Table.from_pylist(members, MEMBERS))
 
 
 def _stem(member: str) -> str:
     """A member's name without its extension."""
     return posixpath.splitext(member)[0]
+
+
+def _left_out(row: Row, reason: str, names: list[str]) -> Iterator[Event]:
+    if names:
+        yield LeftOut(row["input"], row["container"], reason, len(names), names[0])
+
+
+def _stems(member: str) -> Iterator[str]:
+    """A member's name before each of the dots in it."""
+    return (member[:dot] for dot in dots(member))
 
 
 def _with_witness(outcome: FetchOutcome, patience: Patience) -> FetchOutcome:

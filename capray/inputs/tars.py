@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import tarfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from capray.config import SourceSettings
 from capray.errors import DataError
+from capray.images import ENDINGS, begins_like_image
 from capray.inputs.base import Containers, reading_errors, rows_of
 from capray.inputs.byte_reader import CHUNK_BYTES, Stream
 from capray.inputs.parquet import _choose, _require, _struct, first_schema, opened_parquet
@@ -30,9 +31,11 @@ _MAX_PADDING = 2**16
 """Zeros behind the last member: two blocks, up to the end of a record of 10 KiB, or of one of up to 128 blocks."""
 _PEEK_BYTES = 4096
 _OPTIONS: Any = {"mode": "r:", "encoding": "utf-8", "errors": "backslashreplace"}
-_SUFFIXES = frozenset(("jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "heic"))
-_SIGNS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\x00", b"MM\x00*")
-_BRANDS = (b"ftypavif", b"ftypheic", b"ftypmif1")
+_BESIDE = re.compile(
+    "jsonl?|te?xt|csv|tsv|xml|html|md|ya?ml|url|captions?|transcript|cls2?|class|count|index|inx|id|np[yz]|pth?|pyd|pkl|pickle|"
+    "ten|tb|mp|msg|msgpack|cbor|parquet"
+)
+"""Endings of what WebDataset and its like lay beside an image, or tell of all."""
 
 
 class Tars(Containers):
@@ -109,7 +112,9 @@ class Tars(Containers):
         columns: dict[str, Any] = {"image_id": ids, "uri": uris, "member": members}
         if self.keep:
             columns["source"] = _struct(table, self.keep, self._source_type)
-        return rows_of("name", columns, container=uri, version=version), f"{version}+{stream.version}"
+        rows = self.selection.filter(rows_of("name", columns, container=uri, version=version))
+        number = pa.repeat(pa.scalar(len(rows["member"].unique()), pa.int32()), rows.num_rows)
+        return rows.append_column("row", number), f"{version}+{stream.version}"
 
 
 def _first_suffix(uri: str, keys: set[str]) -> tuple[str, str]:
@@ -118,13 +123,17 @@ def _first_suffix(uri: str, keys: set[str]) -> tuple[str, str]:
     stream = Stream(uri)
     with opened(uri, stream, _PEEK_BYTES) as tar:
         for member in tar:
-            suffix = next((member.name[dot + 1 :] for dot in _dots(member.name) if member.name[:dot] in keys), "")
-            if suffix.rpartition(".")[2].lower() in _SUFFIXES:
+            suffix = next((member.name[dot + 1 :] for dot in dots(member.name) if member.name[:dot] in keys), "")
+            if _ending(suffix) in ENDINGS:
                 return suffix, stream.version
     return "jpg", stream.version
 
 
-def _dots(member: str) -> Iterator[int]:
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def dots(member: str) -> Iterator[int]:
     """Where the dots in a member's name are, that behind the longest key first."""
     dot = len(member)
     while (dot := member.rfind(".", member.rfind("/") + 1, dot)) >= 0:
@@ -166,27 +175,32 @@ def content_in(data: bytes) -> bytes:
     return b""
 
 
-def images_of(tar: tarfile.TarFile, max_bytes: int) -> Iterator[tuple[tarfile.TarInfo, bytes, bool]]:
+def images_of(
+    tar: tarfile.TarFile, max_bytes: int, leave_out: Callable[[str], None] = lambda name: None
+) -> Iterator[tuple[tarfile.TarInfo, bytes, bool]]:
     """The images of a tar in its order, each with its bytes and whether these are whole; of one above ``max_bytes`` no
     more than its beginning is read.
 
     An image is a regular file whose name ends like an image's or whose content begins like one; a link of such a name
-    stands for one without bytes.
+    stands for one without bytes. ``leave_out`` is called with the names of other files, but for those that are to lie beside
+    images by their ending.
     """
     for member in tar:
         if member.islnk() or member.issym():
-            if member.name.rpartition(".")[2].lower() in _SUFFIXES:
+            if _ending(member.name) in ENDINGS:
                 yield member, b"", True
             continue
         if not member.isreg():
             continue
         file = tar.extractfile(member)
         assert file is not None
-        named = member.name.rpartition(".")[2].lower() in _SUFFIXES
+        named = _ending(member.name) in ENDINGS
         data = b""
         with suppress(tarfile.ReadError):
             data = file.read(64)
-            if not named and not _looks_like_image(data):
+            if not named and not begins_like_image(data):
+                if not _BESIDE.fullmatch(_ending(member.name)):
+                    leave_out(member.name)
                 continue
             if member.size <= max_bytes:
                 data += file.read()
@@ -218,7 +232,3 @@ def members_of(uri: str) -> list[str]:
     """The image ids of the tar at ``uri``; raises what ``Source.pages`` raises."""
     with reading_errors(uri), opened(uri) as tar:
         return [f"{uri}#{member.name}" for member, _, _ in images_of(tar, max_bytes=0)]
-
-
-def _looks_like_image(head: bytes) -> bool:
-    return head.startswith(_SIGNS) or head[8:12] == b"WEBP" or head[4:12] in _BRANDS

@@ -1,0 +1,65 @@
+"""Which version of each table, tar and manifest the runs on an output have read: what has failed is attempted again when its
+container is another one since, whatever clocks and file times say.
+
+Each run adds one file, ``_capray/versions/<number>-<run id>.parquet``, of the containers that are new or changed since the
+files before it. Knows nothing of images and failures.
+"""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capray.errors import StorageError
+from capray.inputs import Source
+from capray.output import Output
+from capray.storage import Location, Write, list_names, read_bytes
+from capray.tables import encode_parquet
+
+_NUM_READERS = 16
+_FILE = re.compile(r"(\d{6})-(.+)\.parquet")
+_SCHEMA = pa.schema([pa.field("container", pa.string()), pa.field("version", pa.string())])
+
+
+class ContainerVersions:
+    """The versions of the containers of ``sources``, as they are and as earlier runs have read them.
+
+    Attributes:
+        runs: the number of each run that is known; of two the later has the higher one.
+        same_since: by a container's URI the number of the run since which it is as it is now.
+    """
+
+    def __init__(self, output: Output, sources: list[Source]):
+        self.folder = output.private.join("versions")
+        self._now = {uri: version for source in sources for uri, version in source.versions().items()}
+        names = [match for name in list_names(self.folder, ".parquet") if (match := _FILE.fullmatch(name))]
+        self.runs = {match[2]: int(match[1]) for match in names}
+        self._next = 1 + max(self.runs.values(), default=0)
+        self.same_since = dict.fromkeys(self._now, self._next)
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            tables = pool.map(_read, (self.folder.join(match[0]) for match in names))
+            for match, table in zip(names, tables, strict=True):
+                for uri, version in zip(table["container"].to_pylist(), table["version"].to_pylist(), strict=True):
+                    if uri in self._now:
+                        self.same_since[uri] = int(match[1]) if version == self._now[uri] else self._next
+
+    def record(self, run_id: str, write: Write) -> None:
+        """Add this run's file, if there are containers."""
+        if not self._now:
+            return
+        new = [uri for uri, since in self.same_since.items() if since == self._next]
+        table = pa.table([new, [self._now[uri] for uri in new]], schema=_SCHEMA)
+        write(self.folder.join(f"{self._next:06d}-{run_id}.parquet"), encode_parquet(table))
+        self.runs[run_id] = self._next
+
+
+def _read(file: Location) -> pa.Table:
+    try:
+        return pq.read_table(pa.BufferReader(read_bytes(file)))
+    except pa.ArrowException as error:
+        raise StorageError(
+            f"{file.uri!r} is damaged ({error}): delete it; what has failed may be tried again"
+        ) from error
