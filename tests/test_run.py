@@ -657,6 +657,77 @@ class TestSecondLooks:
         assert job.kinds() == ["unreadable_storage", "truncated"]
 
 
+class TestMountsBelowTheInput:
+    """A file of one mount says nothing of another: images of one that is away are waited for, and never ``missing``."""
+
+    @pytest.fixture
+    def disk(self, job) -> Path:
+        """A disk that is linked into the input, beside images of the input's own."""
+        write_photos(job.input / "a", 8)
+        disk = job.input.with_name("disk")
+        write_photos(disk, 8, seed=1)
+        (job.input / "b").symlink_to(disk)
+        return disk
+
+    @contextmanager
+    def away(self, disk: Path, is_empty: bool):
+        aside = disk.with_name("aside")
+        disk.rename(aside)
+        if is_empty:
+            disk.mkdir()
+        yield
+        if is_empty:
+            disk.rmdir()
+        aside.rename(disk)
+
+    @pytest.mark.parametrize("is_empty", [True, False])
+    def test_away_when_a_run_goes_on(self, job, disk, is_empty):
+        job.run(limit=4)
+        with (
+            self.away(disk, is_empty),
+            pytest.raises(TryAgain, match=r"/b is empty, and|/b links to what is not there.*same command again"),
+        ):
+            job.run(patience_seconds=0.3)
+        summary = job.run()
+        assert (summary.captioned_before + summary.captions, summary.current_failures) == (16, {})
+        assert "missing" not in job.kinds()
+
+    def test_one_that_was_never_there(self, job):
+        paths = [*write_photos(job.input / "a", 4), *write_photos(job.input / "b", 4, seed=1)]
+        manifest = job.input.with_name("list.txt")
+        manifest.write_text("".join(f"{path}\n" for path in paths))
+        with self.away(job.input / "b", True), pytest.raises(TryAgain, match="in/b is empty, and"):
+            job.run(input=str(manifest), patience_seconds=0.3)
+        assert "missing" not in job.kinds()
+        assert job.run(input=str(manifest)).current_failures == {}
+        check_exactly_once(str(job.output), digests(str(job.input)))
+
+    def test_away_in_the_midst_of_a_run(self, job):
+        write_photos(job.input / "a", 8)
+        mounted = job.input / "b"
+        mounted.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mounted], capture_output=True).returncode:
+            pytest.skip("needs the right to mount a file system")
+        write_photos(mounted, 16, seed=1)
+
+        def leave() -> None:
+            subprocess.run(["umount", "-l", mounted], check=True)
+            (mounted / "NOT-MOUNTED").touch()  # What lies in the mountpoint is on another device.
+
+        with pytest.raises(TryAgain, match=r"in/b is on another device than before"):
+            job.run(at_block(3, leave), patience_seconds=0.3)
+        assert "missing" not in job.kinds()
+
+    def test_an_image_or_a_folder_that_was_deleted_is_missing(self, job):
+        paths = [path for name in "abc" for path in write_photos(job.input / name, 4, seed=ord(name))]
+        job.run(limit=2)
+        os.unlink(paths[3])
+        shutil.rmtree(job.input / "b")
+        (job.input / "c" / "more").mkdir()
+        assert job.run().current_failures == {"missing": 5}
+        assert job.kinds().count("missing") == 5
+
+
 class TestBreaker:
     """Images that could be read all of a sudden cannot."""
 
