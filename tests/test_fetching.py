@@ -177,16 +177,16 @@ class TestLooks:
         (look,) = fetcher.look(places([{"image_id": "1", **row}]).to_pylist())
         return look
 
-    def test_a_file_is_missing_only_where_another_can_be_opened(self, tmp_path, fetcher):
+    def test_a_file_is_missing_only_where_its_file_system_is_there(self, tmp_path, fetcher):
         (path,) = write_photos(tmp_path, 1)
-        gone = {"uri": str(tmp_path / "gone.jpg")}
+        gone = {"uri": str(tmp_path / "nowhere" / "gone.jpg")}
         assert self.look(fetcher, **gone) == Look(
             "1", "missing", f"{gone['uri']}: No such file or directory", certain=False
         )
-        reading = replace(fetcher.reader.inputs[0], witnesses=(path,))
+        reading = replace(fetcher.reader.inputs[0], selection=Selection(f"{tmp_path}/"), witnesses=(path,))
         fetcher = replace(fetcher, reader=replace(fetcher.reader, inputs=(reading,)))
         assert self.look(fetcher, **gone).certain
-        os.unlink(path)
+        Path(path).rename(tmp_path / "other.jpg")
         with pytest.raises(TryAgain, match="cannot be opened"):
             self.look(fetcher, **gone)
 

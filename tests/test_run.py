@@ -201,6 +201,20 @@ class TestManifestsOfSeveralFolders:
         assert self.run(job, lists).captions == 6
         assert {"photo-0001.jpg", "other-1.jpg"} <= {row["image_id"] for row in read_parts(str(job.output), "captions")}
 
+    def test_one_after_the_other_are_told_apart_by_their_uris(self, job, lists):
+        first, second = (self.run(job, [each]) for each in lists)
+        assert (first.elsewhere, second.captions, second.elsewhere) == (0, 0, 3)
+        where = [str(each.with_name("photo-0000.jpg")) for each in lists]
+        assert second.first_elsewhere == ("photo-0000.jpg", *where)
+        assert (
+            f"3 captions under these ids are of images at other URIs, first: photo-0000.jpg is of {where[0]}, not"
+            in (second.text())
+        )
+        for each, number in zip(lists, (0, 3), strict=True):
+            result = verify(VerifyConfig(output=str(job.output), against=(str(each),)))
+            assert (result.counts["ids_elsewhere"], result.problems) == (number, [])
+            assert bool(number) == any("images at other URIs" in note for note in result.notes)
+
     def test_may_repeat_what_is_the_same_file(self, job, lists):
         whole = lists[1].parent / "photo-0000.jpg"
         beside = lists[0].with_name("again.csv")
@@ -851,6 +865,77 @@ class TestSecondLooks:
         assert job.kinds() == ["unreadable_storage", "truncated"]
 
 
+class TestMountsBelowTheInput:
+    """A file of one mount says nothing of another: images of one that is away are waited for, and never ``missing``."""
+
+    @pytest.fixture
+    def disk(self, job) -> Path:
+        """A disk that is linked into the input, beside images of the input's own."""
+        write_photos(job.input / "a", 8)
+        disk = job.input.with_name("disk")
+        write_photos(disk, 8, seed=1)
+        (job.input / "b").symlink_to(disk)
+        return disk
+
+    @contextmanager
+    def away(self, disk: Path, is_empty: bool):
+        aside = disk.with_name("aside")
+        disk.rename(aside)
+        if is_empty:
+            disk.mkdir()
+        yield
+        if is_empty:
+            disk.rmdir()
+        aside.rename(disk)
+
+    @pytest.mark.parametrize("is_empty", [True, False])
+    def test_away_when_a_run_goes_on(self, job, disk, is_empty):
+        job.run(limit=4)
+        with (
+            self.away(disk, is_empty),
+            pytest.raises(TryAgain, match=r"/b is empty, and|/b links to what is not there.*same command again"),
+        ):
+            job.run(patience_seconds=0.3)
+        summary = job.run()
+        assert (summary.captioned_before + summary.captions, summary.current_failures) == (16, {})
+        assert "missing" not in job.kinds()
+
+    def test_one_that_was_never_there(self, job):
+        paths = [*write_photos(job.input / "a", 4), *write_photos(job.input / "b", 4, seed=1)]
+        manifest = job.input.with_name("list.txt")
+        manifest.write_text("".join(f"{path}\n" for path in paths))
+        with self.away(job.input / "b", True), pytest.raises(TryAgain, match="in/b is empty, and"):
+            job.run(input=str(manifest), patience_seconds=0.3)
+        assert "missing" not in job.kinds()
+        assert job.run(input=str(manifest)).current_failures == {}
+        check_exactly_once(str(job.output), digests(str(job.input)))
+
+    def test_away_in_the_midst_of_a_run(self, job):
+        write_photos(job.input / "a", 8)
+        mounted = job.input / "b"
+        mounted.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mounted], capture_output=True).returncode:
+            pytest.skip("needs the right to mount a file system")
+        write_photos(mounted, 16, seed=1)
+
+        def leave() -> None:
+            subprocess.run(["umount", "-l", mounted], check=True)
+            (mounted / "NOT-MOUNTED").touch()  # What lies in the mountpoint is on another device.
+
+        with pytest.raises(TryAgain, match=r"in/b is on another device than before"):
+            job.run(at_block(3, leave), patience_seconds=0.3)
+        assert "missing" not in job.kinds()
+
+    def test_an_image_or_a_folder_that_was_deleted_is_missing(self, job):
+        paths = [path for name in "abc" for path in write_photos(job.input / name, 4, seed=ord(name))]
+        job.run(limit=2)
+        os.unlink(paths[3])
+        shutil.rmtree(job.input / "b")
+        (job.input / "c" / "more").mkdir()
+        assert job.run().current_failures == {"missing": 5}
+        assert job.kinds().count("missing") == 5
+
+
 class TestBreaker:
     """Images that could be read all of a sudden cannot."""
 
@@ -999,6 +1084,29 @@ class TestWhatChanges:
         assert run() == (0, 0, 1)
         write(whole=True)
         assert run() == (1, 0, 0)
+
+    @pytest.mark.parametrize("times", [1, 9])
+    def test_a_list_that_is_rewritten_while_its_images_are_read(self, job, times):
+        """Its ids are of other images now, and one is new."""
+        paths = write_photos(job.input, 9)
+        table, versions = job.input.with_name("list.csv"), iter(range(times))
+
+        def write(names: list[str]) -> None:
+            table.write_text("image_id,path\n" + "".join(f"{i},{name}\n" for i, name in enumerate(names)))
+
+        def rewrite(number: int) -> None:
+            if next(versions, None) is not None:
+                write([*paths[:8][::-1], paths[8], *paths[: number + 1]])
+
+        write(paths[:8])
+        executor = LocalExecutor(before_unit=rewrite)
+        if times > 1:
+            with pytest.raises(TryAgain, match="changes again and again"):
+                job.run(executor, input=str(table))
+            return
+        summary = job.run(executor, input=str(table))
+        assert (summary.images, summary.captions, summary.elsewhere) == (10, 10, 8)
+        assert summary.first_elsewhere == ("0", paths[0], paths[7])
 
     def test_what_changes_again_and_again_is_a_fault_of_this_run(self, job):
         self.table(job, seed=0)

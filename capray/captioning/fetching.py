@@ -214,7 +214,7 @@ def _as_json(place: Row) -> str:
 
 
 def _is_proof(kind: str, place: Row) -> bool:
-    """Whether a failure seen once more is final. A missing file is only where another file of the input could be opened."""
+    """Whether a failure seen once more is final. A missing file is only where its file system was proved to be there."""
     if kind not in UNCERTAIN:
         return False
     return kind != "missing" or "witness" in place or not locate(place["uri"]).is_local

@@ -80,11 +80,13 @@ class Patience:
     """How long to wait for a fault that may pass, and whom to notify.
 
     Attributes:
-        witnesses: files that were there when the input was opened.
+        witnesses: files that were there when the input was opened, or folders.
+        root: the input, a folder that ends in "/".
     """
 
     seconds: float = 0.0
     witnesses: tuple[str, ...] = ()
+    root: str = ""
     notify: Callable[[str], None] = ignore
 
 
@@ -235,8 +237,10 @@ def _fetch(uri: str, start: int, end: int, version: str | None, patience: Patien
                     has_confirmed = True
                     continue
                 if place.is_local and (failure.kind == "unreadable_storage" or not failure.certain):
-                    has_waited = witnesses.wait_for(place.path, patience.witnesses, patience.seconds, patience.notify)
-                    # That a witness opens says nothing of the moment before it did: what is missing is looked for again.
+                    has_waited = witnesses.wait_for(
+                        place.path, patience.witnesses, patience.root, patience.seconds, patience.notify
+                    )
+                    # That it is there says nothing of the moment before: what is missing is looked for again.
                     if has_waited or (failure.kind == "missing" and not has_confirmed):
                         has_confirmed = True
                         continue

@@ -71,16 +71,17 @@ class Reader:
         """
         for (kind, *_), group in groupby(rows, _place_key):
             among = list(group)
-            patience = Patience(self.patience_seconds, self._witnesses(among[0]), notify)
+            patience = self._patience(among[0], notify)
             if kind == "object":
                 for outcome in self._ahead(among, lambda row, patience=patience: self._object(row, patience)):
                     yield _with_witness(outcome, patience)
             else:
                 yield from self._of_container(kind, among, skipped, patience)
 
-    def _witnesses(self, row: Row) -> tuple[str, ...]:
-        carried = row.get("witness")
-        return ((carried,) if carried else ()) + self.inputs[row["input"]].witnesses
+    def _patience(self, row: Row, notify: Callable[[str], None]) -> Patience:
+        carried, reading = row.get("witness"), self.inputs[row["input"]]
+        known = ((carried,) if carried else ()) + reading.witnesses
+        return Patience(self.patience_seconds, known, reading.selection.root, notify)
 
     def _ahead(self, rows: list[Row], read: Callable[[Row], FetchOutcome]) -> Iterator[FetchOutcome]:
         """Prefetches at most ``concurrency`` images."""
@@ -296,14 +297,17 @@ def _stems(member: str) -> Iterator[str]:
 
 
 def _with_witness(outcome: FetchOutcome, patience: Patience) -> FetchOutcome:
-    """``outcome``; of a file that is missing with the ``witness`` in its row which could be opened all the same: whoever
-    looks again has to open it too."""
+    """``outcome``; of a file that is missing with what proves that its file system is there as ``witness`` in its row:
+    whoever looks again has to find that too. Without one where nothing proves it now."""
     if isinstance(outcome, Found) or outcome.error.kind != "missing" or outcome.error.certain:
         return outcome
     place = locate(outcome.row["uri"])
-    if place.is_local and (witness := witnesses.opening(place.path, patience.witnesses)):
-        return Failed(outcome.row | {"witness": witness}, outcome.error)
-    return outcome
+    if not place.is_local:
+        return outcome
+    row = {name: value for name, value in outcome.row.items() if name != "witness"}
+    if witness := witnesses.of(place.path, patience.witnesses, patience.root):
+        row["witness"] = witness
+    return Failed(row, outcome.error)
 
 
 def _place_key(row: Row) -> tuple:

@@ -1,16 +1,19 @@
-"""Telling a file that is gone from a file system that is away: files that were read before must still open.
+"""Telling a file that is gone from a file system that is away.
 
-The root of a mount is no witness, since an empty mountpoint answers too.
+An empty mountpoint answers too, and a file of one mount says nothing of another. So a file is gone when the nearest folder
+left of its path holds something, is on the device it was on, and files that were read there still open. A folder that is
+empty, or a link to nowhere, is what a mount leaves behind.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
 
 from capray.deadlines import within
 from capray.errors import TryAgain
@@ -20,68 +23,146 @@ OPEN_SECONDS = 10.0
 POLL_SECONDS = 5.0
 NOTICE_SECONDS = 60.0
 _MAX_FOLDERS = 10_000
-_PER_DEVICE = 8
+_NUM_ASKED = 8
 
 
 @dataclass
-class _Device:
-    """Files read on a device: the last, and the first of each of the last folders."""
+class _Folder:
+    """A folder files were read in: its device, and the last of the files with its own, which differs behind a link."""
 
-    last: str
-    firsts: deque[str] = field(default_factory=lambda: deque(maxlen=_PER_DEVICE))
+    device: int
+    file: str
+    file_device: int
+
+
+@dataclass(frozen=True)
+class _View:
+    """What is left of a path: why its file system seems away, or else the ``witness`` that it is not; neither when nothing
+    tells."""
+
+    away: str = ""
+    way_out: str = ""
+    witness: str | None = None
 
 
 class Witnesses:
-    """The files this process has read, by the device they lie on."""
+    """The folders this process has read files in."""
 
     def __init__(self) -> None:
-        self._devices: dict[int, _Device] = {}
-        self._folders: dict[str, int] = {}
+        self._folders: dict[str, _Folder] = {}
         self._lock, self._waiting = threading.Lock(), threading.Lock()
 
     def saw(self, path: str, device: int) -> None:
         """``path`` was read, on ``device``."""
+        folder = os.path.dirname(path)
         with self._lock:
-            known = self._devices.setdefault(device, _Device(path))
-            known.last = path
-            if os.path.dirname(path) in self._folders:
+            known = self._folders.get(folder)
+            if known is not None and known.file_device == device:
+                known.file = path
                 return
-            known.firsts.append(path)
-            if len(self._folders) > _MAX_FOLDERS:
-                self._folders.clear()
-            for folder in _folders_above(path):
-                self._folders.setdefault(folder, device)
-
-    def of(self, path: str) -> list[str]:
-        """Files on the device that ``path`` is most likely on: that of the nearest folder below which any were read."""
+        try:
+            new = _Folder(os.stat(folder).st_dev, path, device)
+        except OSError:
+            return
         with self._lock:
-            for folder in _folders_above(path):
-                if (device := self._folders.get(folder)) is not None:
-                    known = self._devices[device]
-                    return [known.last, *known.firsts]
-        return []
+            if len(self._folders) >= _MAX_FOLDERS:
+                self._folders.clear()
+            self._folders[folder] = new
 
-    def opening(self, path: str, given: Iterable[str] = ()) -> str | None:
-        """A witness for ``path`` that opens now, of this process' or of those ``given``."""
-        return next(filter(opens, dict.fromkeys((*self.of(path), *given))), None)
+    def of(self, path: str, given: Iterable[str] = (), root: str = "") -> str | None:
+        """What proves that the file system of ``path`` is there: a file or folder. See ``wait_for``."""
+        return self._view(path, given, root).witness
 
-    def wait_for(self, path: str, given: tuple[str, ...], seconds: float, notify: Callable[[str], None]) -> bool:
-        """Wait until a witness for ``path`` opens; whether that took time. False too when there is none.
+    def wait_for(
+        self, path: str, given: tuple[str, ...], root: str, seconds: float, notify: Callable[[str], None]
+    ) -> bool:
+        """Wait while the file system of ``path`` seems away; whether that took time.
+
+        Args:
+            given: files and folders that were there before; one of them, or of those this process has read, has to be.
+            root: the input ``path`` was found in, a folder that ends in "/"; one that is gone from below it was deleted.
 
         Raises:
-            TryAgain: none opened for ``seconds``.
+            TryAgain: it was away for ``seconds``.
         """
-        names = (*self.of(path), *given)
-        if not names or self.opening(path, given):
+        view = self._view(path, given, root)
+        if not view.away:
             return False
-        what = f"{names[0]}, which was there before, cannot be opened: its mount or disk is away"
-        way_out = (
-            f"and has been for {seconds:g} s: mount it on every node (or put the file back) and run the same command "
-            "again"
-        )
+        way_out = f"and has been for {seconds:g} s: {view.way_out} and run the same command again"
         with self._waiting:  # One asks; the others find out when it has.
-            wait_until(lambda: self.opening(path, given) is not None, what, way_out, seconds, notify)
+            wait_until(lambda: not self._view(path, given, root).away, view.away, way_out, seconds, notify)
         return True
+
+    def _view(self, path: str, given: Iterable[str], root: str) -> _View:
+        mount = "mount it on every node"
+        try:
+            left = within(OPEN_SECONDS, lambda: _left_of(path))
+        except OSError as error:
+            return _View(f"{os.path.dirname(path)} does not answer ({error})", mount)
+        if left.is_link:
+            return _View(
+                f"{left.folder} links to what is not there: a mount or disk is away", f"{mount} (or remove the link)"
+            )
+        if left.is_empty:
+            why = f"{left.folder} is empty, and {path} was to be below it: its mount or disk is away"
+            return _View(why, f"{mount} (or remove the folder, if its images were deleted)")
+        inside = left.folder.rstrip("/") + "/"
+        with self._lock:
+            own = self._folders.get(left.folder)
+            below = {name: each for name, each in self._folders.items() if f"{name}/".startswith(inside)}
+        same = [each.file for each in below.values() if each.device == left.device]
+        if own is not None and own.device != left.device and not opens(own.file):
+            return _View(f"{left.folder} is on another device than before: its mount is away", mount)
+        opening = next(filter(opens, islice(reversed(same), _NUM_ASKED)), None)
+        if (first := next(iter((*same, *given)), None)) and opening is None and not any(map(opens, given)):
+            why = f"{first}, which was there before, cannot be opened: its mount or disk is away"
+            return _View(why, f"{mount} (or put the file back)")
+        is_near = left.is_parent or (len(root) > 1 and inside.startswith(root)) or (same and inside != "/")
+        return _View(witness=opening or left.folder if is_near and (same or left.is_readable) else None)
+
+
+@dataclass(frozen=True)
+class _Left:
+    """The nearest folder that is left of a path: ``is_parent``, the file's own; ``is_link``, one to nowhere instead."""
+
+    folder: str
+    device: int = 0
+    is_parent: bool = False
+    is_link: bool = False
+    is_empty: bool = False
+    is_readable: bool = True
+
+
+def _left_of(path: str) -> _Left:
+    """What is left of ``path``, or of what it links to."""
+    path = os.path.realpath(path) if os.path.islink(path) else path
+    folder = os.path.dirname(path)
+    while not _is_there(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        if os.path.islink(folder) and not os.path.exists(folder):
+            return _Left(folder, is_link=True)
+        folder = os.path.dirname(folder)
+    device, is_parent = os.stat(folder).st_dev, folder == os.path.dirname(path)
+    try:
+        return _Left(folder, device, is_parent, is_empty=_is_empty(folder))
+    except PermissionError:
+        return _Left(folder, device, is_parent, is_readable=False)
+
+
+def _is_there(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise
+        return False
+    return True
+
+
+def _is_empty(folder: str) -> bool:
+    with os.scandir(folder) as entries:
+        return next(entries, None) is None
 
 
 def wait_until(
@@ -104,22 +185,19 @@ def wait_until(
     return has_waited
 
 
-def _folders_above(path: str) -> Iterator[str]:
-    """From the nearest on; the root of all tells nothing."""
-    while (folder := os.path.dirname(path)) not in (path, os.path.dirname(folder)):
-        yield folder
-        path = folder
-
-
 def opens(path: str) -> bool:
-    """Whether the file at ``path`` can be read, in time."""
+    """Whether the file at ``path`` can be read, or the folder there holds something, in time."""
 
     def read() -> None:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            os.read(handle, 1)
-        finally:
-            os.close(handle)
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                os.read(handle, 1)
+            finally:
+                os.close(handle)
+        except IsADirectoryError:
+            if _is_empty(path):
+                raise
 
     try:
         within(OPEN_SECONDS, read)
