@@ -140,7 +140,8 @@ class Plan:
             )""")
         if not number:
             return 0, None
-        return number, (first["image_id"], first["uri"], *self._values_at("uri", [first["position"]]))
+        (now,) = self._values_at("uri", [first["position"]])
+        return number, (first["image_id"], first["uri"], now)
 
     def unaccounted(self, limit: int = 10) -> tuple[int, list[str]]:
         """How many wanted ids have neither a caption nor a failure, and the first few of them."""
