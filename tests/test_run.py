@@ -185,6 +185,20 @@ class TestManifestsOfSeveralFolders:
         assert self.run(job, lists).captions == 6
         assert {"photo-0001.jpg", "other-1.jpg"} <= {row["image_id"] for row in read_parts(str(job.output), "captions")}
 
+    def test_one_after_the_other_are_told_apart_by_their_uris(self, job, lists):
+        first, second = (self.run(job, [each]) for each in lists)
+        assert (first.elsewhere, second.captions, second.elsewhere) == (0, 0, 3)
+        where = [str(each.with_name("photo-0000.jpg")) for each in lists]
+        assert second.first_elsewhere == ("photo-0000.jpg", *where)
+        assert (
+            f"3 captions under these ids are of images at other URIs, first: photo-0000.jpg is of {where[0]}, not"
+            in (second.text())
+        )
+        for each, number in zip(lists, (0, 3), strict=True):
+            result = verify(VerifyConfig(output=str(job.output), against=(str(each),)))
+            assert (result.counts["ids_elsewhere"], result.problems) == (number, [])
+            assert bool(number) == any("images at other URIs" in note for note in result.notes)
+
     def test_may_repeat_what_is_the_same_file(self, job, lists):
         whole = lists[1].parent / "photo-0000.jpg"
         beside = lists[0].with_name("again.csv")
@@ -876,6 +890,29 @@ class TestWhatChanges:
         assert run() == (0, 0, 1)
         write(whole=True)
         assert run() == (1, 0, 0)
+
+    @pytest.mark.parametrize("times", [1, 9])
+    def test_a_list_that_is_rewritten_while_its_images_are_read(self, job, times):
+        """Its ids are of other images now, and one is new."""
+        paths = write_photos(job.input, 9)
+        table, versions = job.input.with_name("list.csv"), iter(range(times))
+
+        def write(names: list[str]) -> None:
+            table.write_text("image_id,path\n" + "".join(f"{i},{name}\n" for i, name in enumerate(names)))
+
+        def rewrite(number: int) -> None:
+            if next(versions, None) is not None:
+                write([*paths[:8][::-1], paths[8], *paths[: number + 1]])
+
+        write(paths[:8])
+        executor = LocalExecutor(before_unit=rewrite)
+        if times > 1:
+            with pytest.raises(TryAgain, match="changes again and again"):
+                job.run(executor, input=str(table))
+            return
+        summary = job.run(executor, input=str(table))
+        assert (summary.images, summary.captions, summary.elsewhere) == (10, 10, 8)
+        assert summary.first_elsewhere == ("0", paths[0], paths[7])
 
     def test_what_changes_again_and_again_is_a_fault_of_this_run(self, job):
         self.table(job, seed=0)

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from capray.captioning.settled import ID, TAR, Settled, insert
 from capray.captioning.units import UnitFiles, Work
 from capray.errors import ConfigError, StorageError
+from capray.inputs.base import names_uris
 from capray.inputs.listing import ALL_ROWS, Listing
 from capray.output import Output, duckdb_errors, first_row, parquet_files
 from capray.storage import Location, Write, read_bytes
@@ -33,11 +34,18 @@ CHUNKS_AT_ONCE = 10
 @dataclass(frozen=True)
 class Wanted:
     """How many images are wanted, how many further rows of the inputs repeat one, and how many captions are of tables or
-    shards that have changed since."""
+    shards that have changed since.
+
+    Attributes:
+        elsewhere: captions under these ids that are of images at other URIs than are listed.
+        first_elsewhere: the id of the first, where its image was, and where it is listed now.
+    """
 
     images: int
     duplicates: int
     kept: int
+    elsewhere: int = 0
+    first_elsewhere: tuple[str, str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,10 @@ class Plan:
     """The plan of one run on ``output``: what is listed, less what is settled.
 
     In the connection of ``settled`` it keeps what was taken in of the listing: ``listed`` (position, id, container, is_tar,
-    folder), containers by number, and where there are manifests in several folders that of each id which is a path below it;
-    ``containers`` (number, since, is_read, changed_at, name, written_at), those whose rows before a position do not count,
-    tars whose members are known, when they changed, and those written since the first failure; and ``counted``, the rows of
-    ``listed`` that count.
+    folder, uri): containers by number, of manifests in several folders that of each id which is a path below it, and where
+    ids need not be URIs the hash of the URI; ``containers`` (number, since, is_read, changed_at, name, written_at), those
+    whose rows before a position do not count, tars whose members are known, when they changed, and those written since the
+    first failure; and ``counted``, the rows of ``listed`` that count.
     """
 
     def __init__(self, output: Output, run_id: str, listing: Listing, settled: Settled, write: Write):
@@ -67,6 +75,7 @@ class Plan:
         lists = [uri for source in listing.sources if source.kind == "manifest" for uri in source.units()]
         folders = sorted({posixpath.dirname(uri) for uri in lists})
         self._folders = folders if len(folders) > 1 else []
+        self._has_uris = any(names_uris(source) for source in listing.sources)
         self._modified = {
             (number, uri): at for number, source in enumerate(listing.sources) for uri, at in source.modified().items()
         }
@@ -92,7 +101,7 @@ class Plan:
                         SELECT count(*) AS number FROM counted WHERE NOT is_tar AND {condition} GROUP BY id
                     )""")
                 rows, images = rows + number, images + different
-            return Wanted(images, rows - images, self._count_kept())
+            return Wanted(images, rows - images, self._count_kept(), *self._elsewhere())
 
     def _count_kept(self) -> int:
         """The captions that are older than the last change of the container that lists their image."""
@@ -107,6 +116,23 @@ class Plan:
             WHERE captioned_at < to_timestamp(changed_at)""")
         return number
 
+    def _elsewhere(self) -> tuple[int, tuple[str, str, str] | None]:
+        """The captions of listed ids whose image was at none of the URIs listed for them: how many, and the first."""
+        parts = self.output.parts(self.output.captions)
+        if not self._has_uris or not parts:
+            return 0, None
+        number, first = self._ask(f"""
+            SELECT count(*), min({{position: position, image_id: image_id, uri: uri}}) FROM (
+                SELECT image_id, any_value(done.uri) AS uri, min(position) AS position
+                FROM (SELECT {ID} AS id, image_id, uri FROM {parquet_files(parts)} WHERE uri IS NOT NULL) AS done
+                JOIN (SELECT * FROM counted WHERE uri IS NOT NULL) AS listed USING (id)
+                GROUP BY image_id HAVING NOT bool_or(hash(done.uri) = listed.uri)
+            )""")
+        if not number:
+            return 0, None
+        (now,) = self._values_at("uri", [first["position"]])
+        return number, (first["image_id"], first["uri"], now)
+
     def unaccounted(self, limit: int = 10) -> tuple[int, list[str]]:
         """How many wanted ids have neither a caption nor a failure, and the first few of them."""
         count, first = 0, []
@@ -117,7 +143,7 @@ class Plan:
                         SELECT id, min(position) AS position FROM counted WHERE NOT is_tar AND {condition} GROUP BY id
                     ) ANTI JOIN captioned USING (id) ANTI JOIN failed USING (id)""")
                 count, first = count + number, first + (positions or [])
-        return count, self._ids_at(sorted(first)[:limit])
+        return count, self._values_at("image_id", sorted(first)[:limit])
 
     def unread_tars(self) -> list[str]:
         """The tars whose members are not known."""
@@ -156,7 +182,7 @@ class Plan:
         with duckdb_errors(f"planning for {self.output.root.uri}"):
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS listed "
-                "(position BIGINT, id UHUGEINT, container INTEGER, is_tar BOOLEAN, folder INTEGER)"
+                "(position BIGINT, id UHUGEINT, container INTEGER, is_tar BOOLEAN, folder INTEGER, uri UBIGINT)"
             )
             if chunks is None:
                 chunks = [*self.listing.chunks(), *self.listing.member_chunks()]
@@ -172,7 +198,8 @@ class Plan:
         for begin in range(0, len(files), CHUNKS_AT_ONCE):
             batches = (batch for file in files[begin : begin + CHUNKS_AT_ONCE] for batch in self._rows(file, new))
             # Sorted, so that a slice of the hashes lies together.
-            sql = f"INSERT INTO listed SELECT position, {ID} AS id, container, is_tar, folder FROM incoming ORDER BY id"
+            columns = f"position, {ID} AS id, container, is_tar, folder, CASE WHEN uri IS NOT NULL THEN hash(uri) END"
+            sql = f"INSERT INTO listed SELECT {columns} FROM incoming ORDER BY id"
             insert(self._connection, sql, _TAKEN, batches)
         self._chunks |= {chunk.file.path: chunk for chunk in new}
         return new
@@ -182,7 +209,7 @@ class Plan:
         try:
             rows = pq.ParquetFile(pa.BufferReader(read_bytes(file)))
             begin = rows.read_row_group(0, columns=["position"])["position"][0].as_py()
-            columns = ["position", "input", "image_id", "kind", "container", *(["uri"] if self._folders else [])]
+            columns = ["position", "input", "image_id", "kind", "container", *(["uri"] if self._has_uris else [])]
             yield from map(self._taken, rows.iter_batches(columns=columns))
         except (pa.ArrowException, OSError) as error:
             raise StorageError(f"{file.uri!r} is damaged ({error}): --relist lists the inputs afresh") from error
@@ -190,7 +217,8 @@ class Plan:
 
     def _taken(self, rows: pa.RecordBatch) -> pa.RecordBatch:
         is_tar = pc.equal(rows["kind"], "tar")  # ty: ignore[missing-attribute]
-        columns = [rows["position"], rows["image_id"], self._numbers(rows), is_tar, self._folders_of(rows)]
+        uris = rows["uri"] if self._has_uris else pa.nulls(rows.num_rows, pa.string())
+        columns = [rows["position"], rows["image_id"], self._numbers(rows), is_tar, self._folders_of(rows), uris]
         return pa.record_batch(columns, schema=_TAKEN)
 
     def _folders_of(self, rows: pa.RecordBatch) -> pa.Array:
@@ -213,8 +241,9 @@ class Plan:
             for position, *numbers in clash:
                 names = {number: name for (_, name), number in self._containers.items()}
                 first, second = (names[number] for number in numbers)
+                (image_id,) = self._values_at("image_id", [position])
                 raise ConfigError(
-                    f"{first!r} and {second!r} both list {self._ids_at([position])[0]!r}, each in its own folder, but "
+                    f"{first!r} and {second!r} both list {image_id!r}, each in its own folder, but "
                     "an image id stands for one image: name a column of ids with --id-column, write absolute URIs, or "
                     "caption them into two outputs"
                 )
@@ -271,14 +300,15 @@ class Plan:
                     ) USING (tar)
                 ) WHERE written_at IS NOT NULL GROUP BY id""")
 
-    def _ids_at(self, positions: list[int]) -> list[str]:
-        ids: dict[int, str] = {}
+    def _values_at(self, column: str, positions: list[int]) -> list[str]:
+        """The values of a column of the listing."""
+        values: dict[int, str] = {}
         for chunk in self._chunks.values():
             inside = [position for position in positions if chunk.begin <= position < chunk.end]
             if inside:
-                column = pq.read_table(pa.BufferReader(read_bytes(chunk.file)), columns=["image_id"])["image_id"]
-                ids |= {position: column[position - chunk.begin].as_py() for position in inside}
-        return [ids[position] for position in positions]
+                rows = pq.read_table(pa.BufferReader(read_bytes(chunk.file)), columns=[column])[column]
+                values |= {position: rows[position - chunk.begin].as_py() for position in inside}
+        return [values[position] for position in positions]
 
     # What is to be done.
 
@@ -388,6 +418,7 @@ _TAKEN = pa.schema(
         ("container", pa.int32()),
         ("is_tar", pa.bool_()),
         ("folder", pa.int32()),
+        ("uri", pa.string()),
     ]
 )
 _CONTAINERS = pa.schema(

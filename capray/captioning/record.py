@@ -38,6 +38,8 @@ class Summary:
         left: images and shards known of that are neither captioned nor settled as failed: those behind a ``limit``.
         captioned_before: captions of other runs.
         kept: captions of this output whose table or shard has changed since they were made.
+        elsewhere: captions under listed ids that are of images at other URIs than are listed.
+        first_elsewhere: the id of the first, where its image was, and where it is listed.
     """
 
     output: str
@@ -49,6 +51,8 @@ class Summary:
     hidden_files: int = 0
     left: int = 0
     kept: int = 0
+    elsewhere: int = 0
+    first_elsewhere: tuple[str, str, str] | None = None
     captioned_before: int = 0
     captions: int = 0
     failures: dict[str, int] = field(default_factory=dict)
@@ -75,6 +79,12 @@ class Summary:
             notes.append(f"{self.duplicates:,} rows of the input repeat an image id and were captioned once")
         if self.kept:
             notes.append(f"{self.kept:,} captions are of tables or shards that have changed since, and were kept")
+        if self.first_elsewhere:
+            image_id, before, now = self.first_elsewhere
+            notes.append(
+                f"{self.elsewhere:,} captions under these ids are of images at other URIs, first: {image_id} is of "
+                f"{before}, not {now}: give --id-column, or another output; moved data sets are fine as they are"
+            )
         if self.left:
             notes.append(f"stopped at the limit; the same command goes on ({self.left:,} images or shards known of)")
         if self.hidden_files:

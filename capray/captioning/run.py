@@ -212,12 +212,25 @@ class Run:
                 given_up |= self._faults.keys()
                 work = self.plan.remaining(self.block_rows, self._room_left(), frozenset(given_up))
             if not work.num_units and self.listing.is_complete:
-                return
+                self._relist_rewritten()
+                if self.listing.is_complete:
+                    return
+                self._follow_listing()
+                continue
             self._caption(work, "retrying")
             if not self._changed:  # How often a container is listed again has a limit of its own.
                 passes_left -= 1
             if not self.listing.is_complete:
                 self._follow_listing()
+
+    def _relist_rewritten(self) -> None:
+        """List lists of URIs again that were rewritten since."""
+        self._changed.clear()
+        with self.signals.interrupting():
+            rewritten = self.listing.rewritten_lists()
+        for key in rewritten:
+            if key[1] not in self._faults:
+                self._take_event(Changed(*key))
 
     @property
     def block_rows(self) -> int:
@@ -432,6 +445,7 @@ class Run:
             raise ConfigError(f"there are no images at {', '.join(map(repr, self.config.inputs))}{split}{globs}")
         summary = self.summary
         summary.images, summary.duplicates, summary.kept = wanted.images, wanted.duplicates, wanted.kept
+        summary.elsewhere, summary.first_elsewhere = wanted.elsewhere, wanted.first_elsewhere
         summary.hidden_files = self.listing.num_hidden
         summary.current_failures = self.plan.current_failures()
         faults = self.listing.faults | self._faults

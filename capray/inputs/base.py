@@ -257,6 +257,12 @@ class Source(ABC):
                 )
 
 
+def names_uris(source: Source) -> bool:
+    """Whether images of ``source`` may have other ids than their URIs: those of lists and tables of URIs, and with a column
+    of ids."""
+    return source.image_column is None and (source.kind in ("manifest", "parquet") or bool(source.settings.id_column))
+
+
 class Containers(Source):
     """A source whose units are files that hold or name images; a unit's name is its file's URI."""
 

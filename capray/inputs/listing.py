@@ -27,7 +27,8 @@ from capray.config import CaptionConfig, SourceSettings
 from capray.errors import CaprayError, ConfigError, StorageUnavailable
 from capray.inputs.base import ContainerChanged, Page, Source, TarMembers
 from capray.inputs.places import encode_places, places_schema
-from capray.storage import Location, Write, is_of_arrow, storage_errors
+from capray.inputs.versions import entry_at
+from capray.storage import Location, Write, is_of_arrow, locate, storage_errors
 
 NUM_LISTERS = 16
 FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 100_000, 1_000_000
@@ -305,6 +306,25 @@ class Listing:
             self._begin([key])
         return True
 
+    def rewritten_lists(self) -> list[tuple[int, str]]:
+        """The lists and tables of URIs that are another version now than was listed: reading their images does not tell, as
+        it does of containers that hold them. One that cannot be looked at counts as it was."""
+        with self._state:
+            listed = {
+                key: unit.version
+                for key, unit in self._units.items()
+                if unit.is_done and unit.version and _lists_uris(self.sources[key[0]])
+            }
+
+        def is_rewritten(key: _Key) -> bool:
+            try:
+                return entry_at(locate(key[1])).version != listed[key]
+            except CaprayError:
+                return False
+
+        with ThreadPoolExecutor(NUM_LISTERS) as pool:
+            return [key for key, rewritten in zip(listed, pool.map(is_rewritten, listed), strict=True) if rewritten]
+
     def _may_relist(self, key: _Key) -> bool:
         self._num_relists[key] += 1
         return self._num_relists[key] <= MAX_RELISTS
@@ -537,6 +557,10 @@ class Listing:
                     self.plan.fs.rm(self.plan.join(folder).path, recursive=True)
                 elif paths:
                     self.plan.fs.rm(paths)
+
+
+def _lists_uris(source: Source) -> bool:
+    return source.kind == "manifest" or (source.kind == "parquet" and source.image_column is None)
 
 
 def _digest_of(config: CaptionConfig, sources: list[Source]) -> str:

@@ -31,7 +31,7 @@ from capray.config import ImageLimits, SourceSettings
 from capray.errors import CaprayError, ConfigError, DataError
 from capray.images import ImageError
 from capray.inputs import Source, open_sources
-from capray.inputs.base import Changed, Failed, Found, TarUnreadable
+from capray.inputs.base import Changed, Failed, Found, TarUnreadable, names_uris
 from capray.inputs.byte_reader import read_image
 from capray.inputs.places import PLACES, Row
 from capray.inputs.reader import Reader
@@ -356,7 +356,7 @@ class _Verifier:
                         f"FROM {parquet_files(files, 'filename', 'union_by_name')}"
                     )
             connection.execute(f"CREATE VIEW {table} AS {' UNION ALL '.join(selects)}")
-        connection.execute("CREATE VIEW wanted AS SELECT image_id FROM no_captions")
+        connection.execute("CREATE VIEW wanted AS SELECT image_id, uri FROM no_captions")
 
     def _check_models(self, connection: duckdb.DuckDBPyConnection) -> None:
         rows = connection.execute(
@@ -424,6 +424,26 @@ class _Verifier:
             self.result.notes.append(f"{unwanted:,} ids of the outputs are not in the source")
         if repeated:
             self.result.notes.append(f"{repeated:,} rows of the source repeat an image id")
+        if any(names_uris(source) for source in self.sources):
+            self._check_uris(connection)
+
+    def _check_uris(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """A data set that has moved has other URIs, and so have other images under the same ids."""
+        number, first = first_row(
+            connection,
+            """
+            SELECT count(*), min({image_id: image_id, before: before, now: now}) FROM (
+                SELECT image_id, any_value(captions.uri) AS before, any_value(wanted.uri) AS now
+                FROM captions JOIN wanted USING (image_id) WHERE captions.uri IS NOT NULL AND wanted.uri IS NOT NULL
+                GROUP BY image_id HAVING NOT bool_or(captions.uri = wanted.uri)
+            )""",
+        )
+        self.result.counts["ids_elsewhere"] = number
+        if number:
+            self.result.notes.append(
+                f"{number:,} captions are of images at other URIs than the source lists under their ids, first: "
+                f"{first['image_id']} is of {first['before']}, not {first['now']}; moved data sets are fine as they are"
+            )
 
     def _draw(self, connection: duckdb.DuckDBPyConnection) -> list[_Drawn]:
         """Captions to check the bytes of; with a source also of images that stand in tables."""
@@ -516,18 +536,19 @@ class _Sought:
 
 
 class _Chunks:
-    """Image ids from many threads, in Parquet files in ``folder``."""
+    """Image ids and URIs from many threads, in Parquet files in ``folder``."""
 
     def __init__(self, folder: str):
         os.makedirs(folder)
         self._folder, self._lock = folder, threading.Lock()
-        self._held: list[pa.Array] = []
+        self._held: list[pa.Table] = []
         self._num_held = self.num_rows = 0
         self._files: list[str] = []
 
-    def add(self, ids: pa.Array) -> None:
+    def add(self, ids: pa.Array, uris: pa.Array | None = None) -> None:
+        uris = pa.nulls(len(ids), pa.string()) if uris is None else uris
         with self._lock:
-            self._held.append(ids)
+            self._held.append(pa.table({"image_id": ids, "uri": uris}))
             self._num_held += len(ids)
             self.num_rows += len(ids)
             if self._num_held >= _CHUNK_ROWS:
@@ -540,7 +561,7 @@ class _Chunks:
 
     def _write(self) -> None:
         path = os.path.join(self._folder, f"{len(self._files):06d}.parquet")
-        pq.write_table(pa.table({"image_id": pa.concat_arrays(self._held)}), path)
+        pq.write_table(pa.concat_tables(self._held), path)
         self._files.append(path)
         self._held, self._num_held = [], 0
 
@@ -555,7 +576,9 @@ def _list_unit(number: int, source: Source, unit: str, wanted: _Chunks, sought: 
             rows = source.selection.filter(page.rows)
             sought.add(number, rows)
             is_tar = pc.field("kind") == "tar"
-            wanted.add(rows.filter(~is_tar)["image_id"].combine_chunks())
+            images = rows.filter(~is_tar)
+            uris = images["uri"].combine_chunks() if names_uris(source) and "uri" in images.column_names else None
+            wanted.add(images["image_id"].combine_chunks(), uris)
             for tar in rows.filter(is_tar)["image_id"].to_pylist():
                 try:
                     ids = [image_id for image_id in members_of(tar) if source.selection.has(image_id)]
