@@ -68,8 +68,8 @@ class Plan:
     ids need not be URIs the hash of the URI; ``containers`` (number, since, is_read, changed_at, name, noticed_at,
     modified_at, same_since), those whose rows before a position do not count, tars whose members are known, when they
     changed, and those that may be other ones than when an image failed: when that was noticed, when they were last written,
-    and the number of the run since which they are as now; ``runs`` (run_id, run), their numbers; and ``counted``, the rows of
-    ``listed`` that count.
+    and the number of the run since which they are as now; ``runs`` (run_id, run), their numbers; and ``counted``, the rows
+    of ``listed`` that count.
 
     Attributes:
         versions: of the containers; a run is to record them.
