@@ -32,11 +32,13 @@ _WRITES = 3
 class FencedWrites:
     """Writes under an output while this run surely holds its lease, each within the lease's margin.
 
-    One that went unanswered is sent again under the same name with the same bytes, after the lease was renewed.
+    One that went unanswered is sent again under the same name with the same bytes, after the lease was renewed. From the
+    second on none makes the output's folder anew, which somebody may have moved away.
     """
 
     def __init__(self, output: Output, lease: Lease):
         self.output, self.lease = output, lease
+        self._has_begun = False
 
     def __call__(self, location: Location, data: bytes) -> None:
         """Publish ``data`` under ``location``.
@@ -48,7 +50,9 @@ class FencedWrites:
         for attempt in range(_WRITES):
             deadline = self.lease.check()
             try:
-                write_atomic(location, data, self.output.scratch, deadline)
+                beside = self.output.private if self._has_begun else None
+                write_atomic(location, data, self.output.scratch, deadline, beside)
+                self._has_begun = True
                 return
             except WriteUnanswered:
                 if attempt == _WRITES - 1:
