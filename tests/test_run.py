@@ -419,6 +419,29 @@ def test_an_output_moved_away_is_not_begun_anew_and_goes_on_where_it_is(job):
     job.check()
 
 
+class TestIdsOfJsonLines:
+    @pytest.mark.parametrize("first", [0, 2])
+    def test_are_in_all_records_or_in_none(self, job, first):
+        photos = [Path(path).name for path in write_photos(job.input, 4)]
+        records = [{"uri": name, "image_id": f"id-{i}"} for i, name in enumerate(photos)]
+        del records[first]["image_id"]
+        manifest = job.input / "list.jsonl"
+        manifest.write_text("\n" + "".join(f"{json.dumps(record)}\n" for record in records))
+        with pytest.raises(DataError, match=rf"list\.jsonl', line {3 if first == 0 else 4}\b.*'image_id'"):
+            job.run(input=str(manifest))
+        job.run(input=str(manifest), id_column="uri")
+        assert set(sha256s(job)) == set(photos)
+
+    def test_a_number_and_its_text_are_one(self, job):
+        photos = [Path(path).name for path in write_photos(job.input, 2)]
+        manifest = job.input / "list.jsonl"
+        manifest.write_text(
+            "".join(json.dumps({"uri": u, "image_id": i}) + "\n" for u, i in zip(photos, (1, "1"), strict=True))
+        )
+        summary = job.run(input=str(manifest))
+        assert (summary.captions, summary.duplicates) == (1, 1)
+
+
 class TestWhatOfATarIsAnImage:
     @pytest.fixture(scope="class")
     def files(self) -> dict[str, bytes]:

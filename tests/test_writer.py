@@ -311,7 +311,7 @@ class TestFencedWrites:
     def test_what_went_unanswered_is_sent_again_as_it_was_while_the_lease_is_held(self, output, lease, monkeypatch):
         sent = []
 
-        def unanswered(location, data, scratch, deadline):
+        def unanswered(location, data, scratch, deadline, beside):
             sent.append((location.uri, data, lease.checks, deadline - now()))
             if len(sent) < 3:
                 raise WriteUnanswered("no answer")

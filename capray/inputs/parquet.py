@@ -259,10 +259,11 @@ class Manifest(Containers):
 
     def _jsonl(self, uri: str, stream: Stream) -> Iterator[pa.Table]:
         with _text_of_file(uri, stream) as lines:
-            rows = (row for _, row in json_rows(lines, repr(uri)))
-            for number, records in enumerate(_batched(rows, ROWS_PER_PAGE)):
-                if number == 0:
-                    columns = self._columns(list(records[0]), uri)
+            columns = None
+            for numbered in _batched(json_rows(lines, repr(uri)), ROWS_PER_PAGE):
+                columns = columns or self._columns(list(numbered[0][1]), uri)
+                self._check_ids(numbered, columns[0], uri)
+                records = [record for _, record in numbered]
                 wanted = dict.fromkeys((*columns, *self.keep))
                 table = {
                     name: pa.array([_text_of(record.get(name)) for record in records], pa.string()) for name in wanted
@@ -278,6 +279,18 @@ class Manifest(Containers):
                 except UnicodeDecodeError as error:
                     raise DataError(f"{uri!r} is not UTF-8: {error}") from error
                 yield pa.table({"image_id": names, "uri": names})
+
+    def _check_ids(self, records: list[tuple[int, dict[str, Any]]], id_column: str, uri: str) -> None:
+        """Raise DataError at the first of JSON ``records``, each with its line, whose id is not where the first one's is."""
+        may_be_elsewhere = self.settings.id_column is None and id_column != "image_id"
+        for line, record in records:
+            if record.get(id_column) is None:
+                raise DataError(f"{uri!r}, line {line}: {id_column!r}, the image id, is without a value")
+            if may_be_elsewhere and record.get("image_id") is not None:
+                raise DataError(
+                    f"{uri!r}, line {line} has an 'image_id', and the first record has none: give one to every record, "
+                    f"or say --id-column {id_column}"
+                )
 
     def _columns(self, columns: list[str], uri: str) -> tuple[str, str]:
         """The names of the id and URI columns."""
