@@ -13,7 +13,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -438,8 +438,7 @@ def write_atomic(
     With a ``deadline`` (of ``deadlines.now``) it ends by then, all retries included. Nothing is sent or renamed later, but
     for one thing that no client can call back: a PUT that S3 has already, or a rename that hangs in the system.
 
-    With the folder ``beside`` no folder is made, and nothing written, unless that is there; on an object store, which has no
-    folders, it means nothing.
+    Folders are made, but neither ``beside`` nor those it lies in; an object store has none.
 
     Raises:
         WriteUnanswered: it is not known whether it happened.
@@ -475,12 +474,24 @@ def _put(location: Location, data: bytes, deadline: float | None) -> None:
         raise TimeoutError(str(error.__cause__ or "") or "no answer in time") from error
 
 
+def _make_folders(folder: str, beside: str | None) -> None:
+    """Make ``folder`` and those it lies in, but neither ``beside`` nor those that lies in."""
+    if os.path.isdir(folder):
+        return
+    if beside is None:
+        os.makedirs(folder, exist_ok=True)
+        return
+    if _is_below(beside, folder):
+        raise FileNotFoundError(f"{beside} is gone: was it moved or removed?")
+    _make_folders(os.path.dirname(folder), beside)
+    with suppress(FileExistsError):
+        os.mkdir(folder)
+
+
 def _replace_file(path: str, data: bytes, scratch: str, deadline: float | None, beside: str | None) -> None:
     folder = os.path.dirname(path)
-    if beside is not None and not os.path.isdir(beside):
-        raise FileNotFoundError(f"{beside} is gone: was it moved or removed?")
-    os.makedirs(folder, exist_ok=True)
-    os.makedirs(scratch, exist_ok=True)
+    for each in (scratch, folder):
+        _make_folders(each, beside)
     temporary = os.path.join(scratch, f".{os.path.basename(path)}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "wb") as file:
