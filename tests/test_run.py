@@ -126,6 +126,39 @@ def test_a_tar_with_a_sidecar_that_was_cut_is_captioned_whole_when_it_is_mended(
     job.check()
 
 
+@pytest.mark.parametrize("is_reading", [False, True])
+def test_a_sidecar_that_comes_later_than_its_tar_does_not_give_ids_to_other_images(job, monkeypatch, is_reading):
+    """The new tar is there, with the sidecar of the old one."""
+    write_tars(job.input, 1, 8)
+    sidecar, numbers = job.input / "000.parquet", range(8)
+    contents = [digest(job.input.parent / "photos-0" / f"photo-{i:04d}.jpg") for i in numbers]
+
+    def write(ids: list[str]) -> None:
+        pq.write_table(pa.table({"key": [f"photo-{i:04d}" for i in numbers], "id": ids}), sidecar)
+
+    write([str(i) for i in numbers])
+    news = iter([[str(7 - i) for i in numbers]])
+
+    def replace_sidecar() -> None:
+        if (ids := next(news, None)) is not None:
+            write(ids)
+
+    executor, images_of = LocalExecutor(), reader.images_of
+    if is_reading:
+
+        def images(*arguments):
+            yield from images_of(*arguments)
+            replace_sidecar()
+
+        monkeypatch.setattr(reader, "images_of", lambda *arguments: [*images(*arguments)])
+    else:
+        executor = LocalExecutor(before_unit=lambda number: replace_sidecar())
+    job.run(executor, id_column="id")
+    captions = read_parts(str(job.output), "captions")
+    assert {row["image_id"]: row["sha256"] for row in captions} == {str(7 - i): contents[i] for i in numbers}
+    assert executor.num_units > 1
+
+
 def sha256s(job: Job) -> dict[str, bytes]:
     return {row["image_id"]: row["sha256"] for row in read_parts(str(job.output), "captions")}
 

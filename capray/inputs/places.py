@@ -33,7 +33,8 @@ PLACES = pa.schema(
 uri: what the captions table shows: where the bytes are; null for a ``row`` (inline bytes), and for an ``object`` whose
     table names none. Of a ``member`` or ``name`` the tar's URI, ``#``, and the member.
 container: the file that lists the image: a table, manifest or tar; null for an object that was found by listing.
-version: of the container when it was listed (``versions.py``); rows of another version of it do not count.
+version: of the container when it was listed (``versions.py``); rows of another version of it do not count. Of a ``name`` the
+    tar's, its sidecar's and the ending of that, with "+" between them.
 row_group, row: of a ``row``. ``row`` of a ``name`` is how many members the tar's sidecar names.
 member, offset: of a ``member``: its name and the byte where its header begins; of a ``name`` the name alone.
 size: bytes of the object, or of a ``member`` from its header's first byte to its data's last; of a ``tar`` all its bytes.

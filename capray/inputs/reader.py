@@ -25,12 +25,14 @@ from capray.inputs.base import Changed, Event, Failed, Found, InputReading, Left
 from capray.inputs.byte_reader import Patience, Stream, ignore, read_image, read_range
 from capray.inputs.parquet import opened_parquet
 from capray.inputs.places import MEMBERS, Row
-from capray.inputs.tars import HEADER_BYTES, content_in, dots, images_of, member_in, opened
+from capray.inputs.tars import HEADER_BYTES, content_in, dots, images_of, member_in, opened, versions_in
 from capray.inputs.versions import VersionChanged
 from capray.inputs.witnesses import witnesses
 from capray.storage import locate
 
 _BATCH_ROWS = 256
+_HELD_BYTES = 64 * 2**20
+"""Of the members of a tar with a sidecar, how many are handed on together."""
 FetchOutcome = Found | Failed
 
 
@@ -216,13 +218,38 @@ class Reader:
         return Found(row, data)
 
     def _named(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[FetchOutcome | Event]:
-        """Members of which the name is known, in one reading of the tar. One under a name with another extension is taken
-        for it when none of those beside it has the very name. When all that the sidecar names are asked for, images that it
-        does not name are counted."""
+        """Members of which the name is known, from a sidecar. Of a shard that is written anew tar and sidecar do not come at
+        once: the sidecar has to be what was listed still when what was read of the tar is handed on."""
+        tar_version, uri, version = versions_in(rows[0]["container"], rows[0]["version"] or "")
+
+        def checked(held: list[FetchOutcome | Event]) -> list[FetchOutcome | Event]:
+            if uri is not None:
+                Stream(uri, version=version, patience=patience).seek(0, os.SEEK_END)
+            return held
+
+        held: list[FetchOutcome | Event] = []
+        num_bytes = 0
+        try:
+            for outcome in self._by_name(rows, tar_version, patience):
+                held.append(outcome)
+                num_bytes += len(outcome.data) if isinstance(outcome, Found) else 0
+                if len(held) >= _BATCH_ROWS or num_bytes >= _HELD_BYTES:
+                    yield from checked(held)
+                    held, num_bytes = [], 0
+        except DataError:  # Of the tar, behind what is held.
+            yield from checked(held)
+            raise
+        yield from checked(held)
+
+    def _by_name(self, rows: list[Row], version: str, patience: Patience) -> Iterator[FetchOutcome | Event]:
+        """Members of the ``version`` of a tar, in one reading of it. One under a name with another extension is taken for it
+        when none of those beside it has the very name. When all that the sidecar names are asked for, images that it does
+        not name are counted."""
         wanted: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
             wanted[_stem(row["member"])][row["member"]].append(row)
-        stream, container, row_input = _stream(rows[0], patience), rows[0]["container"], rows[0]["input"]
+        container, row_input = rows[0]["container"], rows[0]["input"]
+        stream = Stream(container, version=version, patience=patience)
         stems, is_cut = set(wanted), False
         counts = rows[0].get("row") == sum(map(len, wanted.values()))
         others: list[str] = []

@@ -6,6 +6,7 @@ With a sidecar the images are known without reading the tar; without one its mem
 from __future__ import annotations
 
 import io
+import posixpath
 import re
 import tarfile
 from collections.abc import Callable, Generator, Iterator
@@ -81,7 +82,8 @@ class Tars(Containers):
         return {entry.uri: max(entry.modified, beside.get(entry.uri, 0.0)) for entry in self.files}
 
     def _list(self, unit: str, wanted: str, behind: bool | None) -> Iterator[tuple[pa.Table, str, bool]]:
-        """One page. A unit's version is the tar's and its sidecar's, its rows' that of the tar alone."""
+        """One page. A unit's version is the tar's and its sidecar's, and so is its rows', with the ending of the sidecar's
+        name."""
         if behind:
             return
         if unit in self._sidecars:
@@ -112,9 +114,20 @@ class Tars(Containers):
         columns: dict[str, Any] = {"image_id": ids, "uri": uris, "member": members}
         if self.keep:
             columns["source"] = _struct(table, self.keep, self._source_type)
-        rows = self.selection.filter(rows_of("name", columns, container=uri, version=version))
+        version = f"{version}+{stream.version}"
+        ending = sidecar.uri[len(posixpath.splitext(uri)[0]) :]
+        rows = self.selection.filter(rows_of("name", columns, container=uri, version=f"{version}+{ending}"))
         number = pa.repeat(pa.scalar(len(rows["member"].unique()), pa.int32()), rows.num_rows)
-        return rows.append_column("row", number), f"{version}+{stream.version}"
+        return rows.append_column("row", number), version
+
+
+def versions_in(container: str, version: str) -> tuple[str, str | None, str]:
+    """Of a ``name`` row: its tar's version, its sidecar's URI, and that one's version. Rows of older listings name no
+    sidecar."""
+    tar, *sidecar = version.split("+", 2)
+    if not sidecar:
+        return tar, None, ""
+    return tar, posixpath.splitext(container)[0] + sidecar[1], sidecar[0]
 
 
 def _first_suffix(uri: str, keys: set[str]) -> tuple[str, str]:
