@@ -143,7 +143,7 @@ class Inference:
     def _together(self, images: Sequence[np.ndarray], decoding: Decoding, attention: bool) -> list[Captioned]:
         graphed = None if self._graphs is None or attention else self._graphs.fitting(images, decoding)
         if graphed is not None:
-            return [_captioned(h) for h in hypotheses_of(graphed(images), self.captioner.vocabulary)]
+            return [_captioned(h) for h in _finite(hypotheses_of(graphed(images), self.captioner.vocabulary))]
         found, grids, places = self._search(images, decoding)
         weights: Sequence[torch.Tensor | None] = [None] * len(found)
         if attention:
@@ -161,7 +161,7 @@ class Inference:
         memory = self.decoder.memory_of_grids(grids, self.captioner.architecture.pool_grid)
         memory = memory if places is None else memory.keep(places)
         found = search(self.decoder, memory, self.captioner.vocabulary, decoding)
-        return [h if _is_finite(h) else [] for h in found], grids, places
+        return _finite(found), grids, places
 
     @torch.inference_mode()
     def _memory(self, grids: list[torch.Tensor], places: torch.Tensor | None) -> Memory:
@@ -182,12 +182,13 @@ class Inference:
         return [self.encoder(normalise(batch, self.captioner.architecture)) for batch in batches], places
 
 
-def _is_finite(hypotheses: list[Hypothesis]) -> bool:
-    return bool(hypotheses) and math.isfinite(hypotheses[0].log_prob)
+def _finite(found: list[list[Hypothesis]]) -> list[list[Hypothesis]]:
+    """The hypotheses of each image, none where the best has no finite probability."""
+    return [h if h and math.isfinite(h[0].log_prob) else [] for h in found]
 
 
 def _captioned(hypotheses: list[Hypothesis], alpha_TP: torch.Tensor | None = None) -> Captioned:
-    if not _is_finite(hypotheses):
+    if not hypotheses:
         return Captioned([], None, NO_CAPTION)
     return Captioned(hypotheses, None if alpha_TP is None else alpha_TP.tolist())
 

@@ -17,13 +17,11 @@ from torch import nn
 from torch.nn import functional
 
 from capray.model.attention import SearchKeys
+from capray.model.beam import GROUP
 from capray.model.decoder import Decoder, Memory, State
 
 LARGEST_TABLE_BYTES = 512 * 2**20
 """Of the words' products with the input weights; with a larger vocabulary they are computed at each step."""
-WORDS_ALIGNMENT = 64
-"""The vocabulary is filled up to a multiple of it with words of no probability: GPUs multiply such matrices faster, and the
-search looks at groups of as many (``beam.GROUP``)."""
 
 
 class SearchMemory(NamedTuple):
@@ -138,7 +136,7 @@ class PreparedDecoder:
         return SearchState(self.decoder.start_from(memory.mean_grid(), 1), memory)
 
     def next_scores(self, last_BK: torch.Tensor, search: SearchState) -> tuple[torch.Tensor, SearchState]:
-        """Unnormalised scores of the next word (B, K, V, filled up to WORDS_ALIGNMENT) after ``last_BK``, and the new
+        """Unnormalised scores of the next word (B, K, V, filled up to whole groups) after ``last_BK``, and the new
         state."""
         decoder, memory, shape = self.decoder, search.memory, last_BK.shape
         last_N = last_BK.flatten()
@@ -163,8 +161,9 @@ class PreparedDecoder:
 
 
 def _aligned(weight_VX: torch.Tensor, bias_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """An output layer, filled up with words that are never likely."""
-    rest = -len(bias_V) % WORDS_ALIGNMENT
+    """An output layer, filled up to whole groups of words with some that are never likely: GPUs multiply such matrices
+    faster, too."""
+    rest = -len(bias_V) % GROUP
     return functional.pad(weight_VX, (0, 0, 0, rest)), functional.pad(bias_V, (0, rest), value=float("-inf"))
 
 
