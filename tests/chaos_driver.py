@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -174,14 +175,21 @@ class _Counting(StandIn):
 
 @contextmanager
 def _stopping(pattern: str) -> Generator[None]:
-    """The process stops before the first write whose path has ``pattern`` in it, its lease checked."""
+    """The process stops before the first write whose path has ``pattern`` in it, its lease checked, and not in the midst of
+    renewing it (which lasts an instant, and is tests/test_lease.py's)."""
     write_atomic, is_to_stop = writer.write_atomic, [True]
+    renewing, renew = threading.Lock(), lease.Lease._renew
+
+    def renew_alone(self: lease.Lease) -> None:
+        with renewing:
+            renew(self)
 
     def write(location, *arguments, **options):
         if is_to_stop and re.search(pattern, location.path):
             is_to_stop.clear()
-            os.kill(os.getpid(), signal.SIGSTOP)
+            with renewing:
+                os.kill(os.getpid(), signal.SIGSTOP)
         return write_atomic(location, *arguments, **options)
 
-    with mock.patch.object(writer, "write_atomic", write):
+    with mock.patch.object(writer, "write_atomic", write), mock.patch.object(lease.Lease, "_renew", renew_alone):
         yield

@@ -10,17 +10,21 @@ import errno
 import fcntl
 import os
 import sys
+import time
 import uuid
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import IO, Any
 
-from capray.errors import StorageError
+from capray.deadlines import now
+from capray.errors import StorageError, WriteUnanswered
 from capray.storage import Location, s3_answer, write_atomic
 
 NUM_PROBES = 8
 """Writes at once that prove whether a store honours conditions."""
+LOCK_SECONDS = 10.0
+"""How long another process's lock on a lease file is waited for; its holder only compares and replaces a small file."""
 WAY_OUT = "use a store that does, or --unsafe-no-lease if surely no other run writes it"
 # ext2 to ext4, xfs, btrfs, overlayfs, tmpfs, zfs, f2fs, bcachefs
 _LOCAL_DISKS = {0xEF53, 0x58465342, 0x9123683E, 0x794C7630, 0x01021994, 0x2FC12FC1, 0xF2F52010, 0xCA451A4E}
@@ -96,13 +100,33 @@ class SharedFile:
 
     @contextmanager
     def _alone(self) -> Generator[None]:
-        """Alone among the processes that see this file."""
-        with open(f"{self.path}.lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                raise StorageError(f"the file system of {self.path} cannot lock files ({error}): {WAY_OUT}") from error
+        """Alone among the processes that see this file.
+
+        Raises:
+            WriteUnanswered: another process holds the lock for longer than a write takes: it is stopped, or out of reach.
+        """
+        lock = f"{self.path}.lock"
+        with open(lock, "w") as file:
+            deadline = now() + LOCK_SECONDS
+            while not _locked(file, lock):
+                if now() > deadline:
+                    raise WriteUnanswered(
+                        f"another process has held {lock} for {LOCK_SECONDS:g} s, an instant's work unless it is stopped: "
+                        "end it, or let it go on, and run the command again"
+                    )
+                time.sleep(0.01)
             yield
+
+
+def _locked(file: IO[str], path: str) -> bool:
+    """Whether ``file`` is locked now; False while another process holds its lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise StorageError(f"the file system of {path} cannot lock files ({error}): {WAY_OUT}") from error
+    return True
 
 
 _proved: set[tuple[Any, str]] = set()
