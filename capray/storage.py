@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import glob
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
 from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from capray.deadlines import now, within
 from capray.errors import CaprayError, ConfigError, DataError, StorageError, StorageUnavailable, WriteUnanswered
@@ -229,8 +232,8 @@ def file_version(about: os.stat_result) -> str:
 
 
 def object_version(etag: str | None, size: int) -> str:
-    """Changes when an object is replaced."""
-    return f"{(etag or '').strip(chr(34))}-{size}"
+    """Changes when an object is replaced. Without "+", which joins versions."""
+    return f"{(etag or '').strip(chr(34)).replace('+', '%2B')}-{size}"
 
 
 def entry_of(root: Location, path: str, info: dict[str, Any]) -> Entry:
@@ -251,15 +254,15 @@ def uri_of(root: Location, path: str) -> str:
     return path if root.is_local else f"{root.uri.split('://', 1)[0]}://{path}"
 
 
-def iter_files(root: Location, denied: list[str] | None = None) -> Iterator[Entry]:
-    """Every file below ``root``, in the order the store lists them; see ``walk`` for ``denied``.
+def iter_files(root: Location, denied: list[str] | None = None, signs: tuple[str, ...] = (".",)) -> Iterator[Entry]:
+    """Every file below ``root``, in the order the store lists them; see ``walk`` for ``denied`` and ``signs``.
 
     Raises:
         StorageError: the store cannot be reached or refuses the listing.
     """
     with storage_errors(f"listing {root.uri}"):
         if root.is_local:
-            for folder, names in walk(root.path, denied):
+            for folder, names in walk(root.path, denied, signs):
                 for name in names:
                     path = os.path.join(folder, name)
                     try:
@@ -273,6 +276,33 @@ def iter_files(root: Location, denied: list[str] | None = None) -> Iterator[Entr
             return
         for path, info in root.fs.find(root.path.rstrip("/") + "/", detail=True).items():
             yield entry_of(root, path, info)
+
+
+def glob_files(place: Location) -> Iterator[Entry]:
+    """The files that match the glob ``place``, by name. On a file system links are followed, as ``iter_files`` does; one to
+    nowhere is a file, too.
+
+    Raises:
+        StorageError: the store cannot be reached or refuses the listing.
+    """
+    with storage_errors(f"listing {place.uri}"):
+        if not place.is_local:
+            for path, info in sorted(place.fs.glob(place.path, detail=True).items()):
+                if info["type"] == "file":
+                    yield entry_of(place, path, info)
+            return
+        if "**" in place.path:  # Python's would go round in circles of links.
+            root = re.split(r"[*?\[]", place.path, maxsplit=1)[0].rpartition("/")[0] or "/"
+            matches = re.compile(glob_translate(place.path)).match
+            yield from (entry for entry in iter_files(replace(place, path=root)) if matches(entry.path))
+            return
+        for path in sorted(glob.glob(place.path, include_hidden=True)):
+            try:
+                about = stat_of(path) or os.lstat(path)
+            except FileNotFoundError:
+                continue  # Gone since.
+            if not stat.S_ISDIR(about.st_mode):
+                yield _file_entry(path, about)
 
 
 def _iter_s3(root: Location) -> Iterator[Entry]:
@@ -296,10 +326,13 @@ def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], 
         arguments["ContinuationToken"] = answer["NextContinuationToken"]
 
 
-def walk(root: str, denied: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
+def walk(
+    root: str, denied: list[str] | None = None, signs: tuple[str, ...] = (".",)
+) -> Iterator[tuple[str, list[str]]]:
     """The folders from ``root`` down in the order of their names, each once, with the names of the files in it, sorted.
 
-    Links to folders are followed, but for those with a hidden name and those to what is in ``root`` anyway. A folder below
+    Links to folders are followed, but for those with a hidden name (one that begins with a sign of ``signs``) and those to
+    what is in ``root`` anyway. A folder below
     ``root`` that cannot be listed is added to ``denied``; without that, OSError. One that was removed is left out.
     """
     whole = os.path.realpath(root)
@@ -318,12 +351,14 @@ def walk(root: str, denied: list[str] | None = None) -> Iterator[tuple[str, list
         except OSError as error:
             note(error)
             continue
-        key = here.st_dev, here.st_ino, _is_hidden_below(folder, root)
+        key = here.st_dev, here.st_ino, _is_hidden_below(folder, root, signs)
         if key in seen:
             folders.clear()
             continue
         seen.add(key)
-        folders[:] = sorted(name for name in folders if not _is_listed_elsewhere(os.path.join(folder, name), whole))
+        folders[:] = sorted(
+            name for name in folders if not _is_listed_elsewhere(os.path.join(folder, name), whole, signs)
+        )
         yield folder, sorted(names)
 
 
@@ -336,19 +371,19 @@ def was_removed(path: str, root: str) -> bool:
     return os.path.isdir(path) and bool(os.listdir(path))
 
 
-def _is_listed_elsewhere(path: str, root: str) -> bool:
+def _is_listed_elsewhere(path: str, root: str, signs: tuple[str, ...]) -> bool:
     """Whether ``path`` is a link to a folder that a listing of ``root`` has under another name, or with a hidden name."""
     if not os.path.islink(path):
         return False
     target = os.path.realpath(path)
-    if os.path.basename(path).startswith(".") or _is_below(root, target):
+    if os.path.basename(path).startswith(signs) or _is_below(root, target):
         return True
-    return _is_below(target, root) and not _is_hidden_below(target, root)
+    return _is_below(target, root) and not _is_hidden_below(target, root, signs)
 
 
-def _is_hidden_below(path: str, root: str) -> bool:
+def _is_hidden_below(path: str, root: str, signs: tuple[str, ...]) -> bool:
     """Whether ``path``, which goes on from ``root``, has a hidden name on the way."""
-    return "/." in path[len(root.rstrip("/")) :]
+    return any(f"/{sign}" in path[len(root.rstrip("/")) :] for sign in signs)
 
 
 def text_of(path: str) -> str:
@@ -386,9 +421,13 @@ def list_names(folder: Location, suffix: str = "", folders: bool = False) -> lis
             infos = folder.fs.ls(folder.path, detail=True)
         except FileNotFoundError:
             return []
-    shown = (info for info in infos if folders or info["type"] == "file")
+    shown = (info for info in infos if folders or info["type"] == "file" or _is_link_to_file(info))
     names = (info["name"].rstrip("/").rsplit("/", 1)[-1] for info in shown)
     return sorted(name for name in names if name.endswith(suffix))
+
+
+def _is_link_to_file(info: dict[str, Any]) -> bool:
+    return bool(info.get("islink")) and os.path.isfile(info["name"])
 
 
 def exists(location: Location) -> bool:
@@ -544,14 +583,11 @@ def find_parquet(uri: str) -> list[Entry]:
     """
     root = locate(uri)
     if is_glob(root):
-        with storage_errors(f"listing {uri}"):
-            found = root.fs.glob(root.path, detail=True)
-        files = sorted((path, info) for path, info in found.items() if info["type"] == "file")
-        entries = [Entry(uri_of(root, path), path, info["size"]) for path, info in files if path.endswith(".parquet")]
+        entries = [entry for entry in glob_files(root) if entry.path.endswith(".parquet")]
     elif is_file(root):
         entries = [Entry(root.uri, root.path, root.fs.size(root.path))]
     else:
-        entries = [entry for entry in iter_files(root) if entry.path.endswith(".parquet")]
+        entries = [entry for entry in iter_files(root, signs=(".", "_")) if entry.path.endswith(".parquet")]
         entries = [entry for entry in entries if "/_" not in entry.path[len(root.path.rstrip("/")) :]]
     if not entries:
         raise DataError(f"no Parquet files at {uri!r}")

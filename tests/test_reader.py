@@ -30,7 +30,7 @@ from capray.inputs.byte_reader import Stream
 from capray.inputs.places import PLACES, Row
 from capray.inputs.reader import Reader
 from capray.inputs.throttle import Throttle
-from capray.inputs.witnesses import Witnesses
+from capray.inputs.witnesses import Known, Witnesses
 from tests.test_byte_reader import configure, forget, proxy, put  # noqa: F401 (fixtures)
 
 
@@ -448,7 +448,7 @@ class TestMounts:
         assert os.path.exists(failed.row["witness"]), "whoever looks again has to open it too"
         photos.leave()
         alone.__init__()
-        reader = replace(reader, inputs=(replace(reader.inputs[0], witnesses=()),), patience_seconds=0.2)
+        reader = replace(reader, inputs=(replace(reader.inputs[0], known=Known()),), patience_seconds=0.2)
         with pytest.raises(TryAgain):
             list(reader.read([failed.row]))
 
@@ -466,7 +466,7 @@ class TestMounts:
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "list.txt").write_text("\n".join(str(photos.path / f"{i:02d}.jpg") for i in range(60)))
         reader, rows = listed(tmp_path / "other" / "list.txt")
-        assert reader.inputs[0].witnesses == (), "the manifest may be elsewhere than its images"
+        assert reader.inputs[0].known.files == (), "the manifest may be elsewhere than its images"
         alone.__init__()
         read(reader, rows[:1])
         photos.leave(empty=True)

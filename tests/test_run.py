@@ -29,6 +29,7 @@ from capray.config import CaptionConfig, VerifyConfig
 from capray.errors import CaprayError, ConfigError, DataError, Interrupted, StorageError, TryAgain
 from capray.images import ImageError
 from capray.inputs import byte_reader, files, listing, reader
+from capray.inputs import witnesses as witnesses_module
 from capray.output.verify import verify
 from tests.conftest import write_photos
 from tests.local_executor import LocalExecutor, models_loaded_once
@@ -466,7 +467,45 @@ def test_an_output_moved_away_is_not_begun_anew_and_goes_on_where_it_is(job):
     job.check()
 
 
+def test_an_input_that_fails_wholly_ends_with_an_error_whatever_the_output_held(job, tmp_path):
+    write_photos(job.input, 4)
+    job.run()
+    (tmp_path / "bad").mkdir()
+    for i in range(3):
+        (tmp_path / "bad" / f"{i}.jpg").write_bytes(b"this is no image")
+    with pytest.raises(CaprayError, match="no image could be captioned, all 3"):
+        job.run(input=str(tmp_path / "bad"))
+
+
+def test_what_failed_at_a_place_that_is_listed_no_longer_is_read_from_where_it_is(job):
+    """An id in two lists, one of which named a bad file, and names it no longer."""
+    good, other = write_photos(job.input.parent / "photos", 2)
+    bad = job.input.parent / "bad.jpg"
+    bad.write_bytes(b"this is no image")
+    job.input.mkdir()
+    (job.input / "a.csv").write_text(f"image_id,uri\nx,{bad}\ny,{other}\n")
+    assert job.run().current_failures == {"not_an_image": 1}
+    (job.input / "b.csv").write_text(f"image_id,uri\nx,{good}\n")
+    assert job.run().captions == 0
+    (job.input / "a.csv").write_text(f"image_id,uri\ny,{other}\n")
+    assert (job.run().captions, job.run().captions) == (1, 0)
+    assert sha256s(job) == {"x": digest(good), "y": digest(other)}
+
+
 class TestIdsOfJsonLines:
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            '{"image_id": "", "uri": "/a.jpg"}\n{"image_id": "", "uri": "/b.jpg"}',
+            '{"path": "/a.jpg"}\n{"uri": "/b.jpg"}',
+        ],
+    )
+    def test_without_an_id_or_under_another_name(self, job, lines):
+        job.input.mkdir()
+        (job.input / "list.jsonl").write_text(lines)
+        with pytest.raises(DataError, match=r"line 1: 'image_id'.* without a value|line 2 has its URI in 'uri'"):
+            job.run(input=f"{job.input}/list.jsonl")
+
     @pytest.mark.parametrize("first", [0, 2])
     def test_are_in_all_records_or_in_none(self, job, first):
         photos = [Path(path).name for path in write_photos(job.input, 4)]
@@ -574,9 +613,98 @@ class TestOddInputs:
         monkeypatch.setattr("capray.inputs._SAMPLE", 3)
         write_tars(job.input, 3, 1)
         write_photos(job.input / "z", 2)
-        with pytest.raises(ConfigError, match="2 files of other kinds too.*--input-kind tar"):
+        with pytest.raises(ConfigError, match="tar files .* and files of other kinds .*--input-kind tar"):
             job.run()
         assert job.run(input_kind="tar").captions == 3
+
+    def test_what_is_dropped_among_tars_is_the_users_to_judge(self, job):
+        """Once the tars were read as images of their own, and their images never."""
+        write_tars(job.input, 3, 4)
+        job.run(limit=4)
+        (job.input / "preview.jpg").write_bytes(encoded("JPEG"))
+        with pytest.raises(ConfigError, match=r"tar files .* and files of other kinds \('.*preview.jpg'") as caught:
+            job.run()
+        assert caught.value.exit_code == 2
+        assert job.run(exclude=("preview.jpg",)).captioned_before == 4
+        assert len(sha256s(job)) == 12
+        assert job.run(input_kind="tar").captions == 0
+
+    def test_a_table_among_tars_that_has_no_tar_is_a_fault(self, job):
+        write_tars(job.input, 1, 2)
+        pq.write_table(pa.table({"key": ["a"]}), job.input / "001.parquet")
+        with pytest.raises(DataError, match=r"001.parquet' lies among tars and has none beside it"):
+            job.run()
+        assert len(sha256s(job)) == 2
+        assert job.run(exclude=("*001.parquet",)).status == "complete"
+
+    def test_a_sidecar_s_image_is_the_one_of_its_very_name_wherever_it_stands(self, job):
+        names = ["1.jpg", "2.png", "1.png", "2.jpg", "3.png"]
+        images = {name: encoded("PNG" if name.endswith("png") else "JPEG", 30 * i) for i, name in enumerate(names)}
+        write_tar(job.input / "0.tar", images)
+        pq.write_table(pa.table({"key": ["1", "2", "3"]}), job.input / "0.parquet")
+        job.run()
+        found = {"1.jpg": "1.jpg", "2.jpg": "2.jpg", "3.jpg": "3.png"}
+        assert sha256s(job) == {
+            f"{job.input}/0.tar#{image_id}": hashlib.sha256(images[name]).digest() for image_id, name in found.items()
+        }
+
+    def test_members_of_names_that_only_look_alike(self, job):
+        job.input.mkdir()
+        names = ["x\udcff.jpg", r"x\xff.jpg", "y.jpg"]
+        with tarfile.open(job.input / "0.tar", "w", errors="surrogateescape") as tar:
+            for i, name in enumerate(names):
+                data = encoded("JPEG", 30 * i)
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        assert job.run().images == 3
+        assert {image_id.rpartition("#")[2] for image_id in sha256s(job)} == {r"x\xff.jpg", r"x\x5cxff.jpg", "y.jpg"}
+        assert job.run().captions == 0
+
+    def test_links_among_the_matches_of_a_glob(self, job, tmp_path):
+        write_tars(job.input, 1, 2)
+        elsewhere = tmp_path / "elsewhere" / "deep"
+        elsewhere.parent.mkdir()
+        write_tars(elsewhere, 2, 3)
+        (job.input / "linked.tar").symlink_to(elsewhere / "001.tar")
+        (job.input / "nowhere.tar").symlink_to(tmp_path / "away.tar")
+        with pytest.raises(DataError, match="nowhere.tar"):
+            job.run(input=f"{job.input}/*.tar")
+        assert len(sha256s(job)) == 5
+        (job.input / "folder").symlink_to(elsewhere)
+        (elsewhere / "again").symlink_to(elsewhere)
+        for pattern in ("*/*.tar", "**/0*.tar"):
+            output = f"{job.output}-{len(pattern)}"
+            job.run(input=f"{job.input}/{pattern}", output=output)
+            found = {row["image_id"].rpartition("#")[0] for row in read_parts(output, "captions")}
+            inside = {f"{job.input}/folder/000.tar", f"{job.input}/folder/001.tar"}
+            assert found == inside | ({f"{job.input}/000.tar"} if "**" in pattern else set())
+
+    def test_tars_behind_a_link_to_a_folder_with_a_hidden_name(self, job):
+        write_tars(job.input, 1, 1)
+        (job.input / "_versions").mkdir()
+        write_tars(job.input / "_versions" / "5", 1, 2)
+        (job.input / "current").symlink_to("_versions/5")
+        assert job.run().captions == 3
+
+    def test_hidden_tables_are_counted_once_though_the_first_is_listed_again(self, job):
+        job.input.mkdir()
+        photos = [Path(path).read_bytes() for path in write_photos(job.input.parent / "photos", 6)]
+        for name, begin in (("a", 0), ("b", 3), ("_c", 0)):
+            table = pa.table({"image_id": [f"{name}{i}" for i in range(3)], "image": photos[begin : begin + 3]})
+            pq.write_table(table, job.input / f"{name}.parquet")
+        assert job.run(limit=1).hidden_files == 1
+        pq.write_table(pa.table({"image_id": ["new"], "image": photos[:1]}), job.input / "a.parquet")
+        assert job.run().hidden_files == 1
+
+    def test_a_part_behind_a_link_is_there(self, job):
+        write_photos(job.input, 12)
+        job.run()
+        part = next((job.output / "captions").iterdir())
+        moved = job.output.with_name("moved.parquet")
+        part.rename(moved)
+        part.symlink_to(moved)
+        assert (job.run().captions, job.run().captioned_before) == (0, 12)
 
     def test_an_id_in_a_tar_and_in_a_table_stands_once(self, job, tmp_path):
         write_tars(job.input, 1, 3)
@@ -956,6 +1084,46 @@ class TestMountsBelowTheInput:
         assert (summary.captioned_before + summary.captions, summary.current_failures) == (16, {})
         assert "missing" not in job.kinds()
 
+    @pytest.mark.parametrize("kind", ["tars", "lists"])
+    def test_containers_away_when_a_run_goes_on(self, job, kind, monkeypatch):
+        monkeypatch.setattr(listing, "AWAY_SECONDS", 0.1)
+        for i in range(3):
+            photos = write_photos(job.input.parent / f"photos-{i}", 4, seed=i)
+            if kind == "tars":
+                write_tar(job.input / f"{i}" / "x.tar", {Path(path).name: Path(path).read_bytes() for path in photos})
+            else:
+                (job.input / f"{i}").mkdir(parents=True)
+                (job.input / f"{i}" / "x.csv").write_text("uri\n" + "\n".join(photos))
+        job.run(limit=4)
+        with self.away(job.input / "2", True), pytest.raises(TryAgain, match="2 is empty, and"):
+            job.run()
+        assert job.run().current_failures == {}
+        assert len(sha256s(job)) == 12
+
+    @pytest.mark.parametrize("is_linked", [False, True])
+    def test_away_from_a_mountpoint_that_holds_something_when_another_process_goes_on(
+        self, job, monkeypatch, is_linked
+    ):
+        mounted = job.input.with_name("disk") if is_linked else job.input / "b"
+        mounted.mkdir(parents=True)
+        write_photos(job.input / "a", 8)
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mounted], capture_output=True).returncode:
+            pytest.skip("needs the right to mount a file system")
+        content = {Path(path): Path(path).read_bytes() for path in write_photos(mounted / "deep", 8, seed=1)}
+        if is_linked:
+            (job.input / "b").symlink_to(mounted)
+        job.run(limit=4)
+        subprocess.run(["umount", "-l", mounted], check=True)
+        (mounted / "NOT-MOUNTED").touch()
+        monkeypatch.setattr(witnesses_module.witnesses, "_folders", {})
+        with pytest.raises(TryAgain, match="was a mount when its images were listed"):
+            job.run(patience_seconds=0.2)
+        (mounted / "deep").mkdir()
+        for path, data in content.items():
+            path.write_bytes(data)
+        assert job.run().current_failures == {}, "what is there is read, mount or none"
+        assert len(sha256s(job)) == 16
+
     def test_one_that_was_never_there(self, job):
         paths = [*write_photos(job.input / "a", 4), *write_photos(job.input / "b", 4, seed=1)]
         manifest = job.input.with_name("list.txt")
@@ -978,7 +1146,7 @@ class TestMountsBelowTheInput:
             subprocess.run(["umount", "-l", mounted], check=True)
             (mounted / "NOT-MOUNTED").touch()  # What lies in the mountpoint is on another device.
 
-        with pytest.raises(TryAgain, match=r"in/b is on another device than before"):
+        with pytest.raises(TryAgain, match=r"in/b was a mount when its images were listed"):
             job.run(at_block(3, leave), patience_seconds=0.3)
         assert "missing" not in job.kinds()
 

@@ -27,8 +27,8 @@ from capray.inputs import open_sources
 from capray.inputs.base import ContainerChanged, Selection, Source, rows_of
 from capray.inputs.byte_reader import Stream
 from capray.inputs.files import MAX_LEVELS
-from capray.inputs.versions import entry_at
-from capray.storage import locate, was_removed
+from capray.inputs.versions import entry_at, if_match
+from capray.storage import locate, object_version, was_removed
 
 ODD = [
     "a b.jpg",
@@ -715,8 +715,6 @@ class TestKinds:
         ("names", "kind"),
         [
             (["a.jpg"], "images"),
-            (["a.jpg", "b.parquet"], "images"),
-            (["a.jpg", "b.tar"], "images"),
             (["a.jpg", "a.txt", "a.csv"], "images"),
             (["a.txt"], "images"),
             (["a.csv", "a.txt"], "images"),
@@ -731,6 +729,17 @@ class TestKinds:
             if name.endswith(".parquet"):
                 write_table(tmp_path / "in" / name, {"key": ["0"]})
         assert opened(tmp_path / "in").kind == kind
+
+    @pytest.mark.parametrize(("name", "kind"), [("b.parquet", "parquet"), ("b.tar", "tar")])
+    def test_tables_or_tars_among_other_files_have_to_be_named(self, tmp_path, name, kind):
+        """Whatever is dropped into a folder of theirs makes no images of them."""
+        touch(tmp_path / "in", "a.jpg", name)
+        with pytest.raises(
+            ConfigError, match=f"holds {kind} files .*{name}.* other kinds .*a.jpg.*--input-kind {kind}"
+        ):
+            opened(tmp_path / "in")
+        assert opened(tmp_path / "in", input_kind="images").kind == "images"
+        assert opened(tmp_path / "in", exclude=(f"*{name}",)).kind == "images"
 
     def test_case_of_an_ending_means_nothing(self, tmp_path):
         for name, content in {"LIST.CSV.GZ": b"uri\n/x.jpg", "LIST.TXT.Gz": b"/x.jpg"}.items():
@@ -766,6 +775,11 @@ class TestKinds:
         for kind in ("manifest", "tar", "parquet"):
             with pytest.raises(ConfigError, match="no files ending in"):
                 opened(tmp_path / "photos", input_kind=kind)
+
+    def test_versions_of_any_etag_keep_apart(self):
+        """GCS's are base64; versions are joined by "+"."""
+        version = object_version('"a+b/c=="', 7)
+        assert "+" not in version and if_match(version) == {"IfMatch": '"a+b/c=="'}
 
     def test_a_glob_of_images_is_refused(self, tmp_path):
         touch(tmp_path / "in", "a.jpg")

@@ -9,7 +9,7 @@ from capray.captioning.canary import canary_score
 from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
 from capray.errors import CaprayError, ConfigError, DataError, OutputConflictError, TryAgain
 from capray.inference import Inference
-from capray.inputs import Source, open_sources
+from capray.inputs import MixedInput, Source, open_sources
 from capray.model.captioner_files import FILES, model_id_of
 from capray.output import Output
 from capray.storage import is_within, list_names, locate, read_bytes
@@ -64,7 +64,7 @@ def open_job(config: CaptionConfig) -> OpenedJob:
     try:
         sources = open_sources(config.inputs, config.subset(SourceSettings), config.keep)
     except CaprayError as error:
-        if output.last_inputs() != list(config.inputs):
+        if isinstance(error, MixedInput) or output.last_inputs() != list(config.inputs):
             raise
         raise TryAgain(f"{error}; a run on this output could read it before: is a mount away?") from error
     preprocessing = architecture.subset(Preprocessing)

@@ -113,6 +113,12 @@ class Plan:
                 rows, images = rows + number, images + different
             return Wanted(images, rows - images, self._count_kept(), *self._elsewhere())
 
+    def has_captions(self) -> bool:
+        """Whether any image that is listed is captioned."""
+        with self._updated([]):
+            (found,) = self._ask("SELECT EXISTS (SELECT 1 FROM counted SEMI JOIN captioned USING (id))")
+        return found
+
     def _count_kept(self) -> int:
         """The captions that are older than the last change of the container that lists their image."""
         parts = self.output.parts(self.output.captions)
@@ -311,6 +317,12 @@ class Plan:
             WHERE position >= coalesce(since, 0) AND NOT (is_tar AND coalesce(is_read, false))
         """)
         self._connection.execute("DELETE FROM rewritten")
+        if self._has_uris and run_ids:  # Of an id that two lists name, one of which names it no longer.
+            self._connection.execute(f"""
+                INSERT INTO rewritten SELECT id, to_timestamp({_FOREVER}) FROM latest
+                JOIN (SELECT id, uri FROM counted WHERE uri IS NOT NULL) AS listed USING (id)
+                WHERE latest.uri IS NOT NULL AND run_id <> '{self.run_id}'
+                GROUP BY id HAVING NOT bool_or(latest.uri = listed.uri)""")
         if written:
             self._connection.register("runs", pa.table([list(runs), list(runs.values())], schema=_RUNS))
             self._connection.execute(f"""

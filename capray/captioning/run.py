@@ -76,8 +76,8 @@ class Run:
         self.write = FencedWrites(output, lease)
         self.summary = Summary(output.root.uri, run_id, job.model_id)
         self.source_type = sources[0].source_type
-        self.reader = Reader.of(sources, config.subset(ImageLimits), config.fetch_concurrency, config.patience_seconds)
         self.listing = Listing(output, run_id, sources, config, self.write, config.relist)
+        self.reader = Reader.of(sources, config.subset(ImageLimits), config.fetch_concurrency, config.patience_seconds)
         self.settled = Settled(output, run_id, retried_kinds(config))
         self.plan = Plan(output, run_id, self.listing, self.settled, self.write)
         self.limits = FailureLimits(config.max_failure_rate, config.max_bad_images)
@@ -483,7 +483,7 @@ class Run:
             )
         self.limits.check_any()
         failed = Counter(summary.current_failures)
-        if not self.settled.num_captions and failed.total() >= wanted.images > 0:
+        if failed.total() >= wanted.images > 0 and not self.plan.has_captions():
             ((kind, count),) = failed.most_common(1)
             with self.output.connect() as connection:
                 (message,) = first_row(connection, f"SELECT message FROM failures WHERE error_type = '{kind}' LIMIT 1")

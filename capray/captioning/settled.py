@@ -56,9 +56,10 @@ class Settled:
     """The settled ids of ``output``, as a context: a DuckDB ``connection`` with these tables and views.
 
     captioned (id, tar, part): the captions, ``id`` being the hash, ``tar`` TAR and ``part`` the number of the part.
-    failed (id, tar, part, error_type, failed_at, run_id): the failure log.
+    failed (id, tar, part, error_type, failed_at, run_id, uri): the failure log, ``uri`` being a hash.
     current_failures (error_type): the latest failure of each id that has no caption.
-    rewritten (id, written_at): failed ids whose container was written anew then, for others to fill.
+    rewritten (id, written_at): failed ids whose container was written anew then, or that are listed elsewhere now, for
+        others to fill.
     settled (id, tar): what needs no attempt in run ``run_id``. The one definition: captioned; or failed for good, unless
         the kind is one of ``retried`` and the run another, or the failure is older than what was rewritten; or attempted
         ATTEMPTS_PER_RUN times in this run.
@@ -86,18 +87,20 @@ class Settled:
         self.connection.execute(f"""
             CREATE TABLE captioned (id UHUGEINT, tar UBIGINT, part INTEGER);
             CREATE TABLE failed (
-                id UHUGEINT, tar UBIGINT, part INTEGER, error_type VARCHAR, failed_at TIMESTAMPTZ, run_id VARCHAR
+                id UHUGEINT, tar UBIGINT, part INTEGER, error_type VARCHAR, failed_at TIMESTAMPTZ, run_id VARCHAR,
+                uri UBIGINT
             );
             CREATE TABLE rewritten (id UHUGEINT, written_at TIMESTAMPTZ);
             CREATE VIEW latest AS
             SELECT id, any_value(tar) AS tar, count(*) FILTER ({this_run}) AS attempts,
-                   unnest(max({{failed_at: failed_at, run_id: run_id, error_type: error_type}}))
+                   unnest(max({{failed_at: failed_at, run_id: run_id, error_type: error_type, uri: uri}}))
             FROM failed GROUP BY id;
             CREATE VIEW current_failures AS SELECT error_type FROM latest ANTI JOIN captioned USING (id);
             CREATE VIEW settled AS
             SELECT id, tar FROM captioned
             UNION ALL
-            SELECT id, tar FROM latest LEFT JOIN rewritten USING (id)
+            SELECT id, tar FROM latest
+            LEFT JOIN (SELECT id, max(written_at) AS written_at FROM rewritten GROUP BY id) USING (id)
             WHERE attempts >= {ATTEMPTS_PER_RUN}
                OR (error_type IN ({final}) AND (error_type NOT IN ({retried}) OR {this_run})
                    AND (written_at IS NULL OR failed_at >= written_at));
@@ -130,12 +133,15 @@ class Settled:
         self._forget([number for number, part in self._parts.items() if part.path not in there])
         self._read("captioned", [part for part in captions if part.path not in known])
         self._read(
-            "failed", [part for part in failures if part.path not in known], ("error_type", "failed_at", "run_id")
+            "failed",
+            [part for part in failures if part.path not in known],
+            ("error_type", "failed_at", "run_id", "uri"),
         )
 
     def _read(self, table: str, parts: list[Location], others: tuple[str, ...] = ()) -> None:
         names = ("image_id", *others)
-        columns = ", ".join((f"{ID} AS id", TAR, "part", *others))
+        others_in_sql = ("CASE WHEN uri IS NOT NULL THEN hash(uri) END" if name == "uri" else name for name in others)
+        columns = ", ".join((f"{ID} AS id", TAR, "part", *others_in_sql))
         schema = pa.schema([*(FAILURES.field(name) for name in names), ("part", pa.int32())])
         for begin in range(0, len(parts), _PARTS_AT_ONCE):
             numbered = dict(enumerate(parts[begin : begin + _PARTS_AT_ONCE], self._num_parts))

@@ -10,28 +10,29 @@ from collections.abc import Iterable, Iterator
 
 from capray.config import SourceSettings
 from capray.errors import ConfigError, StorageError
-from capray.inputs.base import Containers, Source, is_hidden
+from capray.inputs.base import Containers, Selection, Source, is_hidden, root_of
 from capray.inputs.files import Images
 from capray.inputs.parquet import MANIFESTS, Inventory, Manifest, Parquet
 from capray.inputs.tars import Tars
 from capray.inputs.versions import entry_at
-from capray.inputs.witnesses import opens
-from capray.storage import Entry, Location, entry_of, is_file, is_folder, is_glob, iter_files, locate, storage_errors
+from capray.inputs.witnesses import mounts_of, opens
+from capray.storage import Entry, Location, glob_files, is_file, is_folder, is_glob, iter_files, locate
 
 _SAMPLE = 1000
 _ENDINGS = {"manifest": MANIFESTS, "parquet": (".parquet",), "tar": (".tar",)}
 _BESIDE = {"manifest": (), "parquet": (".json", ".md"), "tar": (".parquet", ".json", ".txt", ".csv")}
 """What lies beside the files of a kind."""
 _NUM_WITNESSES = 4
+_HIDDEN = (".", "_")
 
-__all__ = ["Source", "are_containers", "open_sources"]
+__all__ = ["MixedInput", "Source", "are_containers", "open_sources"]
 
 
 def open_sources(inputs: tuple[str, ...], settings: SourceSettings, keep: tuple[str, ...] = ()) -> list[Source]:
     """The inputs, opened.
 
     Raises:
-        ConfigError: nothing there, empty, of no known kind, or settings that do not fit it.
+        ConfigError: nothing there, empty, of no known kind or of several (MixedInput), or settings that do not fit it.
         DataError: a file that is not what its name says.
         StorageError: the store cannot be reached.
     """
@@ -75,7 +76,7 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     denied: list[str] = []
     files = _files(place, denied)
     sample = list(itertools.islice(files, _SAMPLE))
-    while sample and all(is_hidden(_below(place, entry), (".", "_")) for entry in sample[-_SAMPLE:]):
+    while sample and all(is_hidden(_below(place, entry), _HIDDEN) for entry in sample[-_SAMPLE:]):
         if not (more := list(itertools.islice(files, _SAMPLE))):
             break
         sample += more
@@ -83,12 +84,14 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
         raise StorageError(f"nothing can be read at {uri!r}: permission denied to {denied[0]!r}")
     if not sample:
         raise ConfigError(f"there are no images at {uri!r}: it is empty, or does not exist")
-    kind = settings.input_kind if settings.input_kind != "auto" else _kind_of(place, sample)
+    kind = settings.input_kind if settings.input_kind != "auto" else _kind_of(place, sample, settings)
     source = _source_of(kind, place, settings, keep, itertools.chain(sample, files))
     if denied and kind != "images":
         raise StorageError(
             f"{denied[0]!r} cannot be listed, and may hold files of this input: let it be read, or name the others by a glob"
         )
+    if place.is_local:
+        source.mounts = mounts_of(source.selection.root, (entry.path for entry in sample))
     if place.is_local and (kind in ("images", "tar") or source.image_column):
         source.witnesses = tuple(
             itertools.islice((entry.path for entry in sample if opens(entry.path)), _NUM_WITNESSES)
@@ -118,26 +121,36 @@ def _source_of(
     shown: list[Entry] = []
     hidden = 0
     for entry in files:
-        if is_hidden(_below(place, entry), (".", "_")):
+        if is_hidden(_below(place, entry), _HIDDEN):
             hidden += entry.path.lower().endswith(endings)
         else:
             shown.append(entry)
     found = [entry for entry in shown if entry.path.lower().endswith(endings)]
     if not found:
         raise ConfigError(f"no files ending in {' or '.join(endings)} at {uri!r}")
-    if settings.input_kind == "auto" and (others := _others(kind, shown)):
-        raise ConfigError(
-            f"{uri!r} begins like a {kind} input, but holds {len(others):,} files of other kinds too ({others[0].uri!r} …): "
-            f"say --input-kind {kind} to leave those out, or --input-kind images"
-        )
+    is_auto, selection = settings.input_kind == "auto", Selection.of(settings, root_of(place))
+    if is_auto and (others := [entry for entry in _others(kind, shown) if not selection.excludes(entry.uri)]):
+        raise _mixed(place, kind, found, others)
     if kind == "manifest":
         return Manifest(place, settings, keep, found, hidden)
     if kind == "parquet":
         return Parquet(place, settings, keep, found, hidden)
     assert kind == "tar", kind
     beside = {posixpath.splitext(entry.uri)[0]: entry for entry in shown if entry.uri.lower().endswith(".parquet")}
-    sidecars = {tar.uri: beside[stem] for tar in found if (stem := posixpath.splitext(tar.uri)[0]) in beside}
-    return Tars(place, settings, keep, found, sidecars, hidden)
+    sidecars = {tar.uri: beside.pop(stem) for tar in found if (stem := posixpath.splitext(tar.uri)[0]) in beside}
+    return Tars(place, settings, keep, found, sidecars, hidden, list(beside.values()) if is_auto else [])
+
+
+class MixedInput(ConfigError):
+    """Tables or tars lie among files of other kinds."""
+
+
+def _mixed(place: Location, kind: str, found: list[Entry], others: list[Entry]) -> MixedInput:
+    return MixedInput(
+        f"{place.uri!r} holds {kind} files ({found[0].uri!r} …) and files of other kinds ({others[0].uri!r} …): say "
+        f"--input-kind {kind} to leave those out, --input-kind images to take every file for an image, or exclude some with "
+        "--exclude"
+    )
 
 
 def _others(kind: str, files: list[Entry]) -> list[Entry]:
@@ -148,22 +161,13 @@ def _others(kind: str, files: list[Entry]) -> list[Entry]:
 def _files(place: Location, denied: list[str]) -> Iterator[Entry]:
     """The files the input names: itself, the matches of its glob, or all below it but for what is in folders ``denied``."""
     if is_glob(place):
-        with storage_errors(f"listing {place.uri}"):
-            found = place.fs.glob(place.path, detail=True)
-        for path, info in sorted(found.items()):
-            if info["type"] != "file":
-                continue
-            try:
-                entry = entry_of(place, path, info)
-            except FileNotFoundError:
-                continue  # Gone since.
-            yield entry
+        yield from glob_files(place)
     elif is_file(place):
         yield entry_at(place)
     elif place.is_local and not is_folder(place):
         raise ConfigError(f"there is nothing at {place.uri!r}")
     else:
-        yield from iter_files(place, denied)
+        yield from iter_files(place, denied, _HIDDEN)
 
 
 def _below(place: Location, entry: Entry) -> str:
@@ -174,9 +178,11 @@ def _below(place: Location, entry: Entry) -> str:
     return entry.path[len(root) :]
 
 
-def _kind_of(place: Location, sample: list[Entry]) -> str:
+def _kind_of(place: Location, sample: list[Entry], settings: SourceSettings) -> str:
     """The kind of input, from the names of its first files."""
-    shown = [entry for entry in sample if not is_hidden(_below(place, entry), (".", "_"))]
+    shown = [entry for entry in sample if not is_hidden(_below(place, entry), _HIDDEN)]
+    selection = Selection.of(settings, root_of(place))
+    shown = [entry for entry in shown if not selection.excludes(entry.uri)]
     if len(sample) == 1 and sample[0].path == place.path:
         shown = sample
         if place.path.lower().endswith(MANIFESTS):
@@ -188,7 +194,9 @@ def _kind_of(place: Location, sample: list[Entry]) -> str:
         if fnmatch.fnmatch(name, "*.tar.*") or name.endswith(".tgz"):
             raise ConfigError(f"{name!r} is a compressed tar, which is not read: unpack the compression (gunzip) first")
     for kind in ("tar", "parquet"):
-        if any(name.endswith(_ENDINGS[kind]) for name in names) and not _others(kind, shown):
+        if found := [entry for entry in shown if entry.path.lower().endswith(_ENDINGS[kind])]:
+            if others := _others(kind, shown):
+                raise _mixed(place, kind, found, others)
             return kind
     # In a folder, text may be what somebody has written about its images.
     lists = MANIFESTS if is_glob(place) else tuple(ending for ending in MANIFESTS if ".txt" not in ending)

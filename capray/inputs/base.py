@@ -24,6 +24,7 @@ from capray.errors import ConfigError, DataError, StorageError, TryAgain
 from capray.images import ImageError
 from capray.inputs.places import PLACES, Kind, Row
 from capray.inputs.versions import VersionChanged
+from capray.inputs.witnesses import Known
 from capray.storage import Entry, Location, is_glob, is_of_arrow, storage_errors
 
 ROWS_PER_PAGE = 100_000
@@ -188,13 +189,13 @@ class InputReading:
     """What reading the images of an input needs to know of it.
 
     Attributes:
-        witnesses: a few of its files on a file system, that could be read when it was opened.
+        known: of a file system, a few of the files that could be read when it was opened.
     """
 
     selection: Selection
     id_column: str | None = None
     image_column: str | None = None
-    witnesses: tuple[str, ...] = ()
+    known: Known = field(default_factory=Known)
 
 
 class Source(ABC):
@@ -212,9 +213,9 @@ class Source(ABC):
 
     def __init__(self, place: Location, settings: SourceSettings, keep: tuple[str, ...] = ()):
         self.place, self.settings, self.keep = place, settings, keep
-        root = posixpath.dirname(re.split(r"[*?[]", place.uri)[0]) if is_glob(place) else place.uri
-        self.selection = Selection.of(settings, root)
+        self.selection = Selection.of(settings, root_of(place))
         self.witnesses: tuple[str, ...] = ()
+        self.mounts: tuple[str, ...] = ()
 
     @property
     def source_type(self) -> pa.DataType | None:
@@ -239,7 +240,12 @@ class Source(ABC):
     @property
     def reading(self) -> InputReading:
         """What a Reader needs to know."""
-        return InputReading(self.selection, self.id_column, self.image_column, self.witnesses)
+        return InputReading(self.selection, self.id_column, self.image_column, self.known)
+
+    @property
+    def known(self) -> Known:
+        """What tells, of an input on a file system, whether that is away."""
+        return Known(self.witnesses, self.selection.root, self.mounts)
 
     def versions(self) -> dict[str, str]:
         """Of units that are containers, the version of each when the source was opened."""
@@ -278,6 +284,11 @@ class Source(ABC):
                 )
 
 
+def root_of(place: Location) -> str:
+    """The URI of the folder that the names of an input's images begin with: of a glob, that in front of the first sign."""
+    return posixpath.dirname(re.split(r"[*?[]", place.uri)[0]) if is_glob(place) else place.uri
+
+
 def names_uris(source: Source) -> bool:
     """Whether images of ``source`` may have other ids than their URIs: those of lists and tables of URIs, and with a column
     of ids."""
@@ -304,7 +315,7 @@ class Containers(Source):
 
     def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
         wanted, behind = after or ("", None)
-        hidden = self._hidden if unit == self.files[0].uri and after is None else 0
+        hidden = self._hidden if self.files and unit == self.files[0].uri and after is None else 0
         with reading_errors(unit):
             for rows, version, done in self._list(unit, wanted, behind):
                 yield Page(rows, [version, done], (), hidden, version)

@@ -17,7 +17,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,7 +30,7 @@ from capray.images import ImageError
 from capray.inputs.stores import wait_for_answer
 from capray.inputs.throttle import Throttle
 from capray.inputs.versions import VersionChanged, check_version, if_match
-from capray.inputs.witnesses import witnesses
+from capray.inputs.witnesses import Known, witnesses
 from capray.storage import (
     EXPIRED_CODES,
     Entry,
@@ -80,13 +80,11 @@ class Patience:
     """How long to wait for a fault that may pass, and whom to notify.
 
     Attributes:
-        witnesses: files that were there when the input was opened, or folders.
-        root: the input, a folder that ends in "/".
+        known: of the input before.
     """
 
     seconds: float = 0.0
-    witnesses: tuple[str, ...] = ()
-    root: str = ""
+    known: Known = field(default_factory=Known)
     notify: Callable[[str], None] = ignore
 
 
@@ -237,9 +235,7 @@ def _fetch(uri: str, start: int, end: int, version: str | None, patience: Patien
                     has_confirmed = True
                     continue
                 if place.is_local and (failure.kind == "unreadable_storage" or not failure.certain):
-                    has_waited = witnesses.wait_for(
-                        place.path, patience.witnesses, patience.root, patience.seconds, patience.notify
-                    )
+                    has_waited = witnesses.wait_for(place.path, patience.known, patience.seconds, patience.notify)
                     # That it is there says nothing of the moment before: what is missing is looked for again.
                     if has_waited or (failure.kind == "missing" and not has_confirmed):
                         has_confirmed = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import queue
 import re
 import threading
@@ -28,7 +29,8 @@ from capray.errors import CaprayError, ConfigError, StorageUnavailable
 from capray.inputs.base import ContainerChanged, LeftOut, Page, Source, TarMembers
 from capray.inputs.places import encode_places, places_schema
 from capray.inputs.versions import entry_at
-from capray.storage import Location, Write, is_of_arrow, locate, storage_errors
+from capray.inputs.witnesses import witnesses
+from capray.storage import Location, Write, is_of_arrow, locate, path_of, storage_errors
 
 NUM_LISTERS = 16
 FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 100_000, 1_000_000
@@ -38,6 +40,8 @@ MAX_QUEUED_ROWS = 500_000
 """Rows that wait to be gathered while a chunk is stored."""
 MAX_RELISTS = 2
 """Times a container is listed again in a run because it has changed."""
+AWAY_SECONDS = 5.0
+"""How long containers that were listed, and are away with their mount, are waited for."""
 ALL_ROWS = 2**63 - 1
 
 _FOLDER = re.compile(r"(\d{6})-(.+)")
@@ -185,6 +189,8 @@ class Listing:
                 self._adopted.append(name)
         if self._adopted:
             self.resumed_at = progress[0]["at"]
+        for source, mounts in zip(self.sources, first.get("mounts", ()), strict=False):
+            source.mounts = tuple(sorted({*source.mounts, *mounts}))
 
     def _progress(self, names: list[str]) -> list[dict[str, Any]]:
         """What the metadata of chunks say."""
@@ -229,7 +235,11 @@ class Listing:
                     self._begin_again(key, version)
                     counts["have changed since and are listed again"] += 1
             if versions:
-                for key in [key for key in self._units if key[0] == number and key[1] not in versions]:
+                gone = [key for key in self._units if key[0] == number and key[1] not in versions]
+                if source.place.is_local:  # Of files that are gone from a folder, one tells of all.
+                    for uri in {posixpath.dirname(uri): uri for _, uri in gone if posixpath.isabs(uri)}.values():
+                        witnesses.wait_for(path_of(uri), source.known, AWAY_SECONDS, self.remarks.append)
+                for key in gone:
                     del self._units[key]
                     self.superseded[key] = ALL_ROWS
                     counts["are gone, with the images in them"] += 1
@@ -477,7 +487,7 @@ class Listing:
     def _take_page(self, key: _Key, unit: _Unit, page: Page) -> None:
         unit.after = page.after
         self._touched.add(key)
-        self._hidden += page.hidden
+        self._hidden += 0 if unit.edition else page.hidden  # Told when it was listed for the first time.
         unit.version = page.version or unit.version
         if page.rows.num_rows:
             self._held.append((key, unit.edition, page.rows))
@@ -541,6 +551,7 @@ class Listing:
             "tars": sorted(tars),
             "left_out": [astuple(event) for event in self._new_left_out],
             "adopted": adopted,
+            "mounts": [source.mounts for source in self.sources],
             "closed": closed,
         }
         rows = rows.set_column(0, self.schema.field(0), positions)

@@ -262,7 +262,7 @@ class Manifest(Containers):
             columns = None
             for numbered in _batched(json_rows(lines, repr(uri)), ROWS_PER_PAGE):
                 columns = columns or self._columns(list(numbered[0][1]), uri)
-                self._check_ids(numbered, columns[0], uri)
+                self._check_names(numbered, *columns, uri)
                 records = [record for _, record in numbered]
                 wanted = dict.fromkeys((*columns, *self.keep))
                 table = {
@@ -280,11 +280,20 @@ class Manifest(Containers):
                     raise DataError(f"{uri!r} is not UTF-8: {error}") from error
                 yield pa.table({"image_id": names, "uri": names})
 
-    def _check_ids(self, records: list[tuple[int, dict[str, Any]]], id_column: str, uri: str) -> None:
-        """Raise DataError at the first of JSON ``records``, each with its line, whose id is not where the first one's is."""
+    def _check_names(
+        self, records: list[tuple[int, dict[str, Any]]], id_column: str, uri_column: str, uri: str
+    ) -> None:
+        """Raise DataError at the first of JSON ``records``, each with its line, whose id or URI is not where the first one's
+        is."""
         may_be_elsewhere = self.settings.id_column is None and id_column != "image_id"
         for line, record in records:
-            if record.get(id_column) is None:
+            others = [name for name in _URI_NAMES if record.get(name)]
+            if self.settings.uri_column is None and not record.get(uri_column) and others:
+                raise DataError(
+                    f"{uri!r}, line {line} has its URI in {others[0]!r}, and the first record in {uri_column!r}: give "
+                    "them one name"
+                )
+            if record.get(id_column) in (None, ""):
                 raise DataError(f"{uri!r}, line {line}: {id_column!r}, the image id, is without a value")
             if may_be_elsewhere and record.get("image_id") is not None:
                 raise DataError(

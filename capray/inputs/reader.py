@@ -13,7 +13,7 @@ import tarfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import pyarrow as pa
@@ -25,7 +25,7 @@ from capray.inputs.base import Changed, Event, Failed, Found, InputReading, Left
 from capray.inputs.byte_reader import Patience, Stream, ignore, read_image, read_range
 from capray.inputs.parquet import opened_parquet
 from capray.inputs.places import MEMBERS, Row
-from capray.inputs.tars import HEADER_BYTES, content_in, dots, images_of, member_in, opened, versions_in
+from capray.inputs.tars import HEADER_BYTES, content_in, dots, images_of, member_in, name_of, opened, versions_in
 from capray.inputs.versions import VersionChanged
 from capray.inputs.witnesses import witnesses
 from capray.storage import locate
@@ -82,8 +82,8 @@ class Reader:
 
     def _patience(self, row: Row, notify: Callable[[str], None]) -> Patience:
         carried, reading = row.get("witness"), self.inputs[row["input"]]
-        known = ((carried,) if carried else ()) + reading.witnesses
-        return Patience(self.patience_seconds, known, reading.selection.root, notify)
+        known = replace(reading.known, files=(carried, *reading.known.files)) if carried else reading.known
+        return Patience(self.patience_seconds, known, notify)
 
     def _ahead(self, rows: list[Row], read: Callable[[Row], FetchOutcome]) -> Iterator[FetchOutcome]:
         """Prefetches at most ``concurrency`` images."""
@@ -200,7 +200,7 @@ class Reader:
                 raise  # The whole tar is gone.
             return Failed(row, error)
         member = member_in(data)
-        if member is None or member.name != row["member"]:
+        if member is None or name_of(member) != row["member"]:
             raise VersionChanged(f"no member {row['member']} at byte {offset}")
         end = member.offset_data + member.size
         content = content_in(data) if member.issparse() else data[member.offset_data : end]
@@ -242,36 +242,44 @@ class Reader:
         yield from checked(held)
 
     def _by_name(self, rows: list[Row], version: str, patience: Patience) -> Iterator[FetchOutcome | Event]:
-        """Members of the ``version`` of a tar, in one reading of it. One under a name with another extension is taken for it
-        when none of those beside it has the very name. When all that the sidecar names are asked for, images that it does
-        not name are counted."""
+        """Members of the ``version`` of a tar, in one reading of it. The first under a name with another extension is taken
+        for one when none in all of the tar has the very name. When all that the sidecar names are asked for, images that it
+        does not name are counted."""
         wanted: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
             wanted[_stem(row["member"])][row["member"]].append(row)
         container, row_input = rows[0]["container"], rows[0]["input"]
         stream = Stream(container, version=version, patience=patience)
         stems, is_cut = set(wanted), False
+        with_other_extension: dict[str, Row] = {}
         counts = rows[0].get("row") == sum(map(len, wanted.values()))
         others: list[str] = []
         unnamed: list[str] = []
         with opened(container, stream) as tar:
             images = images_of(tar, self.limits.max_image_bytes, others.append)
             for stem, of_stem in groupby(images, lambda image: _stem(image[0].name)):
-                names, other = wanted.get(stem, {}), None
+                names = wanted.get(stem, {})
                 is_named = any(of in stems for of in _stems(f"{stem}."))
                 for member, data, whole in of_stem:
                     is_cut = is_cut or (not whole and member.size <= self.limits.max_image_bytes)
-                    other = other or (member, data, whole)
-                    if not is_named and self.inputs[row_input].selection.has(f"{container}#{member.name}"):
-                        unnamed.append(member.name)
+                    is_known = whole or member.size > self.limits.max_image_bytes
+                    if names and is_known and stem not in with_other_extension:
+                        with_other_extension[stem] = _as_member({}, member, stream.version)
+                    if not is_named and self.inputs[row_input].selection.has(f"{container}#{name_of(member)}"):
+                        unnamed.append(name_of(member))
                     for row in names.pop(member.name, ()):
                         yield self._of_member(_as_member(row, member, stream.version), member, data, whole)
-                for row in (row for name in list(names) for row in names.pop(name)):
-                    assert other is not None
-                    yield self._of_member(_as_member(row, other[0], stream.version), *other)
-                wanted.pop(stem, None)
+                if not names:
+                    wanted.pop(stem, None)
                 if not wanted and not counts:
                     return
+        others_of = [
+            row | with_other_extension[stem]
+            for stem in with_other_extension.keys() & wanted.keys()
+            for of_name in wanted.pop(stem).values()
+            for row in of_name
+        ]
+        yield from self._members(sorted(others_of, key=lambda row: row["offset"]), (), patience)
         if counts:
             yield from _left_out(rows[0], "unnamed", unnamed)
         yield from _left_out(rows[0], "no_image", others)
@@ -291,9 +299,9 @@ class Reader:
         seen: set[str] = set()
         with opened(uri, stream) as tar:
             for member, data, whole in images_of(tar, self.limits.max_image_bytes, others.append):
-                image_id = f"{uri}#{member.name}"
+                image_id = f"{uri}#{name_of(member)}"
                 if not whole and member.size <= self.limits.max_image_bytes:
-                    raise DataError(f"{uri!r} is cut off within {member.name}")
+                    raise DataError(f"{uri!r} is cut off within {name_of(member)}")
                 if not selection.has(image_id):
                     continue
                 row = _as_member(tar_row | {"image_id": image_id, "uri": image_id}, member, stream.version)
@@ -332,7 +340,7 @@ def _with_witness(outcome: FetchOutcome, patience: Patience) -> FetchOutcome:
     if not place.is_local:
         return outcome
     row = {name: value for name, value in outcome.row.items() if name != "witness"}
-    if witness := witnesses.of(place.path, patience.witnesses, patience.root):
+    if witness := witnesses.of(place.path, patience.known):
         row["witness"] = witness
     return Failed(row, outcome.error)
 
@@ -350,5 +358,5 @@ def _stream(row: Row, patience: Patience) -> Stream:
 def _as_member(row: Row, member: tarfile.TarInfo, version: str) -> Row:
     """``row`` with the place of ``member``, by which it can be read again."""
     size = member.offset_data + member.size - member.offset
-    place = {"kind": "member", "member": member.name, "offset": member.offset, "size": size}
+    place = {"kind": "member", "member": name_of(member), "offset": member.offset, "size": size}
     return row | place | {"version": version}

@@ -9,7 +9,7 @@ import io
 import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -22,7 +22,7 @@ from capray.inputs.base import Containers, reading_errors, rows_of
 from capray.inputs.byte_reader import CHUNK_BYTES, Stream
 from capray.inputs.parquet import _choose, _require, _struct, first_schema, opened_parquet
 from capray.inputs.versions import check_version, entry_at
-from capray.storage import Entry, Location, locate
+from capray.storage import Entry, Location, locate, text_of
 
 BEHIND_TAR = re.compile(r"(?<=\.tar)#", re.IGNORECASE)
 """Where the URI of a tar's member names the member."""
@@ -31,7 +31,7 @@ HEADER_BYTES = 16 * 2**10
 _MAX_PADDING = 2**16
 """Zeros behind the last member: two blocks, up to the end of a record of 10 KiB, or of one of up to 128 blocks."""
 _PEEK_BYTES = 4096
-_OPTIONS: Any = {"mode": "r:", "encoding": "utf-8", "errors": "backslashreplace"}
+_OPTIONS: Any = {"mode": "r:", "encoding": "utf-8", "errors": "surrogateescape"}
 _BESIDE = re.compile(
     "jsonl?|te?xt|csv|tsv|xml|html|md|ya?ml|url|captions?|transcript|cls2?|class|count|index|inx|id|np[yz]|pth?|pyd|pkl|pickle|"
     "ten|tb|mp|msg|msgpack|cbor|parquet"
@@ -50,10 +50,12 @@ class Tars(Containers):
         files: list[Entry],
         sidecars: dict[str, Entry],
         hidden: int = 0,
+        alone: Iterable[Entry] = (),
     ):
         super().__init__(place, settings, keep, files, hidden)
         self.refuse("split", "image_column", "uri_column")
         self._sidecars = sidecars
+        self._alone = {entry.uri: entry for entry in alone if not self.selection.excludes(entry.uri)}
         self._as_opened = {entry.uri: entry for entry in files}
         self._source_type = None
         without = [entry.uri for entry in files if entry.uri not in sidecars]
@@ -73,9 +75,12 @@ class Tars(Containers):
     def source_type(self) -> pa.DataType | None:
         return self._source_type
 
+    def units(self) -> list[str]:
+        return [*super().units(), *self._alone]
+
     def versions(self) -> dict[str, str]:
         beside = {uri: f"+{sidecar.version}" for uri, sidecar in self._sidecars.items()}
-        return {entry.uri: entry.version + beside.get(entry.uri, "") for entry in self.files}
+        return {entry.uri: entry.version + beside.get(entry.uri, "") for entry in (*self.files, *self._alone.values())}
 
     def modified(self) -> dict[str, float]:
         beside = {uri: sidecar.modified for uri, sidecar in self._sidecars.items()}
@@ -86,6 +91,11 @@ class Tars(Containers):
         name."""
         if behind:
             return
+        if unit in self._alone:
+            raise DataError(
+                f"{unit!r} lies among tars and has none beside it: that tar is lost, or this is a table of its own, to be "
+                "captioned as another input"
+            )
         if unit in self._sidecars:
             with reading_errors(unit, self._sidecars[unit].uri):
                 rows, version = self._by_sidecar(unit, Stream(self._sidecars[unit].uri))
@@ -140,6 +150,11 @@ def _first_suffix(uri: str, keys: set[str]) -> tuple[str, str]:
             if _ending(suffix) in ENDINGS:
                 return suffix, stream.version
     return "jpg", stream.version
+
+
+def name_of(member: tarfile.TarInfo) -> str:
+    """A member's name as text that ids and tables can hold."""
+    return text_of(member.name)
 
 
 def _ending(name: str) -> str:
@@ -213,7 +228,7 @@ def images_of(
             data = file.read(64)
             if not named and not begins_like_image(data):
                 if not _BESIDE.fullmatch(_ending(member.name)):
-                    leave_out(member.name)
+                    leave_out(name_of(member))
                 continue
             if member.size <= max_bytes:
                 data += file.read()
@@ -244,4 +259,4 @@ def _check_end(tar: tarfile.TarFile) -> None:
 def members_of(uri: str) -> list[str]:
     """The image ids of the tar at ``uri``; raises what ``Source.pages`` raises."""
     with reading_errors(uri), opened(uri) as tar:
-        return [f"{uri}#{member.name}" for member, _, _ in images_of(tar, max_bytes=0)]
+        return [f"{uri}#{name_of(member)}" for member, _, _ in images_of(tar, max_bytes=0)]

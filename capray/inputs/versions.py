@@ -36,5 +36,5 @@ def check_version(wanted: str | None, found: str) -> None:
 
 def if_match(wanted: str | None) -> dict[str, str]:
     """What makes S3 refuse to answer from another version than ``wanted``."""
-    etag = (wanted or "").rpartition("-")[0]
+    etag = (wanted or "").rpartition("-")[0].replace("%2B", "+")
     return {"IfMatch": f'"{etag}"'} if etag else {}

@@ -2,13 +2,14 @@
 
 An empty mountpoint answers too, and a file of one mount says nothing of another. So a file is gone when the nearest folder
 left of its path holds something, is on the device it was on, and files that were read there still open. A folder that is
-empty, or a link to nowhere, is what a mount leaves behind.
+empty, a link to nowhere, or a mountpoint without its mount is what a mount leaves behind.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -33,6 +34,21 @@ class _Folder:
     device: int
     file: str
     file_device: int
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was known of an input before.
+
+    Attributes:
+        files: files and folders that were there; one of them, or of those this process has read, has to be.
+        root: the input, a folder that ends in "/"; what is gone from below it was deleted.
+        mounts: folders at which another file system began.
+    """
+
+    files: tuple[str, ...] = ()
+    root: str = ""
+    mounts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,31 +85,25 @@ class Witnesses:
                 self._folders.clear()
             self._folders[folder] = new
 
-    def of(self, path: str, given: Iterable[str] = (), root: str = "") -> str | None:
-        """What proves that the file system of ``path`` is there: a file or folder. See ``wait_for``."""
-        return self._view(path, given, root).witness
+    def of(self, path: str, known: Known) -> str | None:
+        """What proves that the file system of ``path`` is there: a file or folder."""
+        return self._view(path, known).witness
 
-    def wait_for(
-        self, path: str, given: tuple[str, ...], root: str, seconds: float, notify: Callable[[str], None]
-    ) -> bool:
+    def wait_for(self, path: str, known: Known, seconds: float, notify: Callable[[str], None]) -> bool:
         """Wait while the file system of ``path`` seems away; whether that took time.
-
-        Args:
-            given: files and folders that were there before; one of them, or of those this process has read, has to be.
-            root: the input ``path`` was found in, a folder that ends in "/"; one that is gone from below it was deleted.
 
         Raises:
             TryAgain: it was away for ``seconds``.
         """
-        view = self._view(path, given, root)
+        view = self._view(path, known)
         if not view.away:
             return False
         way_out = f"and has been for {seconds:g} s: {view.way_out} and run the same command again"
         with self._waiting:  # One asks; the others find out when it has.
-            wait_until(lambda: not self._view(path, given, root).away, view.away, way_out, seconds, notify)
+            wait_until(lambda: not self._view(path, known).away, view.away, way_out, seconds, notify)
         return True
 
-    def _view(self, path: str, given: Iterable[str], root: str) -> _View:
+    def _view(self, path: str, known: Known) -> _View:
         mount = "mount it on every node"
         try:
             left = within(OPEN_SECONDS, lambda: _left_of(path))
@@ -106,19 +116,51 @@ class Witnesses:
         if left.is_empty:
             why = f"{left.folder} is empty, and {path} was to be below it: its mount or disk is away"
             return _View(why, f"{mount} (or remove the folder, if its images were deleted)")
+        for mount_point in known.mounts:
+            if os.path.realpath(path).startswith(f"{mount_point}/") and not os.path.ismount(mount_point):
+                why = f"{mount_point} was a mount when its images were listed, and is none now"
+                return _View(why, f"{mount} (or run with --relist, if it is to be none)")
         inside = left.folder.rstrip("/") + "/"
         with self._lock:
             own = self._folders.get(left.folder)
             below = {name: each for name, each in self._folders.items() if f"{name}/".startswith(inside)}
         same = [each.file for each in below.values() if each.device == left.device]
-        if own is not None and own.device != left.device and not opens(own.file):
-            return _View(f"{left.folder} is on another device than before: its mount is away", mount)
+        others = [each.file for each in below.values() if each.device != left.device]
+        if (own is not None and own.device != left.device and not opens(own.file)) or (
+            others and not any(map(opens, islice(reversed(others), _NUM_ASKED)))
+        ):
+            return _View(f"{left.folder} is on another device than what was read there: its mount is away", mount)
         opening = next(filter(opens, islice(reversed(same), _NUM_ASKED)), None)
-        if (first := next(iter((*same, *given)), None)) and opening is None and not any(map(opens, given)):
+        if (first := next(iter((*same, *known.files)), None)) and opening is None and not any(map(opens, known.files)):
             why = f"{first}, which was there before, cannot be opened: its mount or disk is away"
             return _View(why, f"{mount} (or put the file back)")
-        is_near = left.is_parent or (len(root) > 1 and inside.startswith(root)) or (same and inside != "/")
+        is_near = left.is_parent or (len(known.root) > 1 and inside.startswith(known.root)) or (same and inside != "/")
         return _View(witness=opening or left.folder if is_near and (same or left.is_readable) else None)
+
+
+def mounts_of(root: str, paths: Iterable[str]) -> tuple[str, ...]:
+    """Where other file systems begin below ``root``, and those that ``paths`` below it are on by links, as far as the system
+    tells (Linux)."""
+    root = os.path.realpath(root)
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            points = [os.fsdecode(_OCTAL.sub(lambda code: bytes([int(code[1], 8)]), line.split()[4])) for line in file]
+    except OSError:
+        return ()
+    inside = root.rstrip("/") + "/"
+    found = {point for point in points if point.startswith(inside)}
+    for folder in {os.path.dirname(os.path.realpath(path)) for path in paths}:
+        holding = (point for point in points if f"{folder}/".startswith(f"{point.rstrip('/')}/"))
+        found.add(max(holding, key=len, default="/"))
+    return tuple(
+        sorted(
+            point for point in found if point != "/" and not inside.startswith(f"{point}/") and os.path.ismount(point)
+        )
+    )
+
+
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+"""A space, tab, newline or backslash in /proc/self/mountinfo."""
 
 
 @dataclass(frozen=True)
