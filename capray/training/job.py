@@ -79,22 +79,12 @@ def train(config: TrainConfig) -> TrainResult:
         StorageError: the MLflow server does not answer at the start; later, that is only a warning.
         Interrupted: stopped by Ctrl-C or SIGTERM.
     """
-    config = given = _absolute(config)
+    given = _absolute(config)
     previous = _check_output(given)
-    tracker = Tracker(config)
-    text = read_captions(config.samples, config.train_split)
-    validation = read_captions(config.samples, config.validation_split)
-    tokens = [[tokenise(caption) for caption in image] for image in text.captions]
-    weights = None
-    if config.init_from is not None:
-        config, vocabulary, weights = adopt_captioner(config)
-    else:
-        vocabulary = build_vocabulary((words for image in tokens for words in image), config)
-    vectors = None
-    if config.word_vectors is not None:
-        vectors = read_word_vectors(config.word_vectors, vocabulary, config.embed_dim)
+    tracker = Tracker(given)
+    config, material = _gather(given)
     torch.manual_seed(config.seed)  # a random frozen encoder is the one the workers make
-    captioner = build_captioner(config, vocabulary, vectors, weights)
+    captioner = build_captioner(config, material.vocabulary, material.word_vectors, material.weights)
     num_parameters = sum(p.numel() for p in captioner.parameters())
     num_trained = sum(p.numel() for p in captioner.parameters() if p.requires_grad)
     digest = _digest(config.samples)
@@ -106,16 +96,16 @@ def train(config: TrainConfig) -> TrainResult:
     parameters = {
         "num_parameters": num_parameters,
         "num_trained_parameters": num_trained,
-        "vocabulary_size": len(vocabulary),
+        "vocabulary_size": len(material.vocabulary),
         "dataset_digest": digest,
     }
     with ProgressDisplay("starting Ray") as display:
         tracker.start(previous.get("mlflow_run_id"), parameters, digest, display.say)
         _write_record(given, tracker.run_id)
-        display.say(_describe(tokens, validation, vocabulary, num_parameters, num_trained, config))
-        if vectors is not None:
-            num_words = len(vocabulary.words)
-            display.say(f"word vectors for {len(vectors.ids_N):,} of {num_words:,} words; the others start at random")
+        display.say(_describe(material, num_parameters, num_trained, config))
+        if material.word_vectors is not None:
+            known, words = len(material.word_vectors.ids_N), len(material.vocabulary.words)
+            display.say(f"word vectors for {known:,} of {words:,} words; the others start at random")
         try:
             if _is_over(config):
                 display.say("all epochs are done")
@@ -123,11 +113,9 @@ def train(config: TrainConfig) -> TrainResult:
                 cluster.connect()
                 gpus = cluster.gpus_each(config.gpus_per_worker)
                 cpus = cluster.share_cpus(config.num_workers, config.cpus_per_worker, gpus, display.say)
-                splits = {config.train_split: text, config.validation_split: validation}
+                splits = {config.train_split: material.text, config.validation_split: material.validation}
                 cache = build_cache(root, identity, encoder, config, splits, display) if root else None
-                _fit(
-                    config, text, tokens, validation, vocabulary, vectors, weights, tracker, display, cache, cpus, gpus
-                )
+                _fit(config, material, tracker, display, cache, cpus, gpus)
         except BaseException as error:
             tracker.close("KILLED" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "FAILED")
             raise
@@ -164,14 +152,42 @@ def _model(config: TrainConfig) -> Model:
     return Model("captioner", fill, model_id_of(files), config.register_as)
 
 
+@dataclass(frozen=True)
+class Material:
+    """What a training is made from.
+
+    Attributes:
+        text, validation: the captions of the two splits.
+        tokens: of each image of ``text``, the words of each caption.
+        weights: of the captioner it begins with.
+    """
+
+    text: SplitText
+    validation: SplitText
+    tokens: Tokens
+    vocabulary: Vocabulary
+    word_vectors: WordVectors | None
+    weights: Weights | None
+
+
+def _gather(config: TrainConfig) -> tuple[TrainConfig, Material]:
+    """The material, and ``config`` with the architecture of the captioner that it begins with."""
+    text = read_captions(config.samples, config.train_split)
+    validation = read_captions(config.samples, config.validation_split)
+    tokens = [[tokenise(caption) for caption in image] for image in text.captions]
+    weights = vectors = None
+    if config.init_from is not None:
+        config, vocabulary, weights = adopt_captioner(config)
+    else:
+        vocabulary = build_vocabulary((words for image in tokens for words in image), config)
+    if config.word_vectors is not None:
+        vectors = read_word_vectors(config.word_vectors, vocabulary, config.embed_dim)
+    return config, Material(text, validation, tokens, vocabulary, vectors, weights)
+
+
 def _fit(
     config: TrainConfig,
-    text: SplitText,
-    tokens: Tokens,
-    validation: SplitText,
-    vocabulary: Vocabulary,
-    word_vectors: WordVectors | None,
-    weights: Weights | None,
+    material: Material,
     tracker: Tracker,
     display: ProgressDisplay,
     cache: Cache | None,
@@ -192,7 +208,7 @@ def _fit(
                     shard[name] = split
             return shards
 
-    board = board_class().remote()
+    board, vocabulary, tokens = board_class().remote(), material.vocabulary, material.tokens
     epoch = measure_epoch(tokens, config)
     seed = EpochSeed(config.seed, board, config.subset(Augmentation), epoch.num_passes)
 
@@ -203,17 +219,17 @@ def _fit(
         return dataset(config.samples, split, text.units, vocabulary, preprocessing, limits, epoch_seed)
 
     limits = config.subset(ImageLimits)
-    pictures = pick_pictures(config.samples, config.validation_split, validation.units, limits)
+    pictures = pick_pictures(config.samples, config.validation_split, material.validation.units, limits)
     settings = WorkerSettings(
         config.model_copy(update={"tracking_uri": None}),
         vocabulary.words,
-        word_vectors,
-        None if weights is None else ray.put(weights),
+        material.word_vectors,
+        None if material.weights is None else ray.put(material.weights),
         ray.put(prepare_stage(config, [[vocabulary.encode(words) for words in image] for image in tokens])),
         pictures,
         board,
         num_threads=max(1, int(cpus)),
-        num_images=text.num_images,
+        num_images=material.text.num_images,
         num_pairs=epoch.num_pairs,
         encoder_sha256=cache.identity.encoder_sha256 if cache is not None else None,
     )
@@ -235,8 +251,8 @@ def _fit(
             failure_config=FailureConfig(config.max_restarts),  # ty: ignore[invalid-argument-type]
         ),
         datasets={
-            "train": data(config.train_split, text, seed),
-            "validation": data(config.validation_split, validation),
+            "train": data(config.train_split, material.text, seed),
+            "validation": data(config.validation_split, material.validation),
         },
         dataset_config=UnequalShards(),
     )
@@ -323,13 +339,12 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update=paths)
 
 
-def _describe(
-    tokens: Tokens, validation: SplitText, vocabulary: Vocabulary, parameters: int, trained: int, config: TrainConfig
-) -> str:
-    captions = [words for image in tokens for words in image]
+def _describe(material: Material, parameters: int, trained: int, config: TrainConfig) -> str:
+    captions = [words for image in material.tokens for words in image]
     lines = [
-        f"training on {len(tokens):,} images with {len(captions):,} captions, validating on "
-        f"{validation.num_images:,} images; {len(vocabulary):,} words; {parameters:,} parameters, {trained:,} trained"
+        f"training on {len(material.tokens):,} images with {len(captions):,} captions, validating on "
+        f"{material.validation.num_images:,} images; {len(material.vocabulary):,} words; {parameters:,} parameters, "
+        f"{trained:,} trained"
     ]
     cut = sum(len(words) > config.max_caption_words for words in captions)
     if cut:
