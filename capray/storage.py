@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import glob
+import fnmatch
 import os
 import re
 import shutil
@@ -16,7 +16,7 @@ import stat
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import fsspec
@@ -278,31 +278,59 @@ def iter_files(root: Location, denied: list[str] | None = None, signs: tuple[str
             yield entry_of(root, path, info)
 
 
-def glob_files(place: Location) -> Iterator[Entry]:
-    """The files that match the glob ``place``, by name. On a file system links are followed, as ``iter_files`` does; one to
-    nowhere is a file, too.
+def glob_files(place: Location, denied: list[str] | None = None) -> Iterator[Entry]:
+    """The files that match the glob ``place``. On a file system links are followed, as ``iter_files`` does, and one to
+    nowhere is a file, too; folders on the way that cannot be listed are added to ``denied``.
 
     Raises:
+        ConfigError: it is no pattern that the store knows.
         StorageError: the store cannot be reached or refuses the listing.
     """
     with storage_errors(f"listing {place.uri}"):
-        if not place.is_local:
-            for path, info in sorted(place.fs.glob(place.path, detail=True).items()):
-                if info["type"] == "file":
-                    yield entry_of(place, path, info)
+        if place.is_local:
+            _, *names = place.path.split("/")
+            for path in _matches("/", names, denied):
+                with suppress(FileNotFoundError):  # Gone since.
+                    about = stat_of(path) or os.lstat(path)
+                    if not stat.S_ISDIR(about.st_mode):
+                        yield _file_entry(path, about)
             return
-        if "**" in place.path:  # Python's would go round in circles of links.
-            root = re.split(r"[*?\[]", place.path, maxsplit=1)[0].rpartition("/")[0] or "/"
-            matches = re.compile(glob_translate(place.path)).match
-            yield from (entry for entry in iter_files(replace(place, path=root)) if matches(entry.path))
+        try:
+            found = place.fs.glob(place.path, detail=True)
+        except ValueError as error:
+            raise ConfigError(f"{place.uri!r}: {error}") from error
+        for path, info in sorted(found.items()):
+            if info["type"] == "file":
+                yield entry_of(place, path, info)
+
+
+def _matches(folder: str, patterns: list[str], denied: list[str] | None) -> Iterator[str]:
+    """The paths below ``folder`` whose names match ``patterns`` one by one; ``**`` stands for any number of folders."""
+    pattern, *rest = patterns
+    if pattern == "**":
+        matches = re.compile(glob_translate("/".join(patterns if rest else ["**", "*"]))).match
+        for inside, names in walk(folder, denied, (".", "_")):
+            relative = inside[len(folder.rstrip("/")) + 1 :]
+            yield from (os.path.join(inside, n) for n in names if matches(f"{relative}/{n}" if relative else n))
+        return
+    if any(sign in pattern for sign in "*?["):
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            if denied is None:
+                raise
+            denied.append(str(error.filename))
             return
-        for path in sorted(glob.glob(place.path, include_hidden=True)):
-            try:
-                about = stat_of(path) or os.lstat(path)
-            except FileNotFoundError:
-                continue  # Gone since.
-            if not stat.S_ISDIR(about.st_mode):
-                yield _file_entry(path, about)
+        names = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    else:
+        names = [pattern]
+    for path in (os.path.join(folder, name) for name in names):
+        if not rest:
+            yield from (path,) if os.path.lexists(path) else ()
+        elif os.path.isdir(path):
+            yield from _matches(path, rest, denied)
+        elif denied is not None and os.path.islink(path) and not os.path.exists(path):
+            denied.append(path)  # To a folder that is away, perhaps.
 
 
 def _iter_s3(root: Location) -> Iterator[Entry]:

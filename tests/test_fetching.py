@@ -24,6 +24,7 @@ from capray.errors import TryAgain
 from capray.inputs.base import Changed, InputReading, Selection, TarMembers, TarUnreadable
 from capray.inputs.places import PLACES
 from capray.inputs.reader import Reader
+from capray.inputs.witnesses import Known
 from capray.tables import FINAL_FAILURES
 from tests.conftest import image_bytes, write_photos
 from tests.test_reader import alone, write_tar  # noqa: F401 (a fixture)
@@ -183,7 +184,9 @@ class TestLooks:
         assert self.look(fetcher, **gone) == Look(
             "1", "missing", f"{gone['uri']}: No such file or directory", certain=False
         )
-        reading = replace(fetcher.reader.inputs[0], selection=Selection(f"{tmp_path}/"), witnesses=(path,))
+        reading = replace(
+            fetcher.reader.inputs[0], selection=Selection(f"{tmp_path}/"), known=Known((path,), f"{tmp_path}/")
+        )
         fetcher = replace(fetcher, reader=replace(fetcher.reader, inputs=(reading,)))
         assert self.look(fetcher, **gone).certain
         Path(path).rename(tmp_path / "other.jpg")

@@ -486,7 +486,6 @@ def test_what_failed_at_a_place_that_is_listed_no_longer_is_read_from_where_it_i
     (job.input / "a.csv").write_text(f"image_id,uri\nx,{bad}\ny,{other}\n")
     assert job.run().current_failures == {"not_an_image": 1}
     (job.input / "b.csv").write_text(f"image_id,uri\nx,{good}\n")
-    assert job.run().captions == 0
     (job.input / "a.csv").write_text(f"image_id,uri\ny,{other}\n")
     assert (job.run().captions, job.run().captions) == (1, 0)
     assert sha256s(job) == {"x": digest(good), "y": digest(other)}
@@ -629,6 +628,18 @@ class TestOddInputs:
         assert len(sha256s(job)) == 12
         assert job.run(input_kind="tar").captions == 0
 
+    def test_tars_that_turn_up_late_among_images_are_faults(self, job, monkeypatch):
+        monkeypatch.setattr("capray.inputs._SAMPLE", 3)
+        write_photos(job.input, 5)
+        write_tars(job.input / "z", 2, 1)  # And its two photos beside it.
+        (job.input / "z" / "images.PARQUET").touch()
+        with pytest.raises(DataError, match=r"3 files or folders .* lies among images: caption it as another input"):
+            job.run()
+        assert len(sha256s(job)) == 7 and not job.kinds()
+        assert job.run(exclude=("*.tar", "*.PARQUET")).status == "complete"
+        with pytest.raises(DataError, match="images.PARQUET' lies among tars and has none beside it"):
+            job.run(exclude=("photo*",))
+
     def test_a_table_among_tars_that_has_no_tar_is_a_fault(self, job):
         write_tars(job.input, 1, 2)
         pq.write_table(pa.table({"key": ["a"]}), job.input / "001.parquet")
@@ -660,6 +671,8 @@ class TestOddInputs:
         assert job.run().images == 3
         assert {image_id.rpartition("#")[2] for image_id in sha256s(job)} == {r"x\xff.jpg", r"x\x5cxff.jpg", "y.jpg"}
         assert job.run().captions == 0
+        verified = verify(VerifyConfig(output=str(job.output), check_bytes=3))
+        assert not verified.problems and verified.counts["images_same"] == 3
 
     def test_links_among_the_matches_of_a_glob(self, job, tmp_path):
         write_tars(job.input, 1, 2)
@@ -671,6 +684,7 @@ class TestOddInputs:
         with pytest.raises(DataError, match="nowhere.tar"):
             job.run(input=f"{job.input}/*.tar")
         assert len(sha256s(job)) == 5
+        (job.input / "nowhere.tar").unlink()
         (job.input / "folder").symlink_to(elsewhere)
         (elsewhere / "again").symlink_to(elsewhere)
         for pattern in ("*/*.tar", "**/0*.tar"):
@@ -686,6 +700,20 @@ class TestOddInputs:
         write_tars(job.input / "_versions" / "5", 1, 2)
         (job.input / "current").symlink_to("_versions/5")
         assert job.run().captions == 3
+
+    def test_images_behind_a_link_with_a_name_that_hides_tables(self, job, tmp_path):
+        write_photos(tmp_path / "elsewhere", 2)
+        job.input.mkdir()
+        (job.input / "_photos").symlink_to(tmp_path / "elsewhere")
+        assert job.run().captions == 2
+
+    def test_folders_on_a_globs_way_that_are_away(self, job, tmp_path):
+        write_tars(job.input, 1, 2)
+        (job.input / "b").symlink_to(tmp_path / "away")
+        with pytest.raises(StorageError, match=r"/b' cannot be listed|permission denied to .*/b"):
+            job.run(input=f"{job.input}/*/*.tar")
+        with pytest.raises(ConfigError, match="no images at"):
+            job.run(input=f"{job.input}/nowhere/**/*.tar")
 
     def test_hidden_tables_are_counted_once_though_the_first_is_listed_again(self, job):
         job.input.mkdir()
@@ -1100,13 +1128,14 @@ class TestMountsBelowTheInput:
         assert job.run().current_failures == {}
         assert len(sha256s(job)) == 12
 
-    @pytest.mark.parametrize("is_linked", [False, True])
-    def test_away_from_a_mountpoint_that_holds_something_when_another_process_goes_on(
-        self, job, monkeypatch, is_linked
-    ):
-        mounted = job.input.with_name("disk") if is_linked else job.input / "b"
+    @pytest.mark.parametrize("where", ["below", "linked", "the input"])
+    def test_away_from_a_mountpoint_that_holds_something_when_another_process_goes_on(self, job, monkeypatch, where):
+        is_linked = where == "linked"
+        mounted = {"below": job.input / "b", "linked": job.input.with_name("disk"), "the input": job.input}[where]
         mounted.mkdir(parents=True)
-        write_photos(job.input / "a", 8)
+        monkeypatch.setattr("capray.inputs._SAMPLE", 4)
+        if where != "the input":
+            write_photos(job.input / "a", 8)
         if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mounted], capture_output=True).returncode:
             pytest.skip("needs the right to mount a file system")
         content = {Path(path): Path(path).read_bytes() for path in write_photos(mounted / "deep", 8, seed=1)}
@@ -1122,7 +1151,7 @@ class TestMountsBelowTheInput:
         for path, data in content.items():
             path.write_bytes(data)
         assert job.run().current_failures == {}, "what is there is read, mount or none"
-        assert len(sha256s(job)) == 16
+        assert len(sha256s(job)) == (8 if where == "the input" else 16)
 
     def test_one_that_was_never_there(self, job):
         paths = [*write_photos(job.input / "a", 4), *write_photos(job.input / "b", 4, seed=1)]

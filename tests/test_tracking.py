@@ -351,6 +351,14 @@ class TestAServerThatFails:
         self, own_server, samples, tmp_path, ray_cluster, capfd, monkeypatch
     ):
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # The training is shorter than MLflow's own retries.
+        close = Tracker.close
+
+        def close_when_noticed(tracker: Tracker, status: str) -> None:
+            """A longer training would notice; this one may be over before."""
+            wait_until(lambda: tracker._is_failing)
+            close(tracker, status)
+
+        monkeypatch.setattr(Tracker, "close", close_when_noticed)
         output = tmp_path / "out"
 
         def kill_when_started():

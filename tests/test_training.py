@@ -435,8 +435,7 @@ class TestATrainingWhoseWorkerIsKilled:
 
     def test_it_goes_on_later_with_another_number_of_workers_in_the_same_run_of_mlflow(self, trainings):
         settings = {**trainings.settings, "num_workers": 1, "tracking_uri": trainings.store}
-        with in_process():
-            more = run(trainings.samples, trainings.output, epochs=4, **settings)
+        more = run(trainings.samples, trainings.output, epochs=4, **settings)
         assert more.metrics[:3] == trainings.killed.metrics and len(more.metrics) == 4
         check_tracking(trainings.store, more)
 

@@ -122,7 +122,7 @@ def _locked(file: IO[str], path: str) -> bool:
     """Whether ``file`` is locked now; False while another process holds its lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # Which of them, POSIX leaves to the system.
         return False
     except OSError as error:
         raise StorageError(f"the file system of {path} cannot lock files ({error}): {WAY_OUT}") from error

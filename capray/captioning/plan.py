@@ -24,6 +24,7 @@ from capray.inputs.base import names_uris
 from capray.inputs.listing import ALL_ROWS, Listing
 from capray.output import Output, duckdb_errors, first_row, parquet_files
 from capray.storage import Location, Write, read_bytes
+from capray.tables import FINAL_FAILURES
 
 if TYPE_CHECKING:
     import duckdb
@@ -95,11 +96,13 @@ class Plan:
         """What is to be done of the ``chunks`` that were not taken in before, less what this run has attempted."""
         attempted = f"ANTI JOIN (SELECT id FROM failed WHERE run_id = '{self.run_id}') USING (id)"
         with self._updated(chunks) as new:
+            self._retry_what_is_listed_elsewhere()
             return self._work(new, attempted, block_rows, limit)
 
     def remaining(self, block_rows: int, limit: int | None = None, given_up: frozenset[str] = frozenset()) -> Work:
         """What of the whole listing is neither captioned nor settled as failed, but for the containers ``given_up``."""
         with self._updated(given_up=given_up):
+            self._retry_what_is_listed_elsewhere()
             return self._work(list(self._chunks.values()), "", block_rows, limit)
 
     def count_wanted(self) -> Wanted:
@@ -113,11 +116,18 @@ class Plan:
                 rows, images = rows + number, images + different
             return Wanted(images, rows - images, self._count_kept(), *self._elsewhere())
 
-    def has_captions(self) -> bool:
-        """Whether any image that is listed is captioned."""
+    def wholly_failed(self) -> dict[str, int]:
+        """How many of the listed images have failed, by the kind of their latest failure, most first; {} if one is
+        captioned."""
         with self._updated([]):
-            (found,) = self._ask("SELECT EXISTS (SELECT 1 FROM counted SEMI JOIN captioned USING (id))")
-        return found
+            (is_any_captioned,) = self._ask("SELECT EXISTS (SELECT 1 FROM counted SEMI JOIN captioned USING (id))")
+            if is_any_captioned:
+                return {}
+            return dict(
+                self._connection.execute("""
+                    SELECT error_type, count(*) AS number FROM latest SEMI JOIN counted USING (id)
+                    GROUP BY ALL ORDER BY number DESC, error_type""").fetchall()
+            )
 
     def _count_kept(self) -> int:
         """The captions that are older than the last change of the container that lists their image."""
@@ -317,12 +327,6 @@ class Plan:
             WHERE position >= coalesce(since, 0) AND NOT (is_tar AND coalesce(is_read, false))
         """)
         self._connection.execute("DELETE FROM rewritten")
-        if self._has_uris and run_ids:  # Of an id that two lists name, one of which names it no longer.
-            self._connection.execute(f"""
-                INSERT INTO rewritten SELECT id, to_timestamp({_FOREVER}) FROM latest
-                JOIN (SELECT id, uri FROM counted WHERE uri IS NOT NULL) AS listed USING (id)
-                WHERE latest.uri IS NOT NULL AND run_id <> '{self.run_id}'
-                GROUP BY id HAVING NOT bool_or(latest.uri = listed.uri)""")
         if written:
             self._connection.register("runs", pa.table([list(runs), list(runs.values())], schema=_RUNS))
             self._connection.execute(f"""
@@ -338,6 +342,18 @@ class Plan:
                         ) USING (tar)
                     ) JOIN containers ON number = container JOIN latest USING (id) LEFT JOIN runs USING (run_id)
                 ) WHERE written_at IS NOT NULL GROUP BY id""")
+
+    def _retry_what_is_listed_elsewhere(self) -> None:
+        """Of an id that two lists named, one of which names it no longer, the image that failed may be the other."""
+        if not self._has_uris:
+            return
+        final = ", ".join(f"'{kind}'" for kind in FINAL_FAILURES)
+        for condition in self._slices():
+            self._connection.execute(f"""
+                INSERT INTO rewritten SELECT id, to_timestamp({_FOREVER}) FROM latest
+                JOIN (SELECT id, uri FROM counted WHERE uri IS NOT NULL AND {condition}) AS listed USING (id)
+                WHERE latest.uri IS NOT NULL AND error_type IN ({final}) AND run_id <> '{self.run_id}'
+                GROUP BY id HAVING NOT bool_or(latest.uri = listed.uri)""")
 
     def _values_at(self, column: str, positions: list[int]) -> list[str]:
         """The values of a column of the listing."""

@@ -482,13 +482,14 @@ class Run:
                 f"{', '.join(unread[:10])}{' …' if len(unread) > 10 else ''}; run the same command again"
             )
         self.limits.check_any()
-        failed = Counter(summary.current_failures)
-        if failed.total() >= wanted.images > 0 and not self.plan.has_captions():
-            ((kind, count),) = failed.most_common(1)
+        failed = self.plan.wholly_failed()
+        if sum(failed.values()) >= wanted.images > 0:
+            kind, count = next(iter(failed.items()))
             with self.output.connect() as connection:
-                (message,) = first_row(connection, f"SELECT message FROM failures WHERE error_type = '{kind}' LIMIT 1")
+                sql = f"SELECT message FROM failures WHERE error_type = '{kind}' ORDER BY failed_at DESC LIMIT 1"
+                (message,) = first_row(connection, sql)
             raise CaprayError(
-                f"no image could be captioned, all {failed.total():,} have failed, {count:,} of them as {kind}: {message}"
+                f"no image could be captioned, all {wanted.images:,} have failed, {count:,} of them as {kind}: {message}"
             )
 
     # For whoever watches.

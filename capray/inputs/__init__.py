@@ -16,7 +16,7 @@ from capray.inputs.parquet import MANIFESTS, Inventory, Manifest, Parquet
 from capray.inputs.tars import Tars
 from capray.inputs.versions import entry_at
 from capray.inputs.witnesses import mounts_of, opens
-from capray.storage import Entry, Location, glob_files, is_file, is_folder, is_glob, iter_files, locate
+from capray.storage import Entry, Location, glob_files, is_file, is_folder, is_glob, iter_files, locate, uri_of
 
 _SAMPLE = 1000
 _ENDINGS = {"manifest": MANIFESTS, "parquet": (".parquet",), "tar": (".tar",)}
@@ -74,21 +74,26 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
             f"{uri!a}: the name of this input is no UTF-8, which ids and tables need: rename it, or link to it"
         )
     denied: list[str] = []
-    files = _files(place, denied)
+    selection = Selection.of(settings, root_of(place))
+    files = _files(place, denied, _HIDDEN)
     sample = list(itertools.islice(files, _SAMPLE))
-    while sample and all(is_hidden(_below(place, entry), _HIDDEN) for entry in sample[-_SAMPLE:]):
+    if not sample:  # Hidden for tables and tars, not for images.
+        files = _files(place, denied, Images.hidden_signs)
+        sample = list(itertools.islice(files, _SAMPLE))
+    while sample and not _shown(place, sample[-_SAMPLE:], selection):
         if not (more := list(itertools.islice(files, _SAMPLE))):
             break
         sample += more
+    denied = [path for path in denied if not selection.excludes(f"{uri_of(place, path)}/")]
     if denied and not sample:
         raise StorageError(f"nothing can be read at {uri!r}: permission denied to {denied[0]!r}")
     if not sample:
         raise ConfigError(f"there are no images at {uri!r}: it is empty, or does not exist")
-    kind = settings.input_kind if settings.input_kind != "auto" else _kind_of(place, sample, settings)
+    kind = settings.input_kind if settings.input_kind != "auto" else _kind_of(place, sample, selection)
     source = _source_of(kind, place, settings, keep, itertools.chain(sample, files))
     if denied and kind != "images":
         raise StorageError(
-            f"{denied[0]!r} cannot be listed, and may hold files of this input: let it be read, or name the others by a glob"
+            f"{denied[0]!r} cannot be listed, and may hold files of this input: let it be read, or --exclude it"
         )
     if place.is_local:
         source.mounts = mounts_of(source.selection.root, (entry.path for entry in sample))
@@ -148,8 +153,8 @@ class MixedInput(ConfigError):
 def _mixed(place: Location, kind: str, found: list[Entry], others: list[Entry]) -> MixedInput:
     return MixedInput(
         f"{place.uri!r} holds {kind} files ({found[0].uri!r} …) and files of other kinds ({others[0].uri!r} …): say "
-        f"--input-kind {kind} to leave those out, --input-kind images to take every file for an image, or exclude some with "
-        "--exclude"
+        f"--input-kind {kind} to leave those out, --input-kind images to take every file for an image, or move some away "
+        "(--exclude leaves them out too)"
     )
 
 
@@ -158,16 +163,16 @@ def _others(kind: str, files: list[Entry]) -> list[Entry]:
     return [entry for entry in files if not entry.path.lower().endswith((*_ENDINGS[kind], *_BESIDE[kind]))]
 
 
-def _files(place: Location, denied: list[str]) -> Iterator[Entry]:
+def _files(place: Location, denied: list[str], signs: tuple[str, ...]) -> Iterator[Entry]:
     """The files the input names: itself, the matches of its glob, or all below it but for what is in folders ``denied``."""
     if is_glob(place):
-        yield from glob_files(place)
+        yield from glob_files(place, denied)
     elif is_file(place):
         yield entry_at(place)
     elif place.is_local and not is_folder(place):
         raise ConfigError(f"there is nothing at {place.uri!r}")
     else:
-        yield from iter_files(place, denied, _HIDDEN)
+        yield from iter_files(place, denied, signs)
 
 
 def _below(place: Location, entry: Entry) -> str:
@@ -178,11 +183,15 @@ def _below(place: Location, entry: Entry) -> str:
     return entry.path[len(root) :]
 
 
-def _kind_of(place: Location, sample: list[Entry], settings: SourceSettings) -> str:
+def _shown(place: Location, files: list[Entry], selection: Selection) -> list[Entry]:
+    """Those of ``files`` that are neither hidden nor excluded."""
+    shown = (entry for entry in files if not is_hidden(_below(place, entry), _HIDDEN))
+    return [entry for entry in shown if not selection.excludes(entry.uri)]
+
+
+def _kind_of(place: Location, sample: list[Entry], selection: Selection) -> str:
     """The kind of input, from the names of its first files."""
-    shown = [entry for entry in sample if not is_hidden(_below(place, entry), _HIDDEN)]
-    selection = Selection.of(settings, root_of(place))
-    shown = [entry for entry in shown if not selection.excludes(entry.uri)]
+    shown = _shown(place, sample, selection)
     if len(sample) == 1 and sample[0].path == place.path:
         shown = sample
         if place.path.lower().endswith(MANIFESTS):

@@ -189,7 +189,7 @@ class InputReading:
     """What reading the images of an input needs to know of it.
 
     Attributes:
-        known: of a file system, a few of the files that could be read when it was opened.
+        known: what tells whether its file system is there.
     """
 
     selection: Selection

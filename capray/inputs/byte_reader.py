@@ -80,7 +80,7 @@ class Patience:
     """How long to wait for a fault that may pass, and whom to notify.
 
     Attributes:
-        known: of the input before.
+        known: what was there of the input before, and tells whether its file system still is.
     """
 
     seconds: float = 0.0

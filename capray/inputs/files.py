@@ -10,13 +10,19 @@ import stat
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from capray.errors import DataError
 from capray.inputs.base import ROWS_PER_PAGE, Page, Source, is_hidden, rows_of
+from capray.inputs.witnesses import mounts_of
 from capray.storage import Location, is_file, s3_pages, stat_of, storage_errors, text_of, walk, was_removed
 
 MAX_LEVELS = 3
 """Levels below the input that are looked into for prefixes to list side by side."""
 
 _LAST = "\U0010ffff"
+
+
+_CONTAINERS = (".tar", ".parquet")
+"""Endings of files that hold images, and are none."""
 
 
 class Images(Source):
@@ -26,6 +32,7 @@ class Images(Source):
     def __init__(self, place: Location, settings, keep=()):
         super().__init__(place, settings, keep)
         self.refuse("split", "id_column", "image_column", "uri_column", "keep")
+        self._devices: set[int] = set()
 
     def units(self) -> list[str]:
         return [f"0:{self.place.path}"]
@@ -35,6 +42,11 @@ class Images(Source):
 
     def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
         level, path = unit.split(":", 1)
+        if level == "container":
+            raise DataError(
+                f"{self._uri(path)!r} lies among images: caption it as another input, and leave it out here with --exclude; "
+                "--input-kind images takes every file for an image"
+            )
         with storage_errors(f"listing {self.place.uri}"):
             if level == "0" and is_file(self.place):
                 if after is None:
@@ -52,9 +64,14 @@ class Images(Source):
     def _page(self, files: list[tuple[str, int]], after: Any = None, found: tuple[str, ...] = ()) -> Page:
         root = self.place.path
         shown = [(path, size) for path, size in files if not is_hidden(path[len(root) :], self.hidden_signs)]
+        num_hidden = len(files) - len(shown)
+        if self.settings.input_kind == "auto":
+            held = [path for path, _ in shown if path.lower().endswith(_CONTAINERS)]
+            shown = [(path, size) for path, size in shown if not path.lower().endswith(_CONTAINERS)]
+            found += tuple(f"container:{path}" for path in held if not self.selection.excludes(self._uri(path)))
         uris = [self._uri(path) for path, _ in shown]
         rows = rows_of("object", {"image_id": uris, "uri": uris, "size": [size for _, size in shown]})
-        return Page(rows, after, found, len(files) - len(shown))
+        return Page(rows, after, found, num_hidden)
 
     def _uri(self, path: str) -> str:
         if self.place.is_local:
@@ -74,6 +91,9 @@ class Images(Source):
                 if after is not None and (_parts(folder), name) <= (_parts(after[0]), after[1]):
                     continue
                 info = stat_of(path)
+                if info is not None and info.st_dev not in self._devices:
+                    self._devices.add(info.st_dev)
+                    self.mounts = tuple(sorted({*self.mounts, *mounts_of(self.selection.root, [path])}))
                 if info is None or stat.S_ISREG(info.st_mode):
                     files.append((path, info.st_size if info else 0))
                     last = [folder, name]

@@ -189,8 +189,9 @@ class Listing:
                 self._adopted.append(name)
         if self._adopted:
             self.resumed_at = progress[0]["at"]
-        for source, mounts in zip(self.sources, first.get("mounts", ()), strict=False):
-            source.mounts = tuple(sorted({*source.mounts, *mounts}))
+        for each in progress:
+            for source, mounts in zip(self.sources, each.get("mounts", ()), strict=False):
+                source.mounts = tuple(sorted({*source.mounts, *mounts}))
 
     def _progress(self, names: list[str]) -> list[dict[str, Any]]:
         """What the metadata of chunks say."""
@@ -243,7 +244,7 @@ class Listing:
                     del self._units[key]
                     self.superseded[key] = ALL_ROWS
                     counts["are gone, with the images in them"] += 1
-        self.remarks = [f"files of the input that {what}: {count:,}" for what, count in counts.items()]
+        self.remarks += [f"files of the input that {what}: {count:,}" for what, count in counts.items()]
         self._open = {key for key, unit in self._units.items() if not unit.is_done}
         self.is_complete = not self._open
 
@@ -603,5 +604,6 @@ def _digest_of(config: CaptionConfig, sources: list[Source]) -> str:
     """What is listed, as what, and how. Settings at their defaults are left out: those that a version does not know are
     so."""
     settings = config.subset(SourceSettings).model_dump(mode="json", exclude_defaults=True)
+    settings.pop("input_kind", None)  # `read_as` has it.
     what = [config.inputs, [source.read_as for source in sources], config.keep, settings]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()

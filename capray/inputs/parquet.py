@@ -288,7 +288,7 @@ class Manifest(Containers):
         may_be_elsewhere = self.settings.id_column is None and id_column != "image_id"
         for line, record in records:
             others = [name for name in _URI_NAMES if record.get(name)]
-            if self.settings.uri_column is None and not record.get(uri_column) and others:
+            if self.settings.uri_column is None and uri_column not in record and others:
                 raise DataError(
                     f"{uri!r}, line {line} has its URI in {others[0]!r}, and the first record in {uri_column!r}: give "
                     "them one name"

@@ -243,8 +243,8 @@ class Reader:
 
     def _by_name(self, rows: list[Row], version: str, patience: Patience) -> Iterator[FetchOutcome | Event]:
         """Members of the ``version`` of a tar, in one reading of it. The first under a name with another extension is taken
-        for one when none in all of the tar has the very name. When all that the sidecar names are asked for, images that it
-        does not name are counted."""
+        for one when none in all of the tar has the very name; of a tar that ends early or is damaged that is not known. When
+        all that the sidecar names are asked for, images that it does not name are counted."""
         wanted: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
             wanted[_stem(row["member"])][row["member"]].append(row)
@@ -263,7 +263,7 @@ class Reader:
                 for member, data, whole in of_stem:
                     is_cut = is_cut or (not whole and member.size <= self.limits.max_image_bytes)
                     is_known = whole or member.size > self.limits.max_image_bytes
-                    if names and is_known and stem not in with_other_extension:
+                    if is_known and stem not in with_other_extension and names and member.name not in names:
                         with_other_extension[stem] = _as_member({}, member, stream.version)
                     if not is_named and self.inputs[row_input].selection.has(f"{container}#{name_of(member)}"):
                         unnamed.append(name_of(member))
@@ -271,11 +271,12 @@ class Reader:
                         yield self._of_member(_as_member(row, member, stream.version), member, data, whole)
                 if not names:
                     wanted.pop(stem, None)
+                    with_other_extension.pop(stem, None)
                 if not wanted and not counts:
                     return
         others_of = [
             row | with_other_extension[stem]
-            for stem in with_other_extension.keys() & wanted.keys()
+            for stem in (() if is_cut else with_other_extension)
             for of_name in wanted.pop(stem).values()
             for row in of_name
         ]

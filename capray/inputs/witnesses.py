@@ -41,7 +41,7 @@ class Known:
     """What was known of an input before.
 
     Attributes:
-        files: files and folders that were there; one of them, or of those this process has read, has to be.
+        files: files and folders that were there; one of them, or of those this process has read, has to be there still.
         root: the input, a folder that ends in "/"; what is gone from below it was deleted.
         mounts: folders at which another file system began.
     """
@@ -116,16 +116,25 @@ class Witnesses:
         if left.is_empty:
             why = f"{left.folder} is empty, and {path} was to be below it: its mount or disk is away"
             return _View(why, f"{mount} (or remove the folder, if its images were deleted)")
-        for mount_point in known.mounts:
-            if os.path.realpath(path).startswith(f"{mount_point}/") and not os.path.ismount(mount_point):
-                why = f"{mount_point} was a mount when its images were listed, and is none now"
-                return _View(why, f"{mount} (or run with --relist, if it is to be none)")
         inside = left.folder.rstrip("/") + "/"
         with self._lock:
+            files = [each.file for each in self._folders.values()]
             own = self._folders.get(left.folder)
             below = {name: each for name, each in self._folders.items() if f"{name}/".startswith(inside)}
         same = [each.file for each in below.values() if each.device == left.device]
-        others = [each.file for each in below.values() if each.device != left.device]
+        target = os.path.realpath(path)
+        for mount_point in (point for point in known.mounts if target.startswith(f"{point}/")):
+            # A node may have as a folder of its own what another one mounts.
+            there = [file for file in reversed(files) if file.startswith(f"{mount_point}/")]
+            if not os.path.ismount(mount_point) and not any(map(opens, there[:_NUM_ASKED])):
+                why = f"{mount_point} was a mount when its images were listed, and is none now"
+                return _View(why, f"{mount} (or run with --relist, if it is to be none)")
+        missing = _with_one_more_name(left.folder, target if os.path.islink(path) else path)
+        others = [
+            each.file
+            for name, each in below.items()
+            if each.device != left.device and f"{name}/".startswith(f"{missing}/")
+        ]
         if (own is not None and own.device != left.device and not opens(own.file)) or (
             others and not any(map(opens, islice(reversed(others), _NUM_ASKED)))
         ):
@@ -139,8 +148,8 @@ class Witnesses:
 
 
 def mounts_of(root: str, paths: Iterable[str]) -> tuple[str, ...]:
-    """Where other file systems begin below ``root``, and those that ``paths`` below it are on by links, as far as the system
-    tells (Linux)."""
+    """Where other file systems begin at or below ``root``, and those that ``paths`` below it are on by links, as far as the
+    system tells (Linux)."""
     root = os.path.realpath(root)
     try:
         with open("/proc/self/mountinfo", "rb") as file:
@@ -148,15 +157,19 @@ def mounts_of(root: str, paths: Iterable[str]) -> tuple[str, ...]:
     except OSError:
         return ()
     inside = root.rstrip("/") + "/"
-    found = {point for point in points if point.startswith(inside)}
+    found = {point for point in points if point == root or point.startswith(inside)}
     for folder in {os.path.dirname(os.path.realpath(path)) for path in paths}:
         holding = (point for point in points if f"{folder}/".startswith(f"{point.rstrip('/')}/"))
         found.add(max(holding, key=len, default="/"))
     return tuple(
-        sorted(
-            point for point in found if point != "/" and not inside.startswith(f"{point}/") and os.path.ismount(point)
-        )
+        sorted(point for point in found if point != "/" and not root.startswith(f"{point}/") and os.path.ismount(point))
     )
+
+
+def _with_one_more_name(folder: str, path: str) -> str:
+    """``folder`` and the next name of ``path``, which goes on from it."""
+    inside = folder.rstrip("/") + "/"
+    return inside + path.removeprefix(inside).split("/", 1)[0]
 
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")

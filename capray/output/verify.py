@@ -35,7 +35,7 @@ from capray.inputs.base import Changed, Failed, Found, TarUnreadable, names_uris
 from capray.inputs.byte_reader import read_image
 from capray.inputs.places import PLACES, Row
 from capray.inputs.reader import Reader
-from capray.inputs.tars import BEHIND_TAR, images_of, members_of, opened
+from capray.inputs.tars import BEHIND_TAR, images_of, members_of, name_of, opened
 from capray.inputs.versions import VersionChanged
 from capray.output import Output, create_view, first_row, open_duckdb, parquet_files, quoted, require_output
 from capray.progress import ProgressDisplay, duration
@@ -657,7 +657,8 @@ def _read_by_uri(place: str, drawn: list[_Drawn]) -> _Digests:
         with opened(place) as tar:
             for member, data, whole in images_of(tar, limit):
                 digest = hashlib.sha256(data).digest() if whole else "it is cut off"
-                digests |= dict.fromkeys(members.pop(member.name, ()), None if member.size > limit else digest)
+                of_member = members.pop(member.name, None) or members.pop(name_of(member), ())
+                digests |= dict.fromkeys(of_member, None if member.size > limit else digest)
                 if not members:
                     break
         missing = "it is not there"
