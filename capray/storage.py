@@ -308,7 +308,10 @@ def _matches(folder: str, patterns: list[str], denied: list[str] | None) -> Iter
     """The paths below ``folder`` whose names match ``patterns`` one by one; ``**`` stands for any number of folders."""
     pattern, *rest = patterns
     if pattern == "**":
-        matches = re.compile(glob_translate("/".join(patterns if rest else ["**", "*"]))).match
+        try:
+            matches = re.compile(glob_translate("/".join(patterns if rest else ["**", "*"]))).match
+        except ValueError as error:
+            raise ConfigError(f"{'/'.join(patterns)!r}: {error}") from error
         for inside, names in walk(folder, denied, (".", "_")):
             relative = inside[len(folder.rstrip("/")) + 1 :]
             yield from (os.path.join(inside, n) for n in names if matches(f"{relative}/{n}" if relative else n))
@@ -325,12 +328,19 @@ def _matches(folder: str, patterns: list[str], denied: list[str] | None) -> Iter
     else:
         names = [pattern]
     for path in (os.path.join(folder, name) for name in names):
+        try:
+            about = stat_of(path)
+        except OSError:
+            if denied is None:
+                raise
+            denied.append(path)
+            continue
         if not rest:
-            yield from (path,) if os.path.lexists(path) else ()
-        elif os.path.isdir(path):
+            yield from () if about is None and _is_gone(path) else (path,)
+        elif about is not None and stat.S_ISDIR(about.st_mode):
             yield from _matches(path, rest, denied)
-        elif denied is not None and os.path.islink(path) and not os.path.exists(path):
-            denied.append(path)  # To a folder that is away, perhaps.
+        elif about is None and denied is not None and not _is_gone(path):
+            denied.append(path)  # A link to a folder that is away, perhaps.
 
 
 def _iter_s3(root: Location) -> Iterator[Entry]:
@@ -390,13 +400,25 @@ def walk(
         yield folder, sorted(names)
 
 
+_GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
 def was_removed(path: str, root: str) -> bool:
     """Whether ``path`` is gone from below ``root``, where something is left: of a mount that is away nothing would be."""
-    if os.path.lexists(path):
+    if not _is_gone(path):
         return False
-    while not os.path.lexists(path) and path != root:
+    while _is_gone(path) and path != root:
         path = os.path.dirname(path)
     return os.path.isdir(path) and bool(os.listdir(path))
+
+
+def _is_gone(path: str) -> bool:
+    """Whether nothing is at ``path``: what does not answer, or may not be asked, is there."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno in _GONE
+    return False
 
 
 def _is_listed_elsewhere(path: str, root: str, signs: tuple[str, ...]) -> bool:
@@ -435,7 +457,7 @@ def stat_of(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if error.errno in _GONE:
             return None
         raise
 

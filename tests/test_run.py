@@ -712,6 +712,33 @@ class TestOddInputs:
         (job.input / "b").symlink_to(tmp_path / "away")
         with pytest.raises(StorageError, match=r"/b' cannot be listed|permission denied to .*/b"):
             job.run(input=f"{job.input}/*/*.tar")
+        (job.input / "c").mkdir()
+        write_tar(job.input / "c" / "1.tar", {"1.png": encoded("PNG")})
+        assert job.run(input=f"{job.input}/*/*.tar", exclude=("b",)).captions == 1
+        (job.input / "b").rename(job.input / ".#b")
+        assert job.run(input=f"{job.input}/*/*.tar").captions == 0
+
+    @pytest.mark.parametrize("pattern", ["", "/*/*.tar", "/**/*.tar"])
+    def test_a_mount_that_does_not_answer_is_not_passed_over(self, job, monkeypatch, pattern):
+        """As a FUSE file system does whose process has died."""
+        for name in "ab":
+            write_tar(job.input / name / "1.tar", {"1.png": encoded("PNG")})
+        dead = str(job.input / "b")
+
+        def answering(function):
+            def call(path, *arguments, **options):
+                if isinstance(path, str) and (path + "/").startswith(dead + "/"):
+                    raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", path)
+                return function(path, *arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("stat", "lstat", "scandir", "listdir"):
+                patch.setattr(os, name, answering(getattr(os, name)))
+            with pytest.raises(StorageError, match=r"/b.* cannot be listed|not connected"):
+                job.run(input=f"{job.input}{pattern}")
+        assert job.run(input=f"{job.input}{pattern}").captions == 2
         with pytest.raises(ConfigError, match="no images at"):
             job.run(input=f"{job.input}/nowhere/**/*.tar")
 
@@ -1128,29 +1155,36 @@ class TestMountsBelowTheInput:
         assert job.run().current_failures == {}
         assert len(sha256s(job)) == 12
 
-    @pytest.mark.parametrize("where", ["below", "linked", "the input"])
+    @pytest.mark.parametrize("where", ["below", "linked", "the input", "a list's", "bound"])
     def test_away_from_a_mountpoint_that_holds_something_when_another_process_goes_on(self, job, monkeypatch, where):
         is_linked = where == "linked"
-        mounted = {"below": job.input / "b", "linked": job.input.with_name("disk"), "the input": job.input}[where]
+        places = {"linked": job.input.with_name("disk"), "the input": job.input}
+        mounted = places.get(where, job.input / "b")
         mounted.mkdir(parents=True)
+        job.input.with_name("real").mkdir()
         monkeypatch.setattr("capray.inputs._SAMPLE", 4)
         if where != "the input":
             write_photos(job.input / "a", 8)
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mounted], capture_output=True).returncode:
+        options = ["--bind", job.input.with_name("real")] if where == "bound" else ["-t", "tmpfs", "-osize=2m", "tmpfs"]
+        if subprocess.run(["mount", *options, mounted], capture_output=True).returncode:
             pytest.skip("needs the right to mount a file system")
         content = {Path(path): Path(path).read_bytes() for path in write_photos(mounted / "deep", 8, seed=1)}
         if is_linked:
             (job.input / "b").symlink_to(mounted)
-        job.run(limit=4)
+        source = str(job.input)
+        if where == "a list's":
+            source = f"{job.input.with_name('list')}.txt"
+            Path(source).write_text("\n".join(map(str, sorted(job.input.rglob("*.jpg")))))
+        job.run(limit=4, input=source)
         subprocess.run(["umount", "-l", mounted], check=True)
         (mounted / "NOT-MOUNTED").touch()
         monkeypatch.setattr(witnesses_module.witnesses, "_folders", {})
         with pytest.raises(TryAgain, match="was a mount when its images were listed"):
-            job.run(patience_seconds=0.2)
+            job.run(patience_seconds=0.2, input=source)
         (mounted / "deep").mkdir()
         for path, data in content.items():
             path.write_bytes(data)
-        assert job.run().current_failures == {}, "what is there is read, mount or none"
+        assert job.run(input=source).current_failures == {}, "what is there is read, mount or none"
         assert len(sha256s(job)) == (8 if where == "the input" else 16)
 
     def test_one_that_was_never_there(self, job):

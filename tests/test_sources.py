@@ -740,6 +740,7 @@ class TestKinds:
             opened(tmp_path / "in")
         assert opened(tmp_path / "in", input_kind="images").kind == "images"
         assert opened(tmp_path / "in", exclude=(f"*{name}",)).kind == "images"
+        assert opened(tmp_path / "in", include=("*.jpg",)).kind == "images"
 
     def test_case_of_an_ending_means_nothing(self, tmp_path):
         for name, content in {"LIST.CSV.GZ": b"uri\n/x.jpg", "LIST.TXT.Gz": b"/x.jpg"}.items():

@@ -20,7 +20,7 @@ from capray.storage import Entry, Location, glob_files, is_file, is_folder, is_g
 
 _SAMPLE = 1000
 _ENDINGS = {"manifest": MANIFESTS, "parquet": (".parquet",), "tar": (".tar",)}
-_BESIDE = {"manifest": (), "parquet": (".json", ".md"), "tar": (".parquet", ".json", ".txt", ".csv")}
+_BESIDE = {"manifest": (), "parquet": (".json", ".md"), "tar": (".parquet", ".json", ".txt", ".csv", ".md", ".idx")}
 """What lies beside the files of a kind."""
 _NUM_WITNESSES = 4
 _HIDDEN = (".", "_")
@@ -84,7 +84,12 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
         if not (more := list(itertools.islice(files, _SAMPLE))):
             break
         sample += more
-    denied = [path for path in denied if not selection.excludes(f"{uri_of(place, path)}/")]
+    root = selection.root.rstrip("/")
+    denied = [
+        path
+        for path in denied
+        if not selection.excludes_folder(uri_of(place, path)) and not is_hidden(path.removeprefix(root), _HIDDEN)
+    ]
     if denied and not sample:
         raise StorageError(f"nothing can be read at {uri!r}: permission denied to {denied[0]!r}")
     if not sample:
@@ -93,7 +98,8 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     source = _source_of(kind, place, settings, keep, itertools.chain(sample, files))
     if denied and kind != "images":
         raise StorageError(
-            f"{denied[0]!r} cannot be listed, and may hold files of this input: let it be read, or --exclude it"
+            f"{denied[0]!r} cannot be listed, or links to nowhere, and may hold files of this input: let it be read, or "
+            "--exclude it"
         )
     if place.is_local:
         source.mounts = mounts_of(source.selection.root, (entry.path for entry in sample))
@@ -134,7 +140,7 @@ def _source_of(
     if not found:
         raise ConfigError(f"no files ending in {' or '.join(endings)} at {uri!r}")
     is_auto, selection = settings.input_kind == "auto", Selection.of(settings, root_of(place))
-    if is_auto and (others := [entry for entry in _others(kind, shown) if not selection.excludes(entry.uri)]):
+    if is_auto and (others := [entry for entry in _others(kind, shown) if selection.has(entry.uri)]):
         raise _mixed(place, kind, found, others)
     if kind == "manifest":
         return Manifest(place, settings, keep, found, hidden)
@@ -184,9 +190,10 @@ def _below(place: Location, entry: Entry) -> str:
 
 
 def _shown(place: Location, files: list[Entry], selection: Selection) -> list[Entry]:
-    """Those of ``files`` that are neither hidden nor excluded."""
-    shown = (entry for entry in files if not is_hidden(_below(place, entry), _HIDDEN))
-    return [entry for entry in shown if not selection.excludes(entry.uri)]
+    """Those of ``files`` that are neither hidden nor excluded; of them those that --include names, if it names files."""
+    shown = [entry for entry in files if not is_hidden(_below(place, entry), _HIDDEN)]
+    shown = [entry for entry in shown if not selection.excludes(entry.uri)]
+    return [entry for entry in shown if selection.has(entry.uri)] or shown
 
 
 def _kind_of(place: Location, sample: list[Entry], selection: Selection) -> str:

@@ -12,7 +12,7 @@ import posixpath
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -24,9 +24,10 @@ from capray.errors import ConfigError, DataError, StorageError, TryAgain
 from capray.images import ImageError
 from capray.inputs.places import PLACES, Kind, Row
 from capray.inputs.versions import VersionChanged
-from capray.inputs.witnesses import Known
-from capray.storage import Entry, Location, is_glob, is_of_arrow, storage_errors
+from capray.inputs.witnesses import Known, mounts_of
+from capray.storage import Entry, Location, is_glob, is_of_arrow, path_of, storage_errors
 
+MAX_FOLDERS = 1000
 ROWS_PER_PAGE = 100_000
 
 
@@ -156,6 +157,9 @@ class Selection:
     def excludes(self, name: str) -> bool:
         name = name.removeprefix(self.root)
         return any(self._matches(glob, name) for glob in self.exclude)
+
+    def excludes_folder(self, name: str) -> bool:
+        return self.excludes(name) or self.excludes(f"{name}/")
 
     def in_shard(self, key: str) -> bool:
         """Whether ``key`` falls to this shard, by CRC-32 of its UTF-8."""
@@ -303,6 +307,16 @@ class Containers(Source):
     ):
         super().__init__(place, settings, keep)
         self.files, self._hidden = files, hidden
+        self._folders: set[str] = set()
+
+    def note_folders(self, uris: Iterable[str | None]) -> None:
+        """Note which mounts the first MAX_FOLDERS folders that lists name are on."""
+        folders = {posixpath.dirname(uri) for uri in uris if uri and uri.startswith("/")} - self._folders
+        folders = set(sorted(folders)[: MAX_FOLDERS - len(self._folders)])
+        if folders:
+            self._folders |= folders
+            paths = (f"{path_of(folder)}/" for folder in folders)
+            self.mounts = tuple(sorted({*self.mounts, *mounts_of(self.selection.root, paths)}))
 
     def units(self) -> list[str]:
         return [entry.uri for entry in self.files]

@@ -68,7 +68,7 @@ class Images(Source):
         if self.settings.input_kind == "auto":
             held = [path for path, _ in shown if path.lower().endswith(_CONTAINERS)]
             shown = [(path, size) for path, size in shown if not path.lower().endswith(_CONTAINERS)]
-            found += tuple(f"container:{path}" for path in held if not self.selection.excludes(self._uri(path)))
+            found += tuple(f"container:{path}" for path in held if self.selection.has(self._uri(path)))
         uris = [self._uri(path) for path, _ in shown]
         rows = rows_of("object", {"image_id": uris, "uri": uris, "size": [size for _, size in shown]})
         return Page(rows, after, found, num_hidden)
@@ -100,7 +100,12 @@ class Images(Source):
                 if len(files) == ROWS_PER_PAGE:
                     yield self._page(files, last)
                     files = []
-        wanted = [path for path in denied if not self.selection.excludes(f"{self._uri(path)}/")]
+        wanted = [
+            path
+            for path in denied
+            if not self.selection.excludes_folder(self._uri(path))
+            and not is_hidden(path.removeprefix(self.place.path), self.hidden_signs)
+        ]
         yield self._page(files, last, tuple(f"1:{path}" for path in wanted))
 
     def _list_prefix(self, prefix: str, level: int, after: str | None) -> Iterator[Page]:

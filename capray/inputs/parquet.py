@@ -123,6 +123,7 @@ class Parquet(Containers):
             columns["row"] = numbers
             return rows_of("row", columns, container=uri, version=version, row_group=group)
         columns["uri"] = _resolved(table[self._uri].cast(pa.string()), uri)
+        self.note_folders(columns["uri"])
         return rows_of("object", columns, container=uri, version=version)
 
 
@@ -322,7 +323,9 @@ class Manifest(Containers):
         return pa.table(columns)
 
     def _resolved(self, rows: pa.Table, uri: str, version: str) -> pa.Table:
-        columns = {name: rows[name] for name in rows.column_names} | {"uri": _resolved(rows["uri"], uri)}
+        uris = _resolved(rows["uri"], uri)
+        self.note_folders(uris)
+        columns = {name: rows[name] for name in rows.column_names} | {"uri": uris}
         return rows_of("object", columns, container=uri, version=version)
 
 

@@ -113,7 +113,7 @@ class Witnesses:
             return _View(
                 f"{left.folder} links to what is not there: a mount or disk is away", f"{mount} (or remove the link)"
             )
-        if left.is_empty:
+        if left.is_empty and not (os.path.realpath(left.folder) in known.mounts and _is_mount(left.folder)):
             why = f"{left.folder} is empty, and {path} was to be below it: its mount or disk is away"
             return _View(why, f"{mount} (or remove the folder, if its images were deleted)")
         inside = left.folder.rstrip("/") + "/"
@@ -126,7 +126,7 @@ class Witnesses:
         for mount_point in (point for point in known.mounts if target.startswith(f"{point}/")):
             # A node may have as a folder of its own what another one mounts.
             there = [file for file in reversed(files) if file.startswith(f"{mount_point}/")]
-            if not os.path.ismount(mount_point) and not any(map(opens, there[:_NUM_ASKED])):
+            if not _is_mount(mount_point) and not any(map(opens, there[:_NUM_ASKED])):
                 why = f"{mount_point} was a mount when its images were listed, and is none now"
                 return _View(why, f"{mount} (or run with --relist, if it is to be none)")
         missing = _with_one_more_name(left.folder, target if os.path.islink(path) else path)
@@ -150,26 +150,35 @@ class Witnesses:
 def mounts_of(root: str, paths: Iterable[str]) -> tuple[str, ...]:
     """Where other file systems begin at or below ``root``, and those that ``paths`` below it are on by links, as far as the
     system tells (Linux)."""
-    root = os.path.realpath(root)
-    try:
-        with open("/proc/self/mountinfo", "rb") as file:
-            points = [os.fsdecode(_OCTAL.sub(lambda code: bytes([int(code[1], 8)]), line.split()[4])) for line in file]
-    except OSError:
-        return ()
+    root, points = os.path.realpath(root), _mount_points() or set()
     inside = root.rstrip("/") + "/"
     found = {point for point in points if point == root or point.startswith(inside)}
     for folder in {os.path.dirname(os.path.realpath(path)) for path in paths}:
         holding = (point for point in points if f"{folder}/".startswith(f"{point.rstrip('/')}/"))
         found.add(max(holding, key=len, default="/"))
-    return tuple(
-        sorted(point for point in found if point != "/" and not root.startswith(f"{point}/") and os.path.ismount(point))
-    )
+    return tuple(sorted(point for point in found if point != "/" and not root.startswith(f"{point}/")))
 
 
 def _with_one_more_name(folder: str, path: str) -> str:
     """``folder`` and the next name of ``path``, which goes on from it."""
     inside = folder.rstrip("/") + "/"
     return inside + path.removeprefix(inside).split("/", 1)[0]
+
+
+def _mount_points() -> set[str] | None:
+    """Where file systems begin, bind mounts too, which ``os.path.ismount`` does not know; None where the system does not
+    tell."""
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            names = [_OCTAL.sub(lambda code: bytes([int(code[1], 8)]), line.split()[4]) for line in file]
+    except OSError:
+        return None
+    return set(map(os.fsdecode, names))
+
+
+def _is_mount(folder: str) -> bool:
+    points = _mount_points()
+    return os.path.ismount(folder) if points is None else os.path.realpath(folder) in points
 
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")
