@@ -30,6 +30,7 @@ from capray.errors import CaprayError, ConfigError, DataError, Interrupted, Stor
 from capray.images import ImageError
 from capray.inputs import byte_reader, files, listing, reader
 from capray.inputs import witnesses as witnesses_module
+from capray.output import Output
 from capray.output.verify import verify
 from tests.conftest import write_photos
 from tests.local_executor import LocalExecutor, models_loaded_once
@@ -196,6 +197,14 @@ def test_a_damaged_part_is_named_with_the_way_out_which_works(job, table):
     part.unlink()
     job.run()
     job.check({str(bad): "not_an_image"})
+
+
+def test_of_two_runs_the_later_id_is_the_newer_within_a_second_too():
+    ids = []
+    for _ in range(50):
+        ids.append(Output.new_run_id())
+        time.sleep(1e-5)
+    assert ids == sorted(ids)
 
 
 def test_a_damaged_listing_is_made_again(job):

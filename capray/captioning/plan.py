@@ -350,10 +350,11 @@ class Plan:
         final = ", ".join(f"'{kind}'" for kind in FINAL_FAILURES)
         for condition in self._slices():
             self._connection.execute(f"""
-                INSERT INTO rewritten SELECT id, to_timestamp({_FOREVER}) FROM latest
-                JOIN (SELECT id, uri FROM counted WHERE uri IS NOT NULL AND {condition}) AS listed USING (id)
-                WHERE latest.uri IS NOT NULL AND error_type IN ({final}) AND run_id <> '{self.run_id}'
-                GROUP BY id HAVING NOT bool_or(latest.uri = listed.uri)""")
+                INSERT INTO rewritten SELECT id, to_timestamp({_FOREVER}) FROM (
+                    SELECT id, uri FROM latest WHERE {condition} AND uri IS NOT NULL
+                    AND error_type IN ({final}) AND run_id <> '{self.run_id}'
+                ) AS failed_at JOIN (SELECT id, uri FROM counted WHERE uri IS NOT NULL AND {condition}) AS listed USING (id)
+                GROUP BY id HAVING NOT bool_or(failed_at.uri = listed.uri)""")
 
     def _values_at(self, column: str, positions: list[int]) -> list[str]:
         """The values of a column of the listing."""

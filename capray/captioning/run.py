@@ -482,7 +482,8 @@ class Run:
                 f"{', '.join(unread[:10])}{' …' if len(unread) > 10 else ''}; run the same command again"
             )
         self.limits.check_any()
-        failed = self.plan.wholly_failed()
+        has_enough = sum(summary.current_failures.values()) >= wanted.images > 0
+        failed = self.plan.wholly_failed() if has_enough else {}
         if sum(failed.values()) >= wanted.images > 0:
             kind, count = next(iter(failed.items()))
             with self.output.connect() as connection:

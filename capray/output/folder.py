@@ -59,7 +59,8 @@ class Output:
     @staticmethod
     def new_run_id() -> str:
         """The id of a run that begins now; of two runs the later id string is the newer."""
-        return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+        now = datetime.now(UTC)
+        return f"{now:%Y%m%dT%H%M%S}-{now.microsecond:05x}{secrets.randbelow(16**3):03x}"
 
     def read_job(self) -> dict[str, Any] | None:
         """What job.json says; None when nothing was ever written here.
