@@ -370,8 +370,8 @@ def walk(
     """The folders from ``root`` down in the order of their names, each once, with the names of the files in it, sorted.
 
     Links to folders are followed, but for those with a hidden name (one that begins with a sign of ``signs``) and those to
-    what is in ``root`` anyway. A folder below
-    ``root`` that cannot be listed is added to ``denied``; without that, OSError. One that was removed is left out.
+    what is in ``root`` anyway. A folder below ``root`` that cannot be listed is added to ``denied``; without that, OSError.
+    One that was removed is left out.
     """
     whole = os.path.realpath(root)
     seen: set[tuple[int, int, bool]] = set()
@@ -414,10 +414,8 @@ def was_removed(path: str, root: str) -> bool:
 
 def _is_gone(path: str) -> bool:
     """Whether nothing is at ``path``: what does not answer, or may not be asked, is there."""
-    try:
-        os.lstat(path)
-    except OSError as error:
-        return error.errno in _GONE
+    with suppress(OSError):
+        return lstat_of(path) is None
     return False
 
 
@@ -453,9 +451,18 @@ def path_of(text: str) -> str:
 
 
 def stat_of(path: str) -> os.stat_result | None:
-    """None for a link to nowhere or to itself."""
+    """None for what is not there, a link to nowhere or to itself; OSError for what does not answer."""
+    return _asked(os.stat, path)
+
+
+def lstat_of(path: str) -> os.stat_result | None:
+    """As ``stat_of``, but of a link itself."""
+    return _asked(os.lstat, path)
+
+
+def _asked(ask: Callable[[str], os.stat_result], path: str) -> os.stat_result | None:
     try:
-        return os.stat(path)
+        return ask(path)
     except OSError as error:
         if error.errno in _GONE:
             return None

@@ -482,8 +482,8 @@ class Run:
                 f"{', '.join(unread[:10])}{' …' if len(unread) > 10 else ''}; run the same command again"
             )
         self.limits.check_any()
-        has_enough = sum(summary.current_failures.values()) >= wanted.images > 0
-        failed = self.plan.wholly_failed() if has_enough else {}
+        may_be_all = sum(summary.current_failures.values()) >= wanted.images > 0
+        failed = self.plan.wholly_failed() if may_be_all else {}
         if sum(failed.values()) >= wanted.images > 0:
             kind, count = next(iter(failed.items()))
             with self.output.connect() as connection:

@@ -95,14 +95,14 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     if not sample:
         raise ConfigError(f"there are no images at {uri!r}: it is empty, or does not exist")
     kind = settings.input_kind if settings.input_kind != "auto" else _kind_of(place, sample, selection)
-    source = _source_of(kind, place, settings, keep, itertools.chain(sample, files))
+    source = _source_of(kind, place, settings, keep, itertools.chain(sample, files), selection)
     if denied and kind != "images":
         raise StorageError(
             f"{denied[0]!r} cannot be listed, or links to nowhere, and may hold files of this input: let it be read, or "
             "--exclude it"
         )
     if place.is_local:
-        source.mounts = mounts_of(source.selection.root, (entry.path for entry in sample))
+        source.mounts.update(mounts_of(selection.root, (entry.path for entry in sample)))
     if place.is_local and (kind in ("images", "tar") or source.image_column):
         source.witnesses = tuple(
             itertools.islice((entry.path for entry in sample if opens(entry.path)), _NUM_WITNESSES)
@@ -119,7 +119,12 @@ def _is_utf8(path: str) -> bool:
 
 
 def _source_of(
-    kind: str, place: Location, settings: SourceSettings, keep: tuple[str, ...], files: Iterable[Entry]
+    kind: str,
+    place: Location,
+    settings: SourceSettings,
+    keep: tuple[str, ...],
+    files: Iterable[Entry],
+    selection: Selection,
 ) -> Source:
     uri = place.uri
     if kind == "images":
@@ -139,7 +144,7 @@ def _source_of(
     found = [entry for entry in shown if entry.path.lower().endswith(endings)]
     if not found:
         raise ConfigError(f"no files ending in {' or '.join(endings)} at {uri!r}")
-    is_auto, selection = settings.input_kind == "auto", Selection.of(settings, root_of(place))
+    is_auto = settings.input_kind == "auto"
     if is_auto and (others := [entry for entry in _others(kind, shown) if selection.has(entry.uri)]):
         raise _mixed(place, kind, found, others)
     if kind == "manifest":

@@ -28,6 +28,7 @@ from capray.inputs.witnesses import Known, mounts_of
 from capray.storage import Entry, Location, is_glob, is_of_arrow, path_of, storage_errors
 
 MAX_FOLDERS = 1000
+"""Folders named by the lists of an input whose mounts are noted."""
 ROWS_PER_PAGE = 100_000
 
 
@@ -159,6 +160,7 @@ class Selection:
         return any(self._matches(glob, name) for glob in self.exclude)
 
     def excludes_folder(self, name: str) -> bool:
+        """Whether the globs name the folder itself, or all in it."""
         return self.excludes(name) or self.excludes(f"{name}/")
 
     def in_shard(self, key: str) -> bool:
@@ -219,7 +221,8 @@ class Source(ABC):
         self.place, self.settings, self.keep = place, settings, keep
         self.selection = Selection.of(settings, root_of(place))
         self.witnesses: tuple[str, ...] = ()
-        self.mounts: tuple[str, ...] = ()
+        self.mounts: set[str] = set()
+        """What threads add to while they list; see Known."""
 
     @property
     def source_type(self) -> pa.DataType | None:
@@ -249,7 +252,7 @@ class Source(ABC):
     @property
     def known(self) -> Known:
         """What tells, of an input on a file system, whether that is away."""
-        return Known(self.witnesses, self.selection.root, self.mounts)
+        return Known(self.witnesses, self.selection.root, tuple(sorted(self.mounts)))
 
     def versions(self) -> dict[str, str]:
         """Of units that are containers, the version of each when the source was opened."""
@@ -311,12 +314,13 @@ class Containers(Source):
 
     def note_folders(self, uris: Iterable[str | None]) -> None:
         """Note which mounts the first MAX_FOLDERS folders that lists name are on."""
-        folders = {posixpath.dirname(uri) for uri in uris if uri and uri.startswith("/")} - self._folders
+        if len(self._folders) >= MAX_FOLDERS:
+            return
+        folders = {uri.rpartition("/")[0] for uri in uris if uri and uri.startswith("/")} - self._folders
         folders = set(sorted(folders)[: MAX_FOLDERS - len(self._folders)])
         if folders:
             self._folders |= folders
-            paths = (f"{path_of(folder)}/" for folder in folders)
-            self.mounts = tuple(sorted({*self.mounts, *mounts_of(self.selection.root, paths)}))
+            self.mounts.update(mounts_of(self.selection.root, (f"{path_of(folder)}/" for folder in folders)))
 
     def units(self) -> list[str]:
         return [entry.uri for entry in self.files]

@@ -93,7 +93,7 @@ class Images(Source):
                 info = stat_of(path)
                 if info is not None and info.st_dev not in self._devices:
                     self._devices.add(info.st_dev)
-                    self.mounts = tuple(sorted({*self.mounts, *mounts_of(self.selection.root, [path])}))
+                    self.mounts.update(mounts_of(self.selection.root, [path]))
                 if info is None or stat.S_ISREG(info.st_mode):
                     files.append((path, info.st_size if info else 0))
                     last = [folder, name]

@@ -191,7 +191,7 @@ class Listing:
             self.resumed_at = progress[0]["at"]
         for each in progress:
             for source, mounts in zip(self.sources, each.get("mounts", ()), strict=False):
-                source.mounts = tuple(sorted({*source.mounts, *mounts}))
+                source.mounts.update(mounts)
 
     def _progress(self, names: list[str]) -> list[dict[str, Any]]:
         """What the metadata of chunks say."""
@@ -552,7 +552,7 @@ class Listing:
             "tars": sorted(tars),
             "left_out": [astuple(event) for event in self._new_left_out],
             "adopted": adopted,
-            "mounts": [source.mounts for source in self.sources],
+            "mounts": [sorted(source.mounts) for source in self.sources],
             "closed": closed,
         }
         rows = rows.set_column(0, self.schema.field(0), positions)

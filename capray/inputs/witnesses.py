@@ -7,7 +7,6 @@ empty, a link to nowhere, or a mountpoint without its mount is what a mount leav
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import threading
@@ -18,6 +17,7 @@ from itertools import islice
 
 from capray.deadlines import within
 from capray.errors import TryAgain
+from capray.storage import lstat_of
 
 OPEN_SECONDS = 10.0
 """A witness that does not open within them is away."""
@@ -147,7 +147,7 @@ class Witnesses:
         return _View(witness=opening or left.folder if is_near and (same or left.is_readable) else None)
 
 
-def mounts_of(root: str, paths: Iterable[str]) -> tuple[str, ...]:
+def mounts_of(root: str, paths: Iterable[str]) -> set[str]:
     """Where other file systems begin at or below ``root``, and those that ``paths`` below it are on by links, as far as the
     system tells (Linux)."""
     root, points = os.path.realpath(root), _mount_points() or set()
@@ -156,7 +156,7 @@ def mounts_of(root: str, paths: Iterable[str]) -> tuple[str, ...]:
     for folder in {os.path.dirname(os.path.realpath(path)) for path in paths}:
         holding = (point for point in points if f"{folder}/".startswith(f"{point.rstrip('/')}/"))
         found.add(max(holding, key=len, default="/"))
-    return tuple(sorted(point for point in found if point != "/" and not root.startswith(f"{point}/")))
+    return {point for point in found if point != "/" and not root.startswith(f"{point}/")}
 
 
 def _with_one_more_name(folder: str, path: str) -> str:
@@ -201,7 +201,7 @@ def _left_of(path: str) -> _Left:
     """What is left of ``path``, or of what it links to."""
     path = os.path.realpath(path) if os.path.islink(path) else path
     folder = os.path.dirname(path)
-    while not _is_there(folder):
+    while lstat_of(folder) is None:
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder):
         if os.path.islink(folder) and not os.path.exists(folder):
@@ -212,16 +212,6 @@ def _left_of(path: str) -> _Left:
         return _Left(folder, device, is_parent, is_empty=_is_empty(folder))
     except PermissionError:
         return _Left(folder, device, is_parent, is_readable=False)
-
-
-def _is_there(path: str) -> bool:
-    try:
-        os.lstat(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-            raise
-        return False
-    return True
 
 
 def _is_empty(folder: str) -> bool:
