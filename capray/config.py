@@ -368,6 +368,9 @@ class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, Ima
     """Where what the encoder's frozen blocks make of an image is kept, so that they see it once: a folder or URI; `auto`,
     which is `_features` beside the samples (in the output where that cannot be written) with a whole encoder frozen, and
     `none` with a fine-tuned one; `none` to encode in every epoch."""
+    cached_views: Annotated[int, Field(ge=1)] = 1
+    """Views of each training image that the feature cache keeps: the image itself, and the others as the augmentation
+    changes it; an epoch is given one of them, drawn anew. Augmentation with a cache needs 2 or more."""
 
     min_word_count: Annotated[int, Field(ge=1)] = 5
     """Words seen less often in the training split become the unknown word."""
@@ -436,6 +439,8 @@ class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, Ima
             raise ValueError(f"batch_size {self.batch_size} is less than num_workers {self.num_workers}")
         if self.epoch == "pairs" and self.captions_per_image == "all":
             raise ValueError("epoch 'pairs' goes with captions_per_image 1: with all, an epoch has every pair already")
+        if self.cached_views > 1 and not self.augments:
+            raise ValueError(f"cached_views {self.cached_views} need flip, min_crop_area or color_jitter to differ by")
         if self.register_as is not None and self.tracking_uri == "none":
             raise ValueError("register_as needs an MLflow server: leave tracking_uri 'none' out")
         return self

@@ -17,17 +17,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from capray.config import TrainConfig
+from capray.config import Augmentation, ImageLimits, Preprocessing, TrainConfig
 from capray.datasets.samples import read_captions
 from capray.errors import ConfigError, DataError
+from capray.images import load, normalise
 from capray.model.checkpoint import load_captioner
 from capray.model.encoder import Encoder
 from capray.progress import ProgressDisplay
 from capray.storage import locate
 from capray.tables import SAMPLES, encode_parquet
 from capray.training.encoding import build_cache
-from capray.training.features import MANIFEST, Cache, choose_root, identify, read_grids
+from capray.training.features import MANIFEST, Cache, _read_cached, choose_root, identify, read_grids
 from capray.training.job import _digest, train
+from capray.training.mirroring import OPPOSITES, is_mirrored
+from capray.vocabulary import Vocabulary, tokenise
 from tests.conftest import in_process
 from tests.test_training import SETTINGS, with_oddities
 
@@ -55,9 +58,9 @@ def manifests(root) -> list[Path]:
     return sorted(Path(root).glob(f"*/*/{MANIFEST}"))
 
 
-def build(samples, root) -> Cache:
+def build(samples, root, **settings) -> Cache:
     """The cache of the train split below ``root``, as a training with these samples has it."""
-    config = config_of(samples, feature_cache=str(root))
+    config = config_of(samples, feature_cache=str(root), **settings)
     encoder = frozen_encoder(config.seed)
     splits = {"train": read_captions(str(samples), "train")}
     return build_cache(str(root), identify(config, encoder, "d"), encoder, config, splits, ProgressDisplay(""))
@@ -186,6 +189,76 @@ class TestRefusals:
             read_grids(locate(str(tmp_path)), "unit-000000.arrow")
 
 
+class TestViews:
+    FLIP = Augmentation(flip=0.5, flip_left_right_words="swap-words")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def cache(cls, samples, built):
+        return build(samples, built, cached_views=3, **cls.FLIP.model_dump())
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def read(cls, samples, cache):
+        """One unit as an epoch of this seed has it: which view, and its rows."""
+        vocabulary = Vocabulary(["left", "right"])
+        views = cache.splits["train"]
+        item = {"unit": read_captions(str(samples), "train").units[0], "files": [view.files[0] for view in views]}
+        grids = [read_grids(locate(view.folder), view.files[0])["grid"].to_pylist() for view in views]
+
+        def of(seed: str):
+            folders = [view.folder for view in views]
+            table = _read_cached(item, str(samples), "train", vocabulary, folders, cls.FLIP, seed)
+            return grids.index(table["pixels"].to_pylist()), table.to_pylist()
+
+        return of
+
+    def test_each_is_the_images_as_augmentation_changes_them(self, samples, cache):
+        rows = pq.read_table(next(Path(samples).glob("train-*.parquet"))).to_pylist()[:8]
+        encoder, config = frozen_encoder().eval(), config_of(samples)
+        for number, view in enumerate(cache.splits["train"]):
+            found = read_grids(locate(view.folder), view.files[0])["grid"].to_pylist()
+            mirrored = 0
+            for row, grid in zip(rows, found, strict=False):
+                words = [tokenise(caption) for caption in row["captions"]]
+                pixels = load(row["image"], config.subset(Preprocessing), config.subset(ImageLimits))[0]
+                if number and is_mirrored(words, self.FLIP, f"view {number} {row['image_id']}"):
+                    pixels, mirrored = np.ascontiguousarray(pixels[:, ::-1]), mirrored + 1
+                with torch.inference_mode():
+                    batch = normalise(torch.tensor(pixels)[None], config.subset(Preprocessing))
+                    wanted = encoder.begin(batch)[0].half().numpy()
+                np.testing.assert_allclose(np.frombuffer(grid, np.float16), wanted.ravel(), atol=2e-2, rtol=2e-2)
+            assert (0 < mirrored < len(rows)) == (number > 0)
+
+    def test_an_epoch_has_one_of_them_with_its_words(self, read):
+        seen = {}
+        for epoch in range(30):
+            view, rows = read(f"0 {epoch}")
+            assert read(f"0 {epoch}") == (view, rows), "the same when a training is taken up again"
+            seen[view] = rows
+        assert sorted(seen) == [0, 1, 2]
+        for view, rows in seen.items():
+            for row in rows:
+                captions = [tokenise(caption) for caption in row["captions"]]
+                swapped = view > 0 and is_mirrored(captions, self.FLIP, f"view {view} {row['image_id']}")
+                sides = [[word for word in caption if word in ("left", "right")] for caption in captions]
+                told = [[{4: "left", 5: "right"}.get(word) for word in caption if word > 3] for caption in row["words"]]
+                assert told == ([[OPPOSITES[word] for word in caption] for caption in sides] if swapped else sides)
+        assert seen[0] != seen[1]
+
+    def test_the_images_themselves_are_a_cache_without_views_too(self, samples, cache, built):
+        assert build(samples, built).splits["train"] == cache.splits["train"][:1]
+
+    def test_they_need_a_cache_and_something_to_change(self, samples):
+        with pytest.raises(ValueError, match="need flip, min_crop_area or color_jitter"):
+            config_of(samples, cached_views=2)
+        with pytest.raises(ConfigError, match=r"cached_views 2 needs a feature cache: name a folder"):
+            choose_root(config_of(samples, cached_views=2, flip=0.5, feature_cache="none"), frozen_encoder())
+        with pytest.raises(ConfigError, match=r"\(cached_views 2 or more keeps views\)"):
+            choose_root(config_of(samples, flip=0.5, feature_cache="here"), frozen_encoder())
+        assert choose_root(config_of(samples, cached_views=2, flip=0.5), frozen_encoder()) is not None
+
+
 class TestIdentity:
     def key(self, samples, seed=0, digest="d", **settings) -> str:
         return identify(config_of(samples, **settings), frozen_encoder(seed), digest).key
@@ -278,7 +351,7 @@ def test_two_builds_at_once_on_s3_and_what_they_cache(samples, s3):
     with ThreadPoolExecutor(2) as pool:
         caches = list(pool.map(lambda _: build(samples, f"{s3}/features").splits["train"], range(2)))
     assert build(samples, f"{s3}/features").splits["train"] in caches
-    for cache in caches:
+    for (cache,) in caches:
         for name in cache.files:
             grids = read_grids(locate(cache.folder), name)
             first = np.frombuffer(grids["grid"][0].as_py(), np.float16).reshape(-1, 4, 4)

@@ -7,7 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -17,13 +17,14 @@ import pyarrow as pa
 import torch
 
 from capray import cluster
-from capray.config import ImageLimits, Preprocessing, TrainConfig
+from capray.config import Augmentation, ImageLimits, Preprocessing, TrainConfig
 from capray.datasets.samples import SplitText, read_unit
 from capray.errors import DataError, Interrupted
 from capray.images import ImageError, load, normalise
 from capray.model.encoder import Encoder
 from capray.progress import ProgressDisplay
 from capray.storage import Location, list_names, locate, write_atomic
+from capray.training.augmentation import augment
 from capray.training.features import (
     FILE,
     GRIDS,
@@ -33,7 +34,9 @@ from capray.training.features import (
     FeatureIdentity,
     read_grids,
     read_manifest,
+    view_seed,
 )
+from capray.vocabulary import tokenise
 
 IMAGES_PER_BATCH = 32
 
@@ -46,38 +49,45 @@ def build_cache(
     splits: dict[str, SplitText],
     display: ProgressDisplay,
 ) -> Cache:
-    """The cache of ``splits`` below ``root``; what is missing of it is built with ``encoder``.
+    """The cache of ``splits`` below ``root``, of the training split in all its views; what is missing of it is built with
+    ``encoder``.
 
     Raises:
         DataError: what is there is not this cache, or an image's features do not fit float16.
         StorageError: it cannot be read or written.
         Interrupted: stopped by Ctrl-C.
     """
-    found: dict[str, CachedSplit] = {}
+    found: dict[tuple[str, int], CachedSplit] = {}
     missing: list[_Missing] = []
-    for split, text in splits.items():
-        folder = locate(root).join(identity.key, split)
-        cached = read_manifest(folder, identity, split, text)
+    wanted = [
+        (split, view) for split in splits for view in range(config.cached_views if split == config.train_split else 1)
+    ]
+    for split, view in wanted:
+        text, of_view = splits[split], identity.of_view(view, config.subset(Augmentation))
+        folder = locate(root).join(of_view.key, split)
+        cached = read_manifest(folder, of_view, split, text)
         names = set(list_names(folder, ".arrow"))
+        told = f"split {split}" + (f", view {view + 1} of {config.cached_views}," if view else "")
         if cached is None or not names.issuperset(cached.files):
-            display.say(f"encoding the {text.num_images:,} images of split {split} once, into {folder.uri}")
-            missing.append(_Missing(split, text, folder, names))
+            display.say(f"encoding the {text.num_images:,} images of {told} once, into {folder.uri}")
+            missing.append(_Missing(split, of_view, text, folder, names))
         else:
-            display.say(f"features of split {split} are read from {folder.uri}")
-            found[split] = cached
+            display.say(f"features of {told} are read from {folder.uri}")
+            found[split, view] = cached
     if missing:
         try:
-            found |= _build(missing, identity, encoder, config, display)
+            found |= _build(missing, encoder, config, display)
         except KeyboardInterrupt as error:
             raise Interrupted("stopped; the same command goes on with what was encoded") from error
-    return Cache(identity, found)
+    return Cache(identity, {split: [found[key] for key in wanted if key[0] == split] for split in splits})
 
 
 @dataclass
 class _Missing:
-    """A split to encode, and what has come of it."""
+    """A view of a split to encode, and what has come of it."""
 
     split: str
+    identity: FeatureIdentity
     text: SplitText
     folder: Location
     names: set[str]
@@ -90,6 +100,7 @@ class _Missing:
         return [
             {
                 "split": self.split,
+                "view": self.identity.view,
                 "folder": self.folder.uri,
                 "number": number,
                 "path": path,
@@ -99,13 +110,13 @@ class _Missing:
             for number, (path, group) in enumerate(self.text.units)
         ]
 
-    def publish(self, identity: FeatureIdentity) -> CachedSplit:
+    def publish(self) -> CachedSplit:
         if self.images != self.text.num_images:
             raise DataError(
                 f"split {self.split!r} changed while it was encoded: {self.images} images, not {self.text.num_images}"
             )
         manifest = {
-            "identity": asdict(identity),
+            "identity": self.identity.plain(),
             "split": self.split,
             "images": self.images,
             "undecodable": sorted(self.undecodable),
@@ -116,8 +127,8 @@ class _Missing:
 
 
 def _build(
-    missing: list[_Missing], identity: FeatureIdentity, encoder: Encoder, config: TrainConfig, display: ProgressDisplay
-) -> dict[str, CachedSplit]:
+    missing: list[_Missing], encoder: Encoder, config: TrainConfig, display: ProgressDisplay
+) -> dict[tuple[str, int], CachedSplit]:
     """All splits by one pool of actors, whose start takes longer than a small split."""
     import ray
     import ray.data
@@ -137,16 +148,16 @@ def _build(
         num_cpus=num_cpus,
         num_gpus=1 if on_gpu else None,
     )
-    parts, found = {part.split: part for part in missing}, {}
+    parts, found = {(part.split, part.identity.view): part for part in missing}, {}
     total = sum(part.text.num_images for part in missing)
     try:
         for row in done.iter_rows():
-            part = parts[row["split"]]
+            part = parts[key := (row["split"], row["view"])]
             part.files[row["number"]] = row["file"]
             part.undecodable += row["undecodable"]
             part.images += row["images"]
             if len(part.files) == len(part.text.units):
-                found[part.split] = part.publish(identity)
+                found[key] = part.publish()
             images = sum(part.images for part in missing)
             display.update(images, f"{images:,} images", "encoding", total)
     except RayError as error:
@@ -177,25 +188,37 @@ class _Encoding:
         table = read_grids(folder, name) if name else None
         if table is None:
             unit = item["path"], item["row_group"]
-            rows = read_unit(self.config.samples, unit, item["split"], ["image_id", "image", "split"])
-            table = self._encode(rows["image_id"], [image.as_py() for image in rows["image"]])
+            rows = read_unit(self.config.samples, unit, item["split"])
+            table = self._encode(rows, item["view"])
             data = _to_bytes(table)
             name = f"unit-{item['number']:06d}-{hashlib.sha256(data).hexdigest()}.arrow"
             write_atomic(folder.join(name), data)
         ids, nulls = table["image_id"].to_pylist(), table["grid"].is_null().to_pylist()
         undecodable = [image_id for image_id, null in zip(ids, nulls, strict=True) if null]
-        result = {"split": item["split"], "number": item["number"], "file": name, "images": len(ids)}
+        result = {
+            "split": item["split"],
+            "view": item["view"],
+            "number": item["number"],
+            "file": name,
+            "images": len(ids),
+        }
         result["undecodable"] = undecodable
-        columns = [("split", pa.string()), ("number", pa.int64()), ("file", pa.string()), ("images", pa.int64())]
+        columns = [("split", pa.string()), ("view", pa.int64()), ("number", pa.int64())]
+        columns += [("file", pa.string()), ("images", pa.int64())]
         return pa.Table.from_pylist([result], pa.schema([*columns, ("undecodable", pa.list_(pa.string()))]))
 
-    def _encode(self, ids: pa.ChunkedArray, images: list[bytes]) -> pa.Table:
+    def _encode(self, rows: pa.Table, view: int) -> pa.Table:
+        ids = rows["image_id"].to_pylist()
         settings = self.config.subset(Preprocessing), self.config.subset(ImageLimits)
-        decoded = self.pool.map(partial(_decoded, settings=settings), images)
+        decoded = self.pool.map(partial(_decoded, settings=settings), rows["image"].to_pylist())
+        if view:
+            decoded = map(
+                partial(_augmented, config=self.config, view=view), decoded, ids, rows["captions"].to_pylist()
+            )
         grids: list[np.ndarray | None] = []
         while batch := list(islice(decoded, IMAGES_PER_BATCH)):
             grids += self._grids(batch)
-        for image_id, grid in zip(ids.to_pylist(), grids, strict=True):
+        for image_id, grid in zip(ids, grids, strict=True):
             if grid is not None and not np.isfinite(grid).all():
                 raise DataError(f"features of {image_id!r} are beyond float16: set feature_cache to none")
         shapes = [(None, None) if grid is None else grid.shape[1:] for grid in grids]
@@ -224,6 +247,16 @@ def _decoded(image: bytes, settings: tuple[Preprocessing, ImageLimits]) -> np.nd
         return load(image, *settings)[0]
     except ImageError:
         return None
+
+
+def _augmented(
+    pixels: np.ndarray | None, image_id: str, captions: list[str], config: TrainConfig, view: int
+) -> np.ndarray | None:
+    """Not in the threads that decode: torch has one source of random numbers."""
+    if pixels is None:
+        return None
+    words = [tokenise(caption) for caption in captions]
+    return augment(pixels, words, config.subset(Augmentation), view_seed(view, image_id))[0]
 
 
 def _to_bytes(table: pa.Table) -> bytes:

@@ -6,6 +6,8 @@ file, named after the row group's number and the SHA-256 of its bytes: builders 
 a damaged one is recognised. ``manifest.json`` comes last and says which files are the cache; what a killed build leaves
 without it is checked and used by the next build. Captions are not cached.
 
+Views of the training images, as augmentation changes them, are caches of their own, whose key has the view's number in it.
+
 Where the whole encoder is frozen that is the native grid, before pooling; else it is what the first fine-tuned block is
 given. It is cached as float16. ``encoding`` computes it; this module does without torch, so that the tasks that read start
 quickly.
@@ -15,16 +17,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from capray.config import ImageLimits, Preprocessing, TrainConfig
+from capray.config import Augmentation, ImageLimits, Preprocessing, TrainConfig
 from capray.datasets.samples import SplitText, read_unit
 from capray.errors import ConfigError, DataError, StorageError
 from capray.storage import Location, exists, find_parquet, is_folder, locate, read_bytes, write_atomic
+from capray.training.mirroring import is_mirrored, mirrored_words
 from capray.training.sample_stream import DECODED, EpochSeed, stream
 from capray.vocabulary import Vocabulary, tokenise
 
@@ -61,51 +65,74 @@ class FeatureIdentity:
     preprocessing: dict[str, Any]
     limits: dict[str, Any]
     dataset_digest: str
+    view: int = 0
+    augmentation: dict[str, Any] | None = None
+    """What changes the images of a ``view``; none in view 0, which is the images themselves."""
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def plain(self) -> dict[str, Any]:
+        """As it is stored: without what is of views where there is none, so that caches without views keep their keys."""
+        return {
+            name: value for name, value in asdict(self).items() if self.view or name not in ("view", "augmentation")
+        }
+
+    def of_view(self, view: int, augmentation: Augmentation) -> FeatureIdentity:
+        return replace(self, view=view, augmentation=augmentation.model_dump(mode="json")) if view else self
+
+
+def view_seed(view: int, image_id: str) -> str:
+    """What seeds the augmentation of an image's view: nothing of the training's, so that trainings share caches."""
+    return f"view {view} {image_id}"
 
 
 def identify(config: TrainConfig, encoder: Encoder, dataset_digest: str) -> FeatureIdentity:
     """The identity of ``config``'s features; ``dataset_digest`` is told together with the sizes of the table's files,
     which change with a table that is edited after `capray prepare`."""
-    settings = (config.subset(group).model_dump(mode="json") for group in (Preprocessing, ImageLimits))
+    preprocessing, limits = (config.subset(group).model_dump(mode="json") for group in (Preprocessing, ImageLimits))
     sizes = "".join(f"{entry.path.rsplit('/', 1)[-1]} {entry.size}\n" for entry in find_parquet(config.samples))
     dataset_digest = hashlib.sha256((dataset_digest + sizes).encode()).hexdigest()
     name = config.encoder if encoder.is_frozen else f"{config.encoder} before {config.fine_tune_from}"
-    return FeatureIdentity(SCHEMA_VERSION, name, digest_of(encoder), *settings, dataset_digest)
+    return FeatureIdentity(SCHEMA_VERSION, name, digest_of(encoder), preprocessing, limits, dataset_digest)
 
 
 class CachedSplit(NamedTuple):
-    """A finished cache of one split: its folder and its files, in the order of the split's units."""
+    """A finished cache of one view of a split: its folder and its files, in the order of the split's units."""
 
     folder: str
     files: list[str]
 
 
 class Cache(NamedTuple):
-    """The features of a training: what they are of, and its splits by name."""
+    """The features of a training: what they are of, and the views of its splits by name."""
 
     identity: FeatureIdentity
-    splits: dict[str, CachedSplit]
+    splits: dict[str, list[CachedSplit]]
 
 
 def choose_root(config: TrainConfig, encoder: Encoder) -> str | None:
     """Where this training's features are cached; None when they are not.
 
-    ``auto`` caches them when the whole encoder is frozen and images are not augmented: beside the samples where that is a
-    folder that can be written, so that other trainings find them, else in the training's output.
+    ``auto`` caches them when the whole encoder is frozen and images are not augmented, or in ``cached_views``: beside the
+    samples where that is a folder that can be written, so that other trainings find them, else in the training's output.
 
     Raises:
-        ConfigError: a cache was asked for, and no block of the encoder is frozen or the images are augmented.
+        ConfigError: a cache was asked for, and no block of the encoder is frozen or the images are augmented anew in every
+            epoch; or views were, and there is no cache to keep them in.
     """
     reason = None
     if not encoder.has_frozen_blocks:
         reason = f"frozen blocks of the encoder, and fine_tune_from is {config.fine_tune_from!r}"
-    elif config.augments:
-        reason = "images that are the same in every epoch, and they are augmented"
+    elif config.augments and config.cached_views == 1:
+        reason = "images that are the same in every epoch, and they are augmented (cached_views 2 or more keeps views)"
     if config.feature_cache == "none" or (config.feature_cache == "auto" and (reason or not encoder.is_frozen)):
+        if config.cached_views > 1:
+            raise ConfigError(
+                f"cached_views {config.cached_views} needs a feature cache: name a folder for feature_cache"
+                + (f", and {reason}" if reason else "")
+            )
         return None
     if reason:
         raise ConfigError(f"feature_cache {config.feature_cache!r} needs {reason}: set it to auto or none")
@@ -132,7 +159,7 @@ def read_manifest(folder: Location, identity: FeatureIdentity, split: str, text:
         told = {"identity": manifest["identity"], "split": manifest["split"], "images": manifest["images"]}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"the feature cache's {place.uri!r} is damaged ({error!r}): {way_out}") from error
-    wanted = {"identity": asdict(identity), "split": split, "images": text.num_images}
+    wanted = {"identity": identity.plain(), "split": split, "images": text.num_images}
     for name, value in wanted.items():
         if told[name] != value:
             raise DataError(
@@ -160,27 +187,42 @@ def read_grids(folder: Location, name: str) -> pa.Table:
 
 
 def cached_dataset(
-    cache: CachedSplit,
+    views: list[CachedSplit],
     samples: str,
     split: str,
     units: list[tuple[str, int]],
     vocabulary: Vocabulary,
     epoch_seed: EpochSeed | None = None,
 ):
-    """As ``sample_stream.dataset``, with the features of ``cache`` in the place of pixels."""
-    items = [
-        {"path": path, "row_group": group, "file": file} for (path, group), file in zip(units, cache.files, strict=True)
-    ]
-    settings = {"samples": samples, "split": split, "vocabulary": vocabulary, "folder": cache.folder}
+    """As ``sample_stream.dataset``, with features in the place of pixels: of one of the ``views``, drawn by the seed for
+    each unit and epoch."""
+    files = zip(*(view.files for view in views), strict=True)
+    items = [{"unit": unit, "files": names} for unit, names in zip(units, files, strict=True)]
+    folders = [view.folder for view in views]
+    settings = {"samples": samples, "split": split, "vocabulary": vocabulary, "folders": folders}
     return stream(items, _read_cached, settings, epoch_seed)
 
 
-def _read_cached(unit: dict[str, Any], samples: str, split: str, vocabulary: Vocabulary, folder: str) -> pa.Table:
-    table = read_unit(samples, (unit["path"], unit["row_group"]), split, ["image_id", "captions", "split"])
-    grids = read_grids(locate(folder), unit["file"])
-    if grids["image_id"].to_pylist() != table["image_id"].to_pylist():
-        raise DataError(f"the feature cache {folder!r} is of other images than {unit['path']!r}: delete it")
-    captions = table["captions"].to_pylist()
-    words = [[vocabulary.encode(tokenise(caption)) for caption in image] for image in captions]
+def _read_cached(
+    item: dict[str, Any],
+    samples: str,
+    split: str,
+    vocabulary: Vocabulary,
+    folders: list[str],
+    augmentation: Augmentation | None = None,
+    seed: str = "",
+) -> pa.Table:
+    view = random.Random(f"{seed} {item['unit']}").randrange(len(folders))
+    table = read_unit(samples, item["unit"], split, ["image_id", "captions", "split"])
+    grids = read_grids(locate(folders[view]), item["files"][view])
+    ids, captions = table["image_id"].to_pylist(), table["captions"].to_pylist()
+    if grids["image_id"].to_pylist() != ids:
+        raise DataError(f"the feature cache {folders[view]!r} is of other images than {item['unit'][0]!r}: delete it")
+    words = []
+    for image_id, image in zip(ids, captions, strict=True):
+        tokens = [tokenise(caption) for caption in image]
+        if view and augmentation is not None and is_mirrored(tokens, augmentation, view_seed(view, image_id)):
+            tokens = mirrored_words(tokens)
+        words.append([vocabulary.encode(caption) for caption in tokens])
     columns = [table["image_id"], grids["grid"].cast(pa.binary()), grids["height"], grids["width"], captions, words]
     return pa.table(columns, schema=DECODED)
