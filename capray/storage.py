@@ -265,11 +265,8 @@ def iter_files(root: Location, denied: list[str] | None = None, signs: tuple[str
             for folder, names in walk(root.path, denied, signs):
                 for name in names:
                     path = os.path.join(folder, name)
-                    try:
-                        about = stat_of(path) or os.lstat(path)
-                    except FileNotFoundError:
-                        continue  # Gone since its folder was read.
-                    yield _file_entry(path, about)
+                    if (about := _about(path, denied)) is not None:
+                        yield _file_entry(path, about)
             return
         if hasattr(root.fs, "call_s3"):
             yield from _iter_s3(root)
@@ -290,10 +287,9 @@ def glob_files(place: Location, denied: list[str] | None = None) -> Iterator[Ent
         if place.is_local:
             _, *names = place.path.split("/")
             for path in _matches("/", names, denied):
-                with suppress(FileNotFoundError):  # Gone since.
-                    about = stat_of(path) or os.lstat(path)
-                    if not stat.S_ISDIR(about.st_mode):
-                        yield _file_entry(path, about)
+                about = _about(path, denied)
+                if about is not None and not stat.S_ISDIR(about.st_mode):
+                    yield _file_entry(path, about)
             return
         try:
             found = place.fs.glob(place.path, detail=True)
@@ -304,6 +300,17 @@ def glob_files(place: Location, denied: list[str] | None = None) -> Iterator[Ent
                 yield entry_of(place, path, info)
 
 
+def _about(path: str, denied: list[str] | None) -> os.stat_result | None:
+    """What is at ``path``, of a link to nowhere the link; None when it is gone, or is added to ``denied``."""
+    try:
+        return stat_of(path) or lstat_of(path)
+    except OSError:
+        if denied is None:
+            raise
+        denied.append(path)
+        return None
+
+
 def _matches(folder: str, patterns: list[str], denied: list[str] | None) -> Iterator[str]:
     """The paths below ``folder`` whose names match ``patterns`` one by one; ``**`` stands for any number of folders."""
     pattern, *rest = patterns
@@ -312,9 +319,18 @@ def _matches(folder: str, patterns: list[str], denied: list[str] | None) -> Iter
             matches = re.compile(glob_translate("/".join(patterns if rest else ["**", "*"]))).match
         except ValueError as error:
             raise ConfigError(f"{'/'.join(patterns)!r}: {error}") from error
-        for inside, names in walk(folder, denied, (".", "_")):
-            relative = inside[len(folder.rstrip("/")) + 1 :]
-            yield from (os.path.join(inside, n) for n in names if matches(f"{relative}/{n}" if relative else n))
+        try:
+            for inside, names in walk(folder, denied, (".", "_")):
+                relative = inside[len(folder.rstrip("/")) + 1 :]
+                for path, name in ((os.path.join(inside, name), name) for name in names):
+                    if matches(f"{relative}/{name}" if relative else name):
+                        yield path
+                    elif denied is not None and os.path.islink(path) and not os.path.exists(path):
+                        denied.append(path)  # To a folder that is away, perhaps.
+        except OSError as error:
+            if denied is None or error.filename != folder:
+                raise
+            denied.append(folder)
         return
     if any(sign in pattern for sign in "*?["):
         try:
@@ -467,6 +483,16 @@ def _asked(ask: Callable[[str], os.stat_result], path: str) -> os.stat_result | 
         if error.errno in _GONE:
             return None
         raise
+
+
+def is_there(place: Location) -> bool:
+    """Whether something is at a local ``place``.
+
+    Raises:
+        StorageError: it may not be asked; StorageUnavailable: it does not answer.
+    """
+    with storage_errors(f"looking at {place.uri}"):
+        return stat_of(place.path) is not None
 
 
 def list_names(folder: Location, suffix: str = "", folders: bool = False) -> list[str]:

@@ -136,6 +136,17 @@ def write_photos(folder: Path, count: int, seed: int = 0) -> list[str]:
     return paths
 
 
+@contextmanager
+def mount(folder: Path, bound_to: Path | None = None) -> Iterator[None]:
+    """Another file system at ``folder``, or what ``bound_to`` is; it may be away before the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ["-t", "tmpfs", "-osize=2m", "tmpfs"] if bound_to is None else ["--bind", bound_to]
+    if subprocess.run(["mount", *options, folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield
+    subprocess.run(["umount", "-l", folder], capture_output=True)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

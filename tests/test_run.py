@@ -25,14 +25,14 @@ from capray.captioning.job import caption
 from capray.captioning.plan import Plan
 from capray.captioning.record import Summary
 from capray.captioning.stream import Stalled
-from capray.config import CaptionConfig, VerifyConfig
-from capray.errors import CaprayError, ConfigError, DataError, Interrupted, StorageError, TryAgain
+from capray.config import CaptionConfig, SourceSettings, VerifyConfig
+from capray.errors import CaprayError, ConfigError, DataError, Interrupted, StorageError, StorageUnavailable, TryAgain
 from capray.images import ImageError
-from capray.inputs import byte_reader, files, listing, reader
+from capray.inputs import byte_reader, files, listing, open_sources, reader
 from capray.inputs import witnesses as witnesses_module
 from capray.output import Output
 from capray.output.verify import verify
-from tests.conftest import write_photos
+from tests.conftest import mount, write_photos
 from tests.local_executor import LocalExecutor, models_loaded_once
 from tests.oracle import check_exactly_once, current_failures, digests, read_parts
 
@@ -727,9 +727,22 @@ class TestOddInputs:
         (job.input / "b").rename(job.input / ".#b")
         assert job.run(input=f"{job.input}/*/*.tar").captions == 0
 
-    @pytest.mark.parametrize("pattern", ["", "/*/*.tar", "/**/*.tar"])
+    @pytest.mark.parametrize("pattern", ["", "/**/*.tar"])
+    def test_links_to_folders_of_tars_that_are_away(self, job, tmp_path, pattern):
+        write_tars(job.input, 1, 2)
+        (job.input / "b").symlink_to(tmp_path / "away")
+        with pytest.raises(StorageError, match=r"/b' cannot be listed, or links to nowhere"):
+            job.run(input=f"{job.input}{pattern}")
+
+    @pytest.mark.parametrize("pattern", ["", "/*/*.tar", "/**/*.tar", "late"])
     def test_a_mount_that_does_not_answer_is_not_passed_over(self, job, monkeypatch, pattern):
         """As a FUSE file system does whose process has died."""
+        if pattern == "late":
+            monkeypatch.setattr("capray.inputs._SAMPLE", 4)
+            pattern = ""
+            (job.input / "a").mkdir(parents=True)
+            for i in range(9):
+                (job.input / "a" / f"{i}_stats.json").touch()
         for name in "ab":
             write_tar(job.input / name / "1.tar", {"1.png": encoded("PNG")})
         dead = str(job.input / "b")
@@ -859,6 +872,22 @@ class TestOddInputs:
         job.check()
         with pytest.raises(ConfigError, match="nothing at"):
             job.run(input=str(job.input.with_name("mistyped")))
+        with pytest.raises(ConfigError, match="does not apply"):
+            job.run(split="dev")  # A mistake stays one.
+
+    def test_an_input_of_tars_that_has_none_now(self, job):
+        """All its tars are on a mount, say, at whose place a file says that it is away."""
+        write_tars(job.input, 2, 2)
+        job.run(limit=1)
+        aside = job.input.rename(job.input.with_name("aside"))
+        write_photos(job.input, 1)
+        with pytest.raises(
+            TryAgain, match=r"was read as tar .*: is a mount away\? Else say --input-kind"
+        ):
+            job.run()
+        shutil.rmtree(job.input)
+        aside.rename(job.input)
+        assert job.run().current_failures == {}
 
     @pytest.mark.parametrize("retry_failed", [None, ()])
     def test_a_limit_comes_to_all_images_in_the_end(self, job, retry_failed):
@@ -1164,37 +1193,81 @@ class TestMountsBelowTheInput:
         assert job.run().current_failures == {}
         assert len(sha256s(job)) == 12
 
-    @pytest.mark.parametrize("where", ["below", "linked", "the input", "a list's", "bound"])
+    @pytest.mark.parametrize(
+        "where",
+        ["below", "linked", "the input", "above the input", "a list's", "a list's top", "a list's file://", "bound"],
+    )
     def test_away_from_a_mountpoint_that_holds_something_when_another_process_goes_on(self, job, monkeypatch, where):
         is_linked = where == "linked"
-        places = {"linked": job.input.with_name("disk"), "the input": job.input}
+        places = {
+            "linked": job.input.with_name("disk"),
+            "the input": job.input,
+            "above the input": job.input.parent / "m",
+        }
         mounted = places.get(where, job.input / "b")
         mounted.mkdir(parents=True)
         job.input.with_name("real").mkdir()
         monkeypatch.setattr("capray.inputs._SAMPLE", 4)
-        if where != "the input":
+        is_all = where in ("the input", "above the input")
+        if not is_all:
             write_photos(job.input / "a", 8)
         options = ["--bind", job.input.with_name("real")] if where == "bound" else ["-t", "tmpfs", "-osize=2m", "tmpfs"]
         if subprocess.run(["mount", *options, mounted], capture_output=True).returncode:
             pytest.skip("needs the right to mount a file system")
-        content = {Path(path): Path(path).read_bytes() for path in write_photos(mounted / "deep", 8, seed=1)}
+        deep = mounted if where == "a list's top" else mounted / "deep"
+        content = {Path(path): Path(path).read_bytes() for path in write_photos(deep, 8, seed=1)}
         if is_linked:
             (job.input / "b").symlink_to(mounted)
-        source = str(job.input)
-        if where == "a list's":
-            source = f"{job.input.with_name('list')}.txt"
-            Path(source).write_text("\n".join(map(str, sorted(job.input.rglob("*.jpg")))))
+        source = str(deep if where == "above the input" else job.input)
+        if where.startswith("a list's"):
+            source, scheme = f"{job.input.with_name('list')}.txt", "file://" if "://" in where else ""
+            Path(source).write_text("\n".join(f"{scheme}{path}" for path in sorted(job.input.rglob("*.jpg"))))
         job.run(limit=4, input=source)
         subprocess.run(["umount", "-l", mounted], check=True)
         (mounted / "NOT-MOUNTED").touch()
+        if where == "above the input":
+            write_photos(deep, 1, seed=9)[0]  # Downloaded while the disk was away, say.
+            os.rename(deep / "photo-0000.jpg", deep / "other.jpg")
         monkeypatch.setattr(witnesses_module.witnesses, "_folders", {})
         with pytest.raises(TryAgain, match="was a mount when its images were listed"):
             job.run(patience_seconds=0.2, input=source)
-        (mounted / "deep").mkdir()
+        deep.mkdir(exist_ok=True)
         for path, data in content.items():
             path.write_bytes(data)
         assert job.run(input=source).current_failures == {}, "what is there is read, mount or none"
-        assert len(sha256s(job)) == (8 if where == "the input" else 16)
+        assert len(sha256s(job)) == (8 if is_all else 16)
+
+    @pytest.mark.parametrize("is_resumed", [False, True])
+    def test_away_while_its_folders_are_listed(self, job, monkeypatch, is_resumed):
+        """What was listed then is not all there is."""
+        write_photos(job.input / "a", 2)
+        mounted, walk = job.input / "b", files.walk
+
+        def leave(root, denied):
+            for number, each in enumerate(walk(root, denied)):
+                if number == 1:
+                    subprocess.run(["umount", "-l", mounted], check=True)
+                    (mounted / "NOT-MOUNTED").touch()
+                yield each
+
+        with mount(mounted):
+            write_photos(mounted / "deep", 2)
+            (source,) = open_sources((str(job.input),), SourceSettings())
+            if not is_resumed:
+                monkeypatch.setattr(files, "walk", leave)
+                with pytest.raises(StorageUnavailable, match=r"in/b was a mount when its images were listed.*--relist"):
+                    list(source.pages(*source.units()))
+        if is_resumed:
+            (mounted / "NOT-MOUNTED").touch()
+            source.mounts.add(str(mounted))  # As a stored listing has it.
+            with pytest.raises(StorageUnavailable, match=r"in/b was a mount when its images were listed"):
+                list(source.pages(f"1:{mounted}/deep"))
+
+    def test_a_folder_that_does_not_answer_holds_up_no_listing(self, job, monkeypatch):
+        monkeypatch.setattr(witnesses_module, "OPEN_SECONDS", 0.1)
+        realpath = os.path.realpath
+        monkeypatch.setattr(os.path, "realpath", lambda path: time.sleep(1) if "dead" in path else realpath(path))
+        assert witnesses_module.mounts_of("/", ["/dead"]) == set()
 
     def test_one_that_was_never_there(self, job):
         paths = [*write_photos(job.input / "a", 4), *write_photos(job.input / "b", 4, seed=1)]

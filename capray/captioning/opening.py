@@ -9,7 +9,7 @@ from capray.captioning.canary import canary_score
 from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
 from capray.errors import CaprayError, ConfigError, DataError, OutputConflictError, TryAgain
 from capray.inference import Inference
-from capray.inputs import MixedInput, Source, open_sources
+from capray.inputs import NothingThere, Source, open_sources
 from capray.model.captioner_files import FILES, model_id_of
 from capray.output import Output
 from capray.storage import is_within, list_names, locate, read_bytes
@@ -61,16 +61,37 @@ def open_job(config: CaptionConfig) -> OpenedJob:
         raise ConfigError(f"the model at {config.model!r} has no attention: leave --attention out")
     output = Output(config.output)
     _check_apart(config, output)
-    try:
-        sources = open_sources(config.inputs, config.subset(SourceSettings), config.keep)
-    except CaprayError as error:
-        if isinstance(error, MixedInput) or output.last_inputs() != list(config.inputs):
-            raise
-        raise TryAgain(f"{error}; a run on this output could read it before: is a mount away?") from error
+    sources = _open_as_before(config, output)
     preprocessing = architecture.subset(Preprocessing)
     job = OpenedJob(config, output, sources, model_id, preprocessing, canary_score(inference))
     job.bound_to()
     return job
+
+
+def _open_as_before(config: CaptionConfig, output: Output) -> list[Source]:
+    """The inputs of ``config``, opened, as what they were when a run on ``output`` read them before.
+
+    Raises:
+        TryAgain: they could be read then, or were tables, tars or lists, and a mount that is away may be why.
+    """
+    before = output.last_inputs()
+    if list(before) != list(config.inputs):
+        before = {}
+    try:
+        sources = open_sources(config.inputs, config.subset(SourceSettings), config.keep)
+    except CaprayError as error:
+        asks_for_another = config.input_kind not in ("auto", *before.values())
+        if not before or (isinstance(error, ConfigError) and not isinstance(error, NothingThere)) or asks_for_another:
+            raise
+        raise TryAgain(f"{error}; a run on this output could read it before: is a mount away?") from error
+    if config.input_kind == "auto":
+        for source, (uri, kind) in zip(sources, before.items(), strict=False):
+            if source.kind == "images" and kind not in ("", "images"):
+                raise TryAgain(
+                    f"{uri!r} was read as {kind} by a run on this output, and now there are other files alone: is a mount "
+                    "away? Else say --input-kind images"
+                )
+    return sources
 
 
 def _with_absolute_paths(config: CaptionConfig) -> CaptionConfig:

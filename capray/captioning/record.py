@@ -110,17 +110,25 @@ class RunRecord:
     Args:
         write: publishes bytes, while the run may write.
         settings: those that were given, without secrets.
+        kinds: as what kind each input is read.
         summary: gives what is to be written.
     """
 
     def __init__(
-        self, write: Write, output: Output, run_id: str, settings: dict[str, Any], summary: Callable[[], Summary]
+        self,
+        write: Write,
+        output: Output,
+        run_id: str,
+        settings: dict[str, Any],
+        kinds: list[str],
+        summary: Callable[[], Summary],
     ):
         self.place = output.runs.join(f"{run_id}.json")
         self.traceback = output.runs.join(f"{run_id}.traceback.txt")
         self._write, self._summary = write, summary
         self._about = {
             "settings": settings,
+            "kinds": kinds,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "ray_job": own_ray_job(),

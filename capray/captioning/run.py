@@ -83,7 +83,9 @@ class Run:
         self.limits = FailureLimits(config.max_failure_rate, config.max_bad_images)
         self.breaker = Breaker()
         self.looks = SecondLooks(config.second_look_seconds)
-        self.record = RunRecord(self.write, output, run_id, _told(config), self._summary)
+        self.record = RunRecord(
+            self.write, output, run_id, _told(config), [source.kind for source in sources], self._summary
+        )
         self.started = time.monotonic()
         self.seconds_in_passes = 0.0
         self.num_done = 0

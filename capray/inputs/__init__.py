@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from capray.inputs.parquet import MANIFESTS, Inventory, Manifest, Parquet
 from capray.inputs.tars import Tars
 from capray.inputs.versions import entry_at
 from capray.inputs.witnesses import mounts_of, opens
-from capray.storage import Entry, Location, glob_files, is_file, is_folder, is_glob, iter_files, locate, uri_of
+from capray.storage import Entry, Location, glob_files, is_file, is_glob, is_there, iter_files, locate, uri_of
 
 _SAMPLE = 1000
 _ENDINGS = {"manifest": MANIFESTS, "parquet": (".parquet",), "tar": (".tar",)}
@@ -25,16 +26,16 @@ _BESIDE = {"manifest": (), "parquet": (".json", ".md"), "tar": (".parquet", ".js
 _NUM_WITNESSES = 4
 _HIDDEN = (".", "_")
 
-__all__ = ["MixedInput", "Source", "are_containers", "open_sources"]
+__all__ = ["NothingThere", "Source", "are_containers", "open_sources"]
 
 
 def open_sources(inputs: tuple[str, ...], settings: SourceSettings, keep: tuple[str, ...] = ()) -> list[Source]:
     """The inputs, opened.
 
     Raises:
-        ConfigError: nothing there, empty, of no known kind or of several (MixedInput), or settings that do not fit it.
+        ConfigError: nothing there or empty (NothingThere), of no known kind or of several, or settings that do not fit it.
         DataError: a file that is not what its name says.
-        StorageError: the store cannot be reached.
+        StorageError: the store cannot be reached; StorageUnavailable, for now, or its mount went away meanwhile.
     """
     sources = [_open(uri, settings, tuple(dict.fromkeys(keep))) for uri in inputs]
     _name_once(sources)
@@ -75,6 +76,7 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
         )
     denied: list[str] = []
     selection = Selection.of(settings, root_of(place))
+    mounts = mounts_of(selection.root) if place.is_local else set()
     files = _files(place, denied, _HIDDEN)
     sample = list(itertools.islice(files, _SAMPLE))
     if not sample:  # Hidden for tables and tars, not for images.
@@ -84,25 +86,19 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
         if not (more := list(itertools.islice(files, _SAMPLE))):
             break
         sample += more
-    root = selection.root.rstrip("/")
-    denied = [
-        path
-        for path in denied
-        if not selection.excludes_folder(uri_of(place, path)) and not is_hidden(path.removeprefix(root), _HIDDEN)
-    ]
-    if denied and not sample:
-        raise StorageError(f"nothing can be read at {uri!r}: permission denied to {denied[0]!r}")
+    if not sample and (closed := _wanted(place, denied, selection)):
+        raise StorageError(f"nothing can be read at {uri!r}: {closed[0]!r} cannot be listed, or does not answer")
     if not sample:
-        raise ConfigError(f"there are no images at {uri!r}: it is empty, or does not exist")
+        raise NothingThere(f"there are no images at {uri!r}: it is empty, or does not exist")
     kind = settings.input_kind if settings.input_kind != "auto" else _kind_of(place, sample, selection)
-    source = _source_of(kind, place, settings, keep, itertools.chain(sample, files), selection)
-    if denied and kind != "images":
+    source = _source_of(kind, place, settings, keep, itertools.chain(sample, files), selection, denied)
+    if kind != "images" and (closed := _wanted(place, denied, selection)):
         raise StorageError(
-            f"{denied[0]!r} cannot be listed, or links to nowhere, and may hold files of this input: let it be read, or "
+            f"{closed[0]!r} cannot be listed, or links to nowhere, and may hold files of this input: let it be read, or "
             "--exclude it"
         )
-    if place.is_local:
-        source.mounts.update(mounts_of(selection.root, (entry.path for entry in sample)))
+    source.mounts |= mounts
+    source.check_mounts()
     if place.is_local and (kind in ("images", "tar") or source.image_column):
         source.witnesses = tuple(
             itertools.islice((entry.path for entry in sample if opens(entry.path)), _NUM_WITNESSES)
@@ -118,6 +114,16 @@ def _is_utf8(path: str) -> bool:
     return True
 
 
+def _wanted(place: Location, denied: list[str], selection: Selection) -> list[str]:
+    """Those of ``denied`` that are neither hidden nor excluded."""
+    root = selection.root.rstrip("/")
+    return [
+        path
+        for path in denied
+        if not selection.excludes_folder(uri_of(place, path)) and not is_hidden(path.removeprefix(root), _HIDDEN)
+    ]
+
+
 def _source_of(
     kind: str,
     place: Location,
@@ -125,7 +131,9 @@ def _source_of(
     keep: tuple[str, ...],
     files: Iterable[Entry],
     selection: Selection,
+    denied: list[str],
 ) -> Source:
+    """The input as ``kind``; links to nowhere among its files, which may be to folders of them, are added to ``denied``."""
     uri = place.uri
     if kind == "images":
         if is_glob(place):
@@ -143,9 +151,11 @@ def _source_of(
             shown.append(entry)
     found = [entry for entry in shown if entry.path.lower().endswith(endings)]
     if not found:
-        raise ConfigError(f"no files ending in {' or '.join(endings)} at {uri!r}")
+        raise NothingThere(f"no files ending in {' or '.join(endings)} at {uri!r}")
     is_auto = settings.input_kind == "auto"
-    if is_auto and (others := [entry for entry in _others(kind, shown) if selection.has(entry.uri)]):
+    others = _others(kind, shown)
+    denied += [entry.path for entry in others if _leads_nowhere(place, entry)]
+    if is_auto and (others := [e for e in others if selection.has(e.uri) and not _leads_nowhere(place, e)]):
         raise _mixed(place, kind, found, others)
     if kind == "manifest":
         return Manifest(place, settings, keep, found, hidden)
@@ -157,16 +167,20 @@ def _source_of(
     return Tars(place, settings, keep, found, sidecars, hidden, list(beside.values()) if is_auto else [])
 
 
-class MixedInput(ConfigError):
-    """Tables or tars lie among files of other kinds."""
+class NothingThere(ConfigError):
+    """No file of what is to be captioned; what was there before may be away."""
 
 
-def _mixed(place: Location, kind: str, found: list[Entry], others: list[Entry]) -> MixedInput:
-    return MixedInput(
+def _mixed(place: Location, kind: str, found: list[Entry], others: list[Entry]) -> ConfigError:
+    return ConfigError(
         f"{place.uri!r} holds {kind} files ({found[0].uri!r} …) and files of other kinds ({others[0].uri!r} …): say "
         f"--input-kind {kind} to leave those out, --input-kind images to take every file for an image, or move some away "
         "(--exclude leaves them out too)"
     )
+
+
+def _leads_nowhere(place: Location, entry: Entry) -> bool:
+    return place.is_local and os.path.islink(entry.path) and not os.path.exists(entry.path)
 
 
 def _others(kind: str, files: list[Entry]) -> list[Entry]:
@@ -178,10 +192,10 @@ def _files(place: Location, denied: list[str], signs: tuple[str, ...]) -> Iterat
     """The files the input names: itself, the matches of its glob, or all below it but for what is in folders ``denied``."""
     if is_glob(place):
         yield from glob_files(place, denied)
+    elif place.is_local and not is_there(place):
+        raise NothingThere(f"there is nothing at {place.uri!r}")
     elif is_file(place):
         yield entry_at(place)
-    elif place.is_local and not is_folder(place):
-        raise ConfigError(f"there is nothing at {place.uri!r}")
     else:
         yield from iter_files(place, denied, signs)
 
@@ -216,7 +230,7 @@ def _kind_of(place: Location, sample: list[Entry], selection: Selection) -> str:
             raise ConfigError(f"{name!r} is a compressed tar, which is not read: unpack the compression (gunzip) first")
     for kind in ("tar", "parquet"):
         if found := [entry for entry in shown if entry.path.lower().endswith(_ENDINGS[kind])]:
-            if others := _others(kind, shown):
+            if others := [entry for entry in _others(kind, shown) if not _leads_nowhere(place, entry)]:
                 raise _mixed(place, kind, found, others)
             return kind
     # In a folder, text may be what somebody has written about its images.

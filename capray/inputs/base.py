@@ -20,11 +20,11 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from capray.config import SourceSettings
-from capray.errors import ConfigError, DataError, StorageError, TryAgain
+from capray.errors import ConfigError, DataError, StorageError, StorageUnavailable, TryAgain
 from capray.images import ImageError
 from capray.inputs.places import PLACES, Kind, Row
 from capray.inputs.versions import VersionChanged
-from capray.inputs.witnesses import Known, mounts_of
+from capray.inputs.witnesses import OR_RELIST, WAS_A_MOUNT, Known, is_mount, mounts_of
 from capray.storage import Entry, Location, is_glob, is_of_arrow, path_of, storage_errors
 
 MAX_FOLDERS = 1000
@@ -254,6 +254,19 @@ class Source(ABC):
         """What tells, of an input on a file system, whether that is away."""
         return Known(self.witnesses, self.selection.root, tuple(sorted(self.mounts)))
 
+    def note_folders(self, folders: Iterable[str]) -> None:
+        """Note which mounts ``folders`` of the input are on."""
+        self.mounts.update(mounts_of(self.selection.root, folders))
+
+    def check_mounts(self) -> None:
+        """What was listed from a folder whose mount is away is not all of it.
+
+        Raises:
+            StorageUnavailable: a mount of the input is none any more.
+        """
+        if away := next((point for point in sorted(self.mounts) if not is_mount(point)), None):
+            raise StorageUnavailable(f"{WAS_A_MOUNT.format(away)}: mount it and run the same command again {OR_RELIST}")
+
     def versions(self) -> dict[str, str]:
         """Of units that are containers, the version of each when the source was opened."""
         return {}
@@ -311,16 +324,19 @@ class Containers(Source):
         super().__init__(place, settings, keep)
         self.files, self._hidden = files, hidden
         self._folders: set[str] = set()
+        if place.is_local:
+            self.note_folders({posixpath.dirname(entry.path) for entry in files})
 
-    def note_folders(self, uris: Iterable[str | None]) -> None:
+    def note_listed(self, uris: Iterable[str | None]) -> None:
         """Note which mounts the first MAX_FOLDERS folders that lists name are on."""
         if len(self._folders) >= MAX_FOLDERS:
             return
-        folders = {uri.rpartition("/")[0] for uri in uris if uri and uri.startswith("/")} - self._folders
+        paths = (uri.removeprefix("file://") for uri in uris if uri)
+        folders = {path.rpartition("/")[0] for path in paths if path.startswith("/")} - self._folders
         folders = set(sorted(folders)[: MAX_FOLDERS - len(self._folders)])
         if folders:
             self._folders |= folders
-            self.mounts.update(mounts_of(self.selection.root, (f"{path_of(folder)}/" for folder in folders)))
+            self.note_folders(map(path_of, folders))
 
     def units(self) -> list[str]:
         return [entry.uri for entry in self.files]

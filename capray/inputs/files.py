@@ -12,8 +12,17 @@ from typing import Any, ClassVar
 
 from capray.errors import DataError
 from capray.inputs.base import ROWS_PER_PAGE, Page, Source, is_hidden, rows_of
-from capray.inputs.witnesses import mounts_of
-from capray.storage import Location, is_file, s3_pages, stat_of, storage_errors, text_of, walk, was_removed
+from capray.storage import (
+    Location,
+    is_file,
+    is_unanswered,
+    s3_pages,
+    stat_of,
+    storage_errors,
+    text_of,
+    walk,
+    was_removed,
+)
 
 MAX_LEVELS = 3
 """Levels below the input that are looked into for prefixes to list side by side."""
@@ -32,7 +41,6 @@ class Images(Source):
     def __init__(self, place: Location, settings, keep=()):
         super().__init__(place, settings, keep)
         self.refuse("split", "id_column", "image_column", "uri_column", "keep")
-        self._devices: set[int] = set()
 
     def units(self) -> list[str]:
         return [f"0:{self.place.path}"]
@@ -53,7 +61,9 @@ class Images(Source):
                     info = self.place.fs.info(self.place.path)
                     yield self._page([(self.place.path, info["size"])], True)
             elif self.place.is_local:
-                if level == "0" or not was_removed(path, self.place.path):
+                if level != "0" and was_removed(path, self.place.path):
+                    self.check_mounts()
+                else:
                     yield from self._list_folder(path, after)
             elif hasattr(self.place.fs, "call_s3"):
                 yield from self._list_prefix(path, int(level), after)
@@ -81,6 +91,8 @@ class Images(Source):
     def _list_folder(self, root: str, after: list[str] | None) -> Iterator[Page]:
         """Every regular file below ``root`` in the order of its folders' names. A folder that cannot be listed is a unit of
         its own, so that the rest is listed all the same."""
+        self.note_folders(())
+        folders: set[str] = set()
         files: list[tuple[str, int]] = []
         last = after
         denied: list[str] = []
@@ -90,22 +102,30 @@ class Images(Source):
                 # By order, not by finding it again: what the last page ended with may be gone.
                 if after is not None and (_parts(folder), name) <= (_parts(after[0]), after[1]):
                     continue
-                info = stat_of(path)
-                if info is not None and info.st_dev not in self._devices:
-                    self._devices.add(info.st_dev)
-                    self.mounts.update(mounts_of(self.selection.root, [path]))
+                try:
+                    info = stat_of(path)
+                except OSError as error:
+                    if not self.selection.has(self._uri(path)):
+                        continue
+                    if is_unanswered(error):
+                        raise
+                    info = None  # Whoever reads it says what is wrong with it.
                 if info is None or stat.S_ISREG(info.st_mode):
+                    folders.add(folder)
                     files.append((path, info.st_size if info else 0))
                     last = [folder, name]
                 if len(files) == ROWS_PER_PAGE:
+                    self.note_folders(folders)
                     yield self._page(files, last)
-                    files = []
+                    files, folders = [], set()
         wanted = [
             path
             for path in denied
             if not self.selection.excludes_folder(self._uri(path))
             and not is_hidden(path.removeprefix(self.place.path), self.hidden_signs)
         ]
+        self.note_folders(folders)
+        self.check_mounts()
         yield self._page(files, last, tuple(f"1:{path}" for path in wanted))
 
     def _list_prefix(self, prefix: str, level: int, after: str | None) -> Iterator[Page]:

@@ -123,7 +123,7 @@ class Parquet(Containers):
             columns["row"] = numbers
             return rows_of("row", columns, container=uri, version=version, row_group=group)
         columns["uri"] = _resolved(table[self._uri].cast(pa.string()), uri)
-        self.note_folders(columns["uri"])
+        self.note_listed(columns["uri"])
         return rows_of("object", columns, container=uri, version=version)
 
 
@@ -324,7 +324,7 @@ class Manifest(Containers):
 
     def _resolved(self, rows: pa.Table, uri: str, version: str) -> pa.Table:
         uris = _resolved(rows["uri"], uri)
-        self.note_folders(uris)
+        self.note_listed(uris)
         columns = {name: rows[name] for name in rows.column_names} | {"uri": uris}
         return rows_of("object", columns, container=uri, version=version)
 

@@ -19,6 +19,8 @@ from capray.deadlines import within
 from capray.errors import TryAgain
 from capray.storage import lstat_of
 
+WAS_A_MOUNT = "{} was a mount when its images were listed, and is none now"
+OR_RELIST = "(or run with --relist, if it is to be none)"
 OPEN_SECONDS = 10.0
 """A witness that does not open within them is away."""
 POLL_SECONDS = 5.0
@@ -113,7 +115,7 @@ class Witnesses:
             return _View(
                 f"{left.folder} links to what is not there: a mount or disk is away", f"{mount} (or remove the link)"
             )
-        if left.is_empty and not (os.path.realpath(left.folder) in known.mounts and _is_mount(left.folder)):
+        if left.is_empty and not (left.real_folder in known.mounts and is_mount(left.real_folder)):
             why = f"{left.folder} is empty, and {path} was to be below it: its mount or disk is away"
             return _View(why, f"{mount} (or remove the folder, if its images were deleted)")
         inside = left.folder.rstrip("/") + "/"
@@ -122,14 +124,12 @@ class Witnesses:
             own = self._folders.get(left.folder)
             below = {name: each for name, each in self._folders.items() if f"{name}/".startswith(inside)}
         same = [each.file for each in below.values() if each.device == left.device]
-        target = os.path.realpath(path)
-        for mount_point in (point for point in known.mounts if target.startswith(f"{point}/")):
+        for mount_point in (point for point in known.mounts if left.target.startswith(f"{point}/")):
             # A node may have as a folder of its own what another one mounts.
             there = [file for file in reversed(files) if file.startswith(f"{mount_point}/")]
-            if not _is_mount(mount_point) and not any(map(opens, there[:_NUM_ASKED])):
-                why = f"{mount_point} was a mount when its images were listed, and is none now"
-                return _View(why, f"{mount} (or run with --relist, if it is to be none)")
-        missing = _with_one_more_name(left.folder, target if os.path.islink(path) else path)
+            if not is_mount(mount_point) and not any(map(opens, there[:_NUM_ASKED])):
+                return _View(WAS_A_MOUNT.format(mount_point), f"{mount} {OR_RELIST}")
+        missing = _with_one_more_name(left.folder, left.target if os.path.islink(path) else path)
         others = [
             each.file
             for name, each in below.items()
@@ -147,16 +147,19 @@ class Witnesses:
         return _View(witness=opening or left.folder if is_near and (same or left.is_readable) else None)
 
 
-def mounts_of(root: str, paths: Iterable[str]) -> set[str]:
-    """Where other file systems begin at or below ``root``, and those that ``paths`` below it are on by links, as far as the
-    system tells (Linux)."""
-    root, points = os.path.realpath(root), _mount_points() or set()
-    inside = root.rstrip("/") + "/"
-    found = {point for point in points if point == root or point.startswith(inside)}
-    for folder in {os.path.dirname(os.path.realpath(path)) for path in paths}:
+def mounts_of(root: str, folders: Iterable[str] = ()) -> set[str]:
+    """Where other file systems begin below ``root``, and those that it and ``folders`` are on, by links too, as far as the
+    system tells (Linux); of folders that do not answer in time, nothing."""
+    points = _mount_points() or set()
+    try:
+        real = within(OPEN_SECONDS, lambda: [os.path.realpath(folder) for folder in (root, *folders)])
+    except OSError:
+        return set()
+    found = {point for point in points if point.startswith(f"{real[0].rstrip('/')}/")}
+    for folder in set(real):
         holding = (point for point in points if f"{folder}/".startswith(f"{point.rstrip('/')}/"))
         found.add(max(holding, key=len, default="/"))
-    return {point for point in found if point != "/" and not root.startswith(f"{point}/")}
+    return found - {"/"}
 
 
 def _with_one_more_name(folder: str, path: str) -> str:
@@ -176,7 +179,7 @@ def _mount_points() -> set[str] | None:
     return set(map(os.fsdecode, names))
 
 
-def _is_mount(folder: str) -> bool:
+def is_mount(folder: str) -> bool:
     points = _mount_points()
     return os.path.ismount(folder) if points is None else os.path.realpath(folder) in points
 
@@ -187,9 +190,12 @@ _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 @dataclass(frozen=True)
 class _Left:
-    """The nearest folder that is left of a path: ``is_parent``, the file's own; ``is_link``, one to nowhere instead."""
+    """The nearest folder that is left of a path: ``is_parent``, the file's own; ``is_link``, one to nowhere instead. The
+    ``target`` is where the whole path leads."""
 
     folder: str
+    real_folder: str
+    target: str
     device: int = 0
     is_parent: bool = False
     is_link: bool = False
@@ -199,19 +205,20 @@ class _Left:
 
 def _left_of(path: str) -> _Left:
     """What is left of ``path``, or of what it links to."""
-    path = os.path.realpath(path) if os.path.islink(path) else path
+    target = os.path.realpath(path)
+    path = target if os.path.islink(path) else path
     folder = os.path.dirname(path)
     while lstat_of(folder) is None:
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder):
         if os.path.islink(folder) and not os.path.exists(folder):
-            return _Left(folder, is_link=True)
+            return _Left(folder, folder, target, is_link=True)
         folder = os.path.dirname(folder)
-    device, is_parent = os.stat(folder).st_dev, folder == os.path.dirname(path)
+    where = folder, os.path.realpath(folder), target, os.stat(folder).st_dev, folder == os.path.dirname(path)
     try:
-        return _Left(folder, device, is_parent, is_empty=_is_empty(folder))
+        return _Left(*where, is_empty=_is_empty(folder))
     except PermissionError:
-        return _Left(folder, device, is_parent, is_readable=False)
+        return _Left(*where, is_readable=False)
 
 
 def _is_empty(folder: str) -> bool:

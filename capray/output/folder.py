@@ -16,6 +16,7 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -83,13 +84,15 @@ class Output:
             )
         return job
 
-    def last_inputs(self) -> list[str]:
-        """The inputs of the last run that opened its own; none when nothing is known of any."""
+    def last_inputs(self) -> dict[str, str]:
+        """The inputs of the last run that opened its own, and as what kind each was read, "" where that is not known; none
+        when nothing is known of any."""
         for name in reversed(list_names(self.runs, ".json")):
             with suppress(ValueError, KeyError, TypeError):
-                settings = json.loads(read_bytes(self.runs.join(name)))["settings"]
-                return [settings["input"], *settings.get("also", ())]
-        return []
+                record = json.loads(read_bytes(self.runs.join(name)))
+                inputs = [record["settings"]["input"], *record["settings"].get("also", ())]
+                return dict(zip_longest(inputs, record.get("kinds", ())[: len(inputs)], fillvalue=""))
+        return {}
 
     def last_model(self) -> str | None:
         """Where the last run had its captioner; None when nothing is known of any."""
