@@ -282,18 +282,21 @@ def run(arguments: Sequence[str]) -> int:
 
     def stop(number: int, frame: object) -> None:
         received.append(number)
-        raise KeyboardInterrupt if number == signal.SIGINT else Interrupted("terminated", number)
+        raise KeyboardInterrupt  # Ray swallows all else where it waits.
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
         app.meta(arguments, exit_on_error=False, print_error=False)
+    except Interrupted as error:
+        return _fail(str(error), 128 + received[0] if received else error.exit_code)
     except CaprayError as error:
         return _fail(str(error), error.exit_code)
     except cyclopts.CycloptsError as error:
         return _fail(_describe(error), 2)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        number = received[0] if received else signal.SIGINT
+        return _fail("terminated" if number == signal.SIGTERM else "interrupted", 128 + number)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -186,6 +186,18 @@ class TestEnds:
         assert code == 143
         assert err == "capray: terminated\n"
 
+    def test_sigterm_where_only_what_ctrl_c_raises_gets_through(self, call, jobs):
+        """As while Ray waits. What a job says then is told with the code of the signal."""
+
+        def wait():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except KeyboardInterrupt as error:
+                raise Interrupted("stopped; go on") from error
+
+        jobs.answer = wait
+        assert call("train", "s", "o") == (143, "", "capray: stopped; go on\n")
+
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_a_query_stops_for_a_signal(self, tmp_path, number, code):
         write_job(Output(str(tmp_path)))

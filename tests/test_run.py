@@ -881,9 +881,7 @@ class TestOddInputs:
         job.run(limit=1)
         aside = job.input.rename(job.input.with_name("aside"))
         write_photos(job.input, 1)
-        with pytest.raises(
-            TryAgain, match=r"was read as tar .*: is a mount away\? Else say --input-kind"
-        ):
+        with pytest.raises(TryAgain, match=r"was read as tar .*: is a mount away\? Else say --input-kind"):
             job.run()
         shutil.rmtree(job.input)
         aside.rename(job.input)

@@ -25,7 +25,7 @@ from mlflow import MlflowClient
 
 from capray.config import Architecture, ReportConfig, TrainConfig
 from capray.datasets.samples import read_captions
-from capray.errors import ConfigError, DataError, OutputConflictError
+from capray.errors import ConfigError, DataError, Interrupted, OutputConflictError
 from capray.model.captioner import Captioner
 from capray.model.checkpoint import load_captioner
 from capray.model.loss import collate
@@ -334,6 +334,26 @@ def a_worker_killed_after_the_first_epoch(output: str) -> Iterator[list[dict]]:
     assert before
 
 
+@contextmanager
+def interrupted_after(num_epochs: int, output: str) -> Iterator[None]:
+    """Ctrl-C once ``output``, on S3, has so many epochs."""
+    fs = s3fs.S3FileSystem(use_listings_cache=False)
+
+    def interrupt() -> None:
+        while len(json.loads(fs.cat_file(f"{output}/history.json"))["epochs"]) < num_epochs:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            interrupter = pool.submit(interrupt)
+            yield
+            interrupter.result()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 VECTORS = {"and": np.arange(16.0), "circle": -np.arange(16.0)}
 
 
@@ -433,10 +453,14 @@ class TestATrainingWhoseWorkerIsKilled:
         assert changed["encoder.backbone.layer4.0.weight"] and changed["decoder.output.weight"]
         assert not changed["encoder.backbone.layer3.0.weight"] and not changed["decoder.embedding.weight"]
 
-    def test_it_goes_on_later_with_another_number_of_workers_in_the_same_run_of_mlflow(self, trainings):
+    def test_it_goes_on_later_with_another_number_of_workers_until_it_is_interrupted(self, trainings):
+        """In the same run of MLflow. The workers end, and do not go on in the cluster."""
         settings = {**trainings.settings, "num_workers": 1, "tracking_uri": trainings.store}
+        with interrupted_after(4, trainings.output), pytest.raises(Interrupted, match="goes on from the last finished"):
+            run(trainings.samples, trainings.output, epochs=1000, **settings)
+        assert not train_workers()
         more = run(trainings.samples, trainings.output, epochs=4, **settings)
-        assert more.metrics[:3] == trainings.killed.metrics and len(more.metrics) == 4
+        assert more.metrics[:3] == trainings.killed.metrics and len(more.metrics) >= 4
         check_tracking(trainings.store, more)
 
 

@@ -53,6 +53,9 @@ NOT_IDENTITY = {
 """Settings that may differ when a training is taken up again."""
 
 
+ABORT_SECONDS = 10.0
+"""How long a training that is stopped is waited for."""
+
 Tokens = list[list[list[str]]]
 """The tokenised training captions of each image."""
 
@@ -195,6 +198,7 @@ def _fit(
     gpus: float,
 ) -> None:
     import ray
+    from ray.exceptions import RayError
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -207,6 +211,19 @@ def _fit(
                 for shard, split in zip(shards, data.streaming_split(world_size, equal=False), strict=True):
                     shard[name] = split
             return shards
+
+    class StoppableTrainer(TorchTrainer):
+        """Ctrl-C ends the training and not, without a word, the process."""
+
+        controller: Any = None
+
+        def _register_sigint_handler(self, controller):
+            self.controller = controller
+
+        def abort(self) -> None:
+            with suppress(RayError):  # It ends itself.
+                if self.controller is not None:
+                    ray.get(self.controller.abort.remote(), timeout=ABORT_SECONDS)
 
     board, vocabulary, tokens = board_class().remote(), material.vocabulary, material.tokens
     epoch = measure_epoch(tokens, config)
@@ -234,7 +251,7 @@ def _fit(
         encoder_sha256=cache.identity.encoder_sha256 if cache is not None else None,
     )
     output = locate(config.output)
-    trainer = TorchTrainer(
+    trainer = StoppableTrainer(
         train_worker,
         train_loop_config={"settings": settings},
         torch_config=TorchConfig(backend="gloo") if 0 < gpus < 1 else None,  # NCCL refuses two workers on a GPU.
@@ -260,6 +277,7 @@ def _fit(
         try:
             trainer.fit()
         except KeyboardInterrupt as error:
+            trainer.abort()
             raise Interrupted("stopped; the same command goes on from the last finished epoch") from error
         except TrainingFailedError as error:
             raise _cause(error) from error
