@@ -131,13 +131,13 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
     Parameters
     ----------
     json
-        Print the summary as JSON.
+        Print the summary as JSON; of photos, an object a line.
     """
     from capray.captioning.photos import are_photos, caption_photos
 
     paths = [path for path in (config.input, config.output, *photos) if path is not None]
     if are_photos(paths):
-        if failed := caption_photos(paths, config):
+        if failed := caption_photos(paths, config, json):
             raise CaprayError(f"{failed} of {len(paths)} photos could not be captioned")
         return
     if photos:

@@ -110,7 +110,7 @@ def describe_error(error: ValidationError, spelled: Callable[[str], str] = str) 
     """A pydantic error as one line for a user: the setting as it is ``spelled``, what is wrong, and the value it had."""
     lines = []
     for problem in error.errors():
-        name = spelled(".".join(str(part) for part in problem["loc"])) if problem["loc"] else ""
+        name = spelled(".".join(part for part in problem["loc"] if isinstance(part, str))) if problem["loc"] else ""
         reason = problem["msg"].removeprefix("Value error, ")
         reason = reason[:1].lower() + reason[1:]
         if problem["type"] == "missing":
@@ -543,7 +543,8 @@ class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):
     """Images captioned together by an actor, as far as they fit into blocks of 96 MiB; when not given, 64 on a CPU, and 512
     on a GPU."""
     num_actors: Annotated[int, Field(ge=1)] | None = None
-    """Captioning actors; when not given, one per GPU, or one per CPU but one."""
+    """Captioning actors; when not given, one per GPU, or one per CPU that Ray has but one (where
+    capray starts Ray itself, one per CPU of this machine)."""
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     """GPUs per actor; when not given, 1 if the cluster has GPUs."""
     threads_per_actor: Annotated[int, Field(ge=1)] = 1

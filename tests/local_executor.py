@@ -31,11 +31,12 @@ if TYPE_CHECKING:  # A child process that fetches loads no torch.
 @contextmanager
 def models_loaded_once() -> Generator[None]:
     """Runs in this process load a model, and caption its canary, only once."""
-    from capray.captioning import opening
+    from capray.captioning import canary
+    from capray.inference import Inference
 
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(opening.Inference, "load", cache(opening.Inference.load)))
-        patches.enter_context(mock.patch.object(opening, "canary_score", cache(opening.canary_score)))
+        patches.enter_context(mock.patch.object(Inference, "load", cache(Inference.load)))
+        patches.enter_context(mock.patch.object(canary, "canary_score", cache(canary.canary_score)))
         yield
 
 

@@ -1,5 +1,6 @@
 """The captioner that comes with capray: what captions where no model is given."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -87,6 +88,9 @@ class TestWhereNoModelIsGiven:
         assert out.startswith(f"{photo}\tword") and err == FIRST_LINE + "\n"
         assert run(["caption", photo, "--model", str(in_the_box)]) == 0
         assert capsys.readouterr() == (out, "")
+        assert run(["caption", photo, "--model", str(in_the_box), "--json"]) == 0
+        about = json.loads(capsys.readouterr().out)
+        assert f"{about['image']}\t{about['caption']}\n" == out and about["log_prob"] < 0
         assert run(["caption", photo, "--model", IN_THE_BOX]) == 0
         assert capsys.readouterr() == (out, "")
 

@@ -761,7 +761,7 @@ class TestOddInputs:
             with pytest.raises(StorageError, match=r"/b.* cannot be listed|not connected"):
                 job.run(input=f"{job.input}{pattern}")
         assert job.run(input=f"{job.input}{pattern}").captions == 2
-        with pytest.raises(ConfigError, match="no images at"):
+        with pytest.raises(ConfigError, match="no file matches"):
             job.run(input=f"{job.input}/nowhere/**/*.tar")
 
     def test_hidden_tables_are_counted_once_though_the_first_is_listed_again(self, job):
@@ -874,6 +874,12 @@ class TestOddInputs:
             job.run(input=str(job.input.with_name("mistyped")))
         with pytest.raises(ConfigError, match="does not apply"):
             job.run(split="dev")  # A mistake stays one.
+
+    def test_an_output_is_no_input(self, job):
+        write_photos(job.input, 1)
+        job.run()
+        with pytest.raises(ConfigError, match="is a captioning output: name the images"):
+            job.run(input=str(job.output), output=str(job.output.with_name("another")))
 
     def test_an_input_of_tars_that_has_none_now(self, job):
         """All its tars are on a mount, say, at whose place a file says that it is away."""

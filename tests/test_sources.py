@@ -786,7 +786,7 @@ class TestKinds:
         touch(tmp_path / "in", "a.jpg")
         with pytest.raises(ConfigError, match="include"):
             opened(tmp_path / "in" / "*.jpg")
-        with pytest.raises(ConfigError, match="no images at"):
+        with pytest.raises(ConfigError, match="no file matches"):
             opened(tmp_path / "in" / "*.png")
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from capray.captioning.lease import Lease, ray_job_is_terminal
 from capray.captioning.opening import open_job
 from capray.captioning.record import Summary
-from capray.captioning.run import Run
 from capray.captioning.signals import Signals
-from capray.captioning.stream import Executor, RayExecutor
 from capray.config import CaptionConfig
 from capray.progress import ProgressDisplay
+
+if TYPE_CHECKING:
+    from capray.captioning.stream import Executor
 
 
 def caption(config: CaptionConfig, executor: Executor | None = None) -> Summary:
@@ -28,6 +31,10 @@ def caption(config: CaptionConfig, executor: Executor | None = None) -> Summary:
         CaprayError: everything fails, or files of the input cannot be read.
     """
     job = open_job(config)
+
+    from capray.captioning.run import Run
+    from capray.captioning.stream import RayExecutor
+
     run_id = job.output.new_run_id()
     lease = Lease(
         job.output.private,

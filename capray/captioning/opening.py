@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from capray.captioning.canary import canary_score
 from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
 from capray.errors import CaprayError, ConfigError, DataError, OutputConflictError, TryAgain
-from capray.inference import Inference
 from capray.inputs import NothingThere, Source, open_sources
 from capray.model.captioner_files import FILES, model_id_of
 from capray.output import Output
-from capray.storage import is_within, list_names, locate, read_bytes
+from capray.storage import exists, is_within, list_names, locate, read_bytes
 from capray.tables import SCHEMA_VERSION
 from capray.tracking.registry import find_model, find_model_of, say_model
 
@@ -55,13 +53,17 @@ def open_job(config: CaptionConfig) -> OpenedJob:
     """
     config = _with_absolute_paths(config)
     assert config.output is not None
+    output = Output(config.output)
+    _check_apart(config, output)
+    sources = _open_as_before(config, output)
+
+    from capray.captioning.canary import canary_score
+    from capray.inference import Inference
+
     inference = Inference.load(config.model, "cpu")
     architecture, model_id = inference.captioner.architecture, inference.model_id
     if config.attention and architecture.attention == "none":
         raise ConfigError(f"the model at {config.model!r} has no attention: leave --attention out")
-    output = Output(config.output)
-    _check_apart(config, output)
-    sources = _open_as_before(config, output)
     preprocessing = architecture.subset(Preprocessing)
     job = OpenedJob(config, output, sources, model_id, preprocessing, canary_score(inference))
     job.bound_to()
@@ -84,6 +86,11 @@ def _open_as_before(config: CaptionConfig, output: Output) -> list[Source]:
         if not before or (isinstance(error, ConfigError) and not isinstance(error, NothingThere)) or asks_for_another:
             raise
         raise TryAgain(f"{error}; a run on this output could read it before: is a mount away?") from error
+    for source in sources:
+        if exists(Output(source.place.uri).job):
+            raise ConfigError(
+                f"the input {source.place.uri!r} is a captioning output: name the images it was made from"
+            )
     if config.input_kind == "auto":
         for source, (uri, kind) in zip(sources, before.items(), strict=False):
             if source.kind == "images" and kind not in ("", "images"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 
 from capray import cluster
 from capray.config import CaptionConfig, Decoding, ImageLimits
@@ -38,22 +40,13 @@ def photos_in(folder: str) -> list[str]:
     return [place.join(name).uri for name in names]
 
 
-def caption_photos(paths: list[str], config: CaptionConfig) -> int:
-    """Print ``path<TAB>caption`` for each photo; a bad one is said on standard error. How many were bad.
+def caption_photos(paths: list[str], config: CaptionConfig, as_json: bool = False) -> int:
+    """Print ``path<TAB>caption`` for each photo, or a JSON object; a bad one is said on standard error. How many were bad.
 
     Raises:
         ConfigError: a path that is no file, or settings that only mean something for tables.
         CheckpointError: the model cannot be loaded.
     """
-    import sys
-
-    import torch
-
-    from capray.images import ImageError, load
-    from capray.inference import Inference
-    from capray.inputs.byte_reader import read_image
-    from capray.tracking.registry import find_model_of
-
     if tables_only := config.model_fields_set - _SETTINGS:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(tables_only))
         raise ConfigError(
@@ -63,6 +56,14 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> int:
         place = locate(path)
         if place.is_local and not os.path.isfile(place.path):
             raise ConfigError(f"no photo at {path!r}")
+
+    import torch
+
+    from capray.images import ImageError, load
+    from capray.inference import Inference
+    from capray.inputs.byte_reader import read_image
+    from capray.tracking.registry import find_model_of
+
     precision = cluster.resolved_precision(config.precision, torch.cuda.is_available())
     inference = Inference.load(find_model_of(config), precision=precision)
     limits, decoding = config.subset(ImageLimits), config.subset(Decoding)
@@ -79,5 +80,7 @@ def caption_photos(paths: list[str], config: CaptionConfig) -> int:
             failed += 1
             print(f"capray: {path}: captioning_error: {outcome.error}", file=sys.stderr)
             continue
-        print(f"{path}\t{outcome.hypotheses[0].caption}", flush=True)
+        best = outcome.hypotheses[0]
+        about = {"image": path, "caption": best.caption, "log_prob": best.log_prob}
+        print(json.dumps(about) if as_json else f"{path}\t{best.caption}", flush=True)
     return failed

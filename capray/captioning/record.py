@@ -25,6 +25,7 @@ from capray.inputs.base import LEFT_OUT
 from capray.output import Output
 from capray.progress import duration
 from capray.storage import Write
+from capray.tables import FINAL_FAILURES
 
 HEARTBEAT_SECONDS = 30.0
 _VERSIONS = ("ray", "torch", "torchvision", "pyarrow", "pillow", "duckdb", "s3fs")
@@ -88,6 +89,8 @@ class Summary:
                 f"{self.elsewhere:,} captions under these ids are of images at other URIs, first: {image_id} is of "
                 f"{before}, not {now}: give --id-column, or another output; moved data sets are fine as they are"
             )
+        if final := sum(number for kind, number in self.current_failures.items() if kind in FINAL_FAILURES):
+            notes.append(f"{final:,} failures are final: --retry-failed attempts them again (mended images, say)")
         if self.left:
             notes.append(f"stopped at the limit; the same command goes on ({self.left:,} images or shards known of)")
         if self.hidden_files:

@@ -89,7 +89,8 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     if not sample and (closed := _wanted(place, denied, selection)):
         raise StorageError(f"nothing can be read at {uri!r}: {closed[0]!r} cannot be listed, or does not answer")
     if not sample:
-        raise NothingThere(f"there are no images at {uri!r}: it is empty, or does not exist")
+        what = "no file matches" if is_glob(place) else "there are no images at"
+        raise NothingThere(f"{what} {uri!r}" + ("" if is_glob(place) else ": it is empty, or does not exist"))
     kind = settings.input_kind if settings.input_kind != "auto" else _kind_of(place, sample, selection)
     source = _source_of(kind, place, settings, keep, itertools.chain(sample, files), selection, denied)
     if kind != "images" and (closed := _wanted(place, denied, selection)):

@@ -44,7 +44,9 @@ def _choose(given: str | None, guesses: tuple[str, ...], columns: list[str], whe
 
 def _require(name: str, columns: list[str], where: str) -> None:
     if name not in columns:
-        raise ConfigError(f"{where!r} has no column {name!r}; its columns: {', '.join(columns)}")
+        raise ConfigError(
+            f"{where!r} has no column {name!r}, which every input needs; its columns: {', '.join(columns)}"
+        )
 
 
 class Parquet(Containers):

@@ -212,7 +212,7 @@ def _fit(
                     shard[name] = split
             return shards
 
-    class StoppableTrainer(TorchTrainer):
+    class StoppableTrainer(TorchTrainer):  # ty: ignore[unsupported-base]
         """Ctrl-C ends the training and not, without a word, the process."""
 
         controller: Any = None
@@ -255,12 +255,12 @@ def _fit(
         train_worker,
         train_loop_config={"settings": settings},
         torch_config=TorchConfig(backend="gloo") if 0 < gpus < 1 else None,  # NCCL refuses two workers on a GPU.
-        scaling_config=ScalingConfig(  # ty: ignore[invalid-argument-type]
+        scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
         ),
-        run_config=RunConfig(  # ty: ignore[invalid-argument-type]
+        run_config=RunConfig(
             name="checkpoints",
             storage_path=output.path,
             storage_filesystem=None if output.is_local else _arrow_filesystem(output.fs),
