@@ -282,7 +282,6 @@ def with_oddities(samples, folder) -> str:
 
 
 CHANCE = {
-    "num_workers": 2,
     "captions_per_image": "1",
     "batch_size": 8,
     "accumulate_batches": 2,
@@ -392,7 +391,8 @@ class TestATrainingWhoseWorkerIsKilled:
             patch.chdir(folder)  # MLflow's own place for files
             with a_worker_killed_after_the_first_epoch(output) as before:
                 killed = run(odd, output, epochs=3, **settings, tracking_uri=store)
-            whole = run(odd, folder / "whole", epochs=3, **settings)
+            with in_process():
+                whole = run(odd, folder / "whole", epochs=3, **settings)
             yield Trainings(odd, output, settings, store, before, killed, said.getvalue(), folder / "whole", whole)
 
     def test_an_epoch_with_a_checkpoint_is_not_done_again(self, trainings):
@@ -455,7 +455,7 @@ class TestATrainingWhoseWorkerIsKilled:
 
     def test_it_goes_on_later_with_another_number_of_workers_until_it_is_interrupted(self, trainings):
         """In the same run of MLflow. The workers end, and do not go on in the cluster."""
-        settings = {**trainings.settings, "num_workers": 1, "tracking_uri": trainings.store}
+        settings = {**trainings.settings, "num_workers": 2, "tracking_uri": trainings.store}
         with interrupted_after(4, trainings.output), pytest.raises(Interrupted, match="goes on from the last finished"):
             run(trainings.samples, trainings.output, epochs=1000, **settings)
         assert not train_workers()
