@@ -21,6 +21,7 @@ from PIL import Image
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")  # Its 15 s are not enough on a busy machine.
 os.environ.setdefault("RAY_worker_niceness", "0")  # Its 15 leave workers waiting for the tests beside them.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # Two seconds of a CPU for each training.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from capray.config import Architecture

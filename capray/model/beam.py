@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 
 from capray.config import Decoding
-from capray.model.gpu import kernels_of
+from capray.model.gpu import GROUP, kernels_of
 from capray.vocabulary import END, PAD, START, UNK
 
 NEVER = float("-inf")
@@ -28,8 +28,6 @@ class Searchable(Protocol):
 S = TypeVar("S", bound=Searchable)
 NextScores = Callable[[torch.Tensor, S], tuple[torch.Tensor, S]]
 """(last tokens (B, K), state) -> (unnormalised scores of the next token (B, K, V), which may be overwritten, new state)."""
-GROUP = 64
-"""Neighbouring tokens that are looked at as one first, when the best are chosen."""
 GPU_STEPS = 4
 """Steps on a GPU between two looks at whether all searches are over: each look waits for the device."""
 

@@ -8,6 +8,9 @@ from types import ModuleType
 
 import torch
 
+GROUP = 64
+"""Neighbouring words that are looked at as one first, when the best are chosen, by the kernels and in ``beam`` alike."""
+
 
 @lru_cache
 def kernels_of(device: torch.device) -> ModuleType | None:
@@ -18,7 +21,7 @@ def kernels_of(device: torch.device) -> ModuleType | None:
     try:
         from capray.model import gpu_kernels
 
-        scores = torch.zeros(1, 1, gpu_kernels.GROUP, device=device)
+        scores = torch.zeros(1, 1, GROUP, device=device)
         gpu_kernels.best_words(scores, 2, [0], 2)
         gpu_kernels.additive_scores(scores, scores, scores[0, 0], 2, False)
     except Exception as error:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from capray.model.gpu import GROUP
+
 triton: Any = importlib.import_module("triton")
 tl: Any = importlib.import_module("triton.language")
 
-GROUP = 64
-"""Neighbouring words that are looked at as one first, when the best are chosen (``beam.GROUP``)."""
 _TILE = 8192
 """Numbers of a tile of keys: what the registers of 128 threads hold."""
 
