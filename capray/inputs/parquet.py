@@ -45,7 +45,7 @@ def _choose(given: str | None, guesses: tuple[str, ...], columns: list[str], whe
 def _require(name: str, columns: list[str], where: str) -> None:
     if name not in columns:
         raise ConfigError(
-            f"{where!r} has no column {name!r}, which every input needs; its columns: {', '.join(columns)}"
+            f"{where!r} has no column {name!r}; its columns: {', '.join(columns)} (what is named, every input needs)"
         )
 
 
