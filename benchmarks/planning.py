@@ -147,6 +147,8 @@ def plan_all(source: str, output: Output, figures: Figures) -> None:
                 figures.num_waves, planned = figures.num_waves + 1, listing.num_rows
                 take(plan.fresh(chunks[taken:], BLOCK_ROWS))
                 taken = len(chunks)
+            elif more:
+                time.sleep(0.2)  # `wait` returns at once, and would keep the listing's thread from its work.
         figures.planned = time.perf_counter() - started
         settled.remove_duplicates(write_atomic)
         wanted = plan.count_wanted()
