@@ -325,7 +325,7 @@ def _matches(folder: str, patterns: list[str], denied: list[str] | None) -> Iter
                 for path, name in ((os.path.join(inside, name), name) for name in names):
                     if matches(f"{relative}/{name}" if relative else name):
                         yield path
-                    elif denied is not None and os.path.islink(path) and not os.path.exists(path):
+                    elif denied is not None and leads_nowhere(path):
                         denied.append(path)  # To a folder that is away, perhaps.
         except OSError as error:
             if denied is None or error.filename != folder:
@@ -426,6 +426,11 @@ def was_removed(path: str, root: str) -> bool:
     while _is_gone(path) and path != root:
         path = os.path.dirname(path)
     return os.path.isdir(path) and bool(os.listdir(path))
+
+
+def leads_nowhere(path: str) -> bool:
+    """Whether ``path`` is a link to what is not there, or does not answer."""
+    return os.path.islink(path) and not os.path.exists(path)
 
 
 def _is_gone(path: str) -> bool:

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,15 +137,22 @@ def write_photos(folder: Path, count: int, seed: int = 0) -> list[str]:
     return paths
 
 
-@contextmanager
-def mount(folder: Path, bound_to: Path | None = None) -> Iterator[None]:
-    """Another file system at ``folder``, or what ``bound_to`` is; it may be away before the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    options = ["-t", "tmpfs", "-osize=2m", "tmpfs"] if bound_to is None else ["--bind", bound_to]
-    if subprocess.run(["mount", *options, folder], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield
-    subprocess.run(["umount", "-l", folder], capture_output=True)
+@pytest.fixture
+def mount() -> Iterator[Callable[..., Path]]:
+    """Mounts another file system at a folder, or what it is ``bound_to``; what is still mounted at the end, no longer is."""
+    folders: list[Path] = []
+
+    def at(folder: Path, bound_to: Path | None = None) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        options = ["-t", "tmpfs", "-osize=2m", "tmpfs"] if bound_to is None else ["--bind", bound_to]
+        if subprocess.run(["mount", *options, folder], capture_output=True).returncode:
+            pytest.skip("needs the right to mount a file system")
+        folders.append(folder)
+        return folder
+
+    yield at
+    for folder in folders:
+        subprocess.run(["umount", "-l", folder], capture_output=True)
 
 
 def free_port() -> int:

@@ -32,7 +32,7 @@ from capray.inputs import byte_reader, files, listing, open_sources, reader
 from capray.inputs import witnesses as witnesses_module
 from capray.output import Output
 from capray.output.verify import verify
-from tests.conftest import mount, write_photos
+from tests.conftest import write_photos
 from tests.local_executor import LocalExecutor, models_loaded_once
 from tests.oracle import check_exactly_once, current_failures, digests, read_parts
 
@@ -1201,7 +1201,9 @@ class TestMountsBelowTheInput:
         "where",
         ["below", "linked", "the input", "above the input", "a list's", "a list's top", "a list's file://", "bound"],
     )
-    def test_away_from_a_mountpoint_that_holds_something_when_another_process_goes_on(self, job, monkeypatch, where):
+    def test_away_from_a_mountpoint_that_holds_something_when_another_process_goes_on(
+        self, job, mount, monkeypatch, where
+    ):
         is_linked = where == "linked"
         places = {
             "linked": job.input.with_name("disk"),
@@ -1209,15 +1211,12 @@ class TestMountsBelowTheInput:
             "above the input": job.input.parent / "m",
         }
         mounted = places.get(where, job.input / "b")
-        mounted.mkdir(parents=True)
         job.input.with_name("real").mkdir()
         monkeypatch.setattr("capray.inputs._SAMPLE", 4)
         is_all = where in ("the input", "above the input")
         if not is_all:
             write_photos(job.input / "a", 8)
-        options = ["--bind", job.input.with_name("real")] if where == "bound" else ["-t", "tmpfs", "-osize=2m", "tmpfs"]
-        if subprocess.run(["mount", *options, mounted], capture_output=True).returncode:
-            pytest.skip("needs the right to mount a file system")
+        mount(mounted, bound_to=job.input.with_name("real") if where == "bound" else None)
         deep = mounted if where == "a list's top" else mounted / "deep"
         content = {Path(path): Path(path).read_bytes() for path in write_photos(deep, 8, seed=1)}
         if is_linked:
@@ -1242,30 +1241,30 @@ class TestMountsBelowTheInput:
         assert len(sha256s(job)) == (8 if is_all else 16)
 
     @pytest.mark.parametrize("is_resumed", [False, True])
-    def test_away_while_its_folders_are_listed(self, job, monkeypatch, is_resumed):
+    def test_away_while_its_folders_are_listed(self, job, mount, monkeypatch, is_resumed):
         """What was listed then is not all there is."""
         write_photos(job.input / "a", 2)
-        mounted, walk = job.input / "b", files.walk
+        mounted, walk = mount(job.input / "b"), files.walk
+        write_photos(mounted / "deep", 2)
+        (source,) = open_sources((str(job.input),), SourceSettings())
 
-        def leave(root, denied):
+        def leave() -> None:
+            subprocess.run(["umount", "-l", mounted], check=True)
+            (mounted / "NOT-MOUNTED").touch()
+
+        def leaving(root, denied):
             for number, each in enumerate(walk(root, denied)):
                 if number == 1:
-                    subprocess.run(["umount", "-l", mounted], check=True)
-                    (mounted / "NOT-MOUNTED").touch()
+                    leave()
                 yield each
 
-        with mount(mounted):
-            write_photos(mounted / "deep", 2)
-            (source,) = open_sources((str(job.input),), SourceSettings())
-            if not is_resumed:
-                monkeypatch.setattr(files, "walk", leave)
-                with pytest.raises(StorageUnavailable, match=r"in/b was a mount when its images were listed.*--relist"):
-                    list(source.pages(*source.units()))
+        unit = f"1:{mounted}/deep" if is_resumed else f"0:{job.input}"
         if is_resumed:
-            (mounted / "NOT-MOUNTED").touch()
-            source.mounts.add(str(mounted))  # As a stored listing has it.
-            with pytest.raises(StorageUnavailable, match=r"in/b was a mount when its images were listed"):
-                list(source.pages(f"1:{mounted}/deep"))
+            leave()
+        else:
+            monkeypatch.setattr(files, "walk", leaving)
+        with pytest.raises(StorageUnavailable, match=r"in/b was a mount when its images were listed.*--relist"):
+            list(source.pages(unit))
 
     def test_a_folder_that_does_not_answer_holds_up_no_listing(self, job, monkeypatch):
         monkeypatch.setattr(witnesses_module, "OPEN_SECONDS", 0.1)
@@ -1283,12 +1282,9 @@ class TestMountsBelowTheInput:
         assert job.run(input=str(manifest)).current_failures == {}
         check_exactly_once(str(job.output), digests(str(job.input)))
 
-    def test_away_in_the_midst_of_a_run(self, job):
+    def test_away_in_the_midst_of_a_run(self, job, mount):
         write_photos(job.input / "a", 8)
-        mounted = job.input / "b"
-        mounted.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mounted], capture_output=True).returncode:
-            pytest.skip("needs the right to mount a file system")
+        mounted = mount(job.input / "b")
         write_photos(mounted, 16, seed=1)
 
         def leave() -> None:

@@ -82,8 +82,8 @@ def _open_as_before(config: CaptionConfig, output: Output) -> list[Source]:
     try:
         sources = open_sources(config.inputs, config.subset(SourceSettings), config.keep)
     except CaprayError as error:
-        asks_for_another = config.input_kind not in ("auto", *before.values())
-        if not before or (isinstance(error, ConfigError) and not isinstance(error, NothingThere)) or asks_for_another:
+        is_mistake = isinstance(error, ConfigError) and not isinstance(error, NothingThere)
+        if not before or is_mistake or config.input_kind not in ("auto", *before.values()):
             raise
         raise TryAgain(f"{error}; a run on this output could read it before: is a mount away?") from error
     for source in sources:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,18 @@ from capray.inputs.parquet import MANIFESTS, Inventory, Manifest, Parquet
 from capray.inputs.tars import Tars
 from capray.inputs.versions import entry_at
 from capray.inputs.witnesses import mounts_of, opens
-from capray.storage import Entry, Location, glob_files, is_file, is_glob, is_there, iter_files, locate, uri_of
+from capray.storage import (
+    Entry,
+    Location,
+    glob_files,
+    is_file,
+    is_glob,
+    is_there,
+    iter_files,
+    leads_nowhere,
+    locate,
+    uri_of,
+)
 
 _SAMPLE = 1000
 _ENDINGS = {"manifest": MANIFESTS, "parquet": (".parquet",), "tar": (".tar",)}
@@ -154,9 +164,9 @@ def _source_of(
     if not found:
         raise NothingThere(f"no files ending in {' or '.join(endings)} at {uri!r}")
     is_auto = settings.input_kind == "auto"
-    others = _others(kind, shown)
-    denied += [entry.path for entry in others if _leads_nowhere(place, entry)]
-    if is_auto and (others := [e for e in others if selection.has(e.uri) and not _leads_nowhere(place, e)]):
+    others, away = _others(place, kind, shown)
+    denied += [entry.path for entry in away]
+    if is_auto and (others := [entry for entry in others if selection.has(entry.uri)]):
         raise _mixed(place, kind, found, others)
     if kind == "manifest":
         return Manifest(place, settings, keep, found, hidden)
@@ -180,13 +190,14 @@ def _mixed(place: Location, kind: str, found: list[Entry], others: list[Entry]) 
     )
 
 
-def _leads_nowhere(place: Location, entry: Entry) -> bool:
-    return place.is_local and os.path.islink(entry.path) and not os.path.exists(entry.path)
-
-
-def _others(kind: str, files: list[Entry]) -> list[Entry]:
-    """Those of ``files`` that have no place among files of ``kind``."""
-    return [entry for entry in files if not entry.path.lower().endswith((*_ENDINGS[kind], *_BESIDE[kind]))]
+def _others(place: Location, kind: str, files: list[Entry]) -> tuple[list[Entry], list[Entry]]:
+    """Those of ``files`` that have no place among files of ``kind``, and apart from them links to nowhere."""
+    others: list[Entry] = []
+    away: list[Entry] = []
+    for entry in files:
+        if not entry.path.lower().endswith((*_ENDINGS[kind], *_BESIDE[kind])):
+            (away if place.is_local and leads_nowhere(entry.path) else others).append(entry)
+    return others, away
 
 
 def _files(place: Location, denied: list[str], signs: tuple[str, ...]) -> Iterator[Entry]:
@@ -231,7 +242,7 @@ def _kind_of(place: Location, sample: list[Entry], selection: Selection) -> str:
             raise ConfigError(f"{name!r} is a compressed tar, which is not read: unpack the compression (gunzip) first")
     for kind in ("tar", "parquet"):
         if found := [entry for entry in shown if entry.path.lower().endswith(_ENDINGS[kind])]:
-            if others := [entry for entry in _others(kind, shown) if not _leads_nowhere(place, entry)]:
+            if others := _others(place, kind, shown)[0]:
                 raise _mixed(place, kind, found, others)
             return kind
     # In a folder, text may be what somebody has written about its images.

@@ -91,7 +91,6 @@ class Images(Source):
     def _list_folder(self, root: str, after: list[str] | None) -> Iterator[Page]:
         """Every regular file below ``root`` in the order of its folders' names. A folder that cannot be listed is a unit of
         its own, so that the rest is listed all the same."""
-        self.note_folders(())
         folders: set[str] = set()
         files: list[tuple[str, int]] = []
         last = after

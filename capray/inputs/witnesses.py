@@ -181,7 +181,7 @@ def _mount_points() -> set[str] | None:
 
 def is_mount(folder: str) -> bool:
     points = _mount_points()
-    return os.path.ismount(folder) if points is None else os.path.realpath(folder) in points
+    return os.path.ismount(folder) if points is None else folder in points or os.path.realpath(folder) in points
 
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")

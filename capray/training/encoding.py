@@ -201,11 +201,11 @@ class _Encoding:
             "number": item["number"],
             "file": name,
             "images": len(ids),
+            "undecodable": undecodable,
         }
-        result["undecodable"] = undecodable
         columns = [("split", pa.string()), ("view", pa.int64()), ("number", pa.int64())]
-        columns += [("file", pa.string()), ("images", pa.int64())]
-        return pa.Table.from_pylist([result], pa.schema([*columns, ("undecodable", pa.list_(pa.string()))]))
+        columns += [("file", pa.string()), ("images", pa.int64()), ("undecodable", pa.list_(pa.string()))]
+        return pa.Table.from_pylist([result], pa.schema(columns))
 
     def _encode(self, rows: pa.Table, view: int) -> pa.Table:
         ids = rows["image_id"].to_pylist()

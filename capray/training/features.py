@@ -195,7 +195,8 @@ def cached_dataset(
     epoch_seed: EpochSeed | None = None,
 ):
     """As ``sample_stream.dataset``, with features in the place of pixels: of one of the ``views``, drawn by the seed for
-    each unit and epoch."""
+    each unit and epoch; without a seed of the first, the images themselves."""
+    views = views if epoch_seed is not None else views[:1]
     files = zip(*(view.files for view in views), strict=True)
     items = [{"unit": unit, "files": names} for unit, names in zip(units, files, strict=True)]
     folders = [view.folder for view in views]
