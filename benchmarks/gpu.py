@@ -11,6 +11,8 @@ kernels of a beam step, peak memory; training steps of the decoder; JPEG decodes
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import io
 import json
 import time
@@ -29,19 +31,21 @@ from capray.config import Architecture, Decoding
 from capray.images import load, normalise
 from capray.inference import Inference
 from capray.model.beam import beam_search
-from capray.model.captioner import Captioner, autocast, hypotheses_of
+from capray.model.captioner import Captioner, Hypothesis, autocast, hypotheses_of
 from capray.model.folding import FoldedEncoder, fold_batchnorm
+from capray.model.graphs import gather
 from capray.model.loss import collate, loss_sums
 from capray.vocabulary import END, Vocabulary
 
 BARS = {"resnet101": 0.85, "resnet50": 0.80}
 STEP_BAR_MS = 0.5
 NUM_WORDS = 10_000
-NUM_THREADS = 3
-"""Threads that hand blocks to the captioner: one gathers, one computes, one formats."""
+NUM_THREADS = 4
+"""Threads that hand blocks to the captioner: two compute, one gathers, one formats."""
 NUM_CHECKED, NUM_SMALLER = 16, 7
 VARIANTS = {
     "additive": {},
+    "additive, ending early": {},
     "pooled": {"pool_grid": 3},
     "multiplicative": {"attention": "multiplicative"},
     "none, gru": {"attention": "none", "cell": "gru"},
@@ -97,7 +101,7 @@ class Bench:
         rng = np.random.default_rng(0)
         for name, changes in VARIANTS.items():
             captioner = self.captioner("resnet18", 64, **changes)
-            captioner.decoder.output.bias[END] = 0.0
+            captioner.decoder.output.bias[END] = 4.0 if "early" in name else 0.0
             images = list(rng.integers(0, 256, (NUM_CHECKED, 64, 64, 3), dtype=np.uint8))
             expected = Inference(captioner)(images, Decoding())
             inference = Inference(captioner.to(self.device), batch_size=NUM_CHECKED)
@@ -115,42 +119,58 @@ class Bench:
                 assert inference._graphs is not None and inference._graphs._graphed is not None, (
                     "no graphs were recorded"
                 )
+                self.check_bfloat16(name, captioner, images, [outcome.hypotheses[0] for outcome in expected])
+
+    def check_bfloat16(
+        self, name: str, captioner: Captioner, images: list[np.ndarray], expected: list[Hypothesis]
+    ) -> None:
+        """Where the captions in bf16 are the same, so are their log-probabilities but for its rounding."""
+        found = [outcome.hypotheses[0] for outcome in Inference(captioner, "bf16", NUM_CHECKED)(images, Decoding())]
+        pairs = [(mine, its) for mine, its in zip(found, expected, strict=True) if mine.token_ids == its.token_ids]
+        worst = max((abs(mine.log_prob - its.log_prob) / its.num_tokens for mine, its in pairs), default=0.0)
+        difference = {"worst_log_prob_difference_of_a_token": worst}
+        self.row(f"captions in bf16 as on the CPU in fp32/{name}", len(pairs), f"of {len(images)}", **difference)
+        assert worst < 0.05, (name, worst)
 
     def best_encoder(self, captioner: Captioner, images_B3HW: torch.Tensor) -> tuple[float, str, float]:
-        """Seconds of the fastest encoder alone over the batch, which it is, and how long it took to compile."""
-        dtype = images_B3HW.dtype
+        """Seconds of the fastest encoder that a library gives, alone over the batch, which it is, and how long it took to
+        compile."""
+        dtype, name = images_B3HW.dtype, captioner.architecture.encoder
         folded = fold_batchnorm(captioner.encoder.backbone).to(dtype=dtype, memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = True
         found, compile_seconds = {}, 0.0
         with torch.inference_mode():
-            sizes = {min(len(images_B3HW), size) for size in (128, 512)}
-            for size in sorted(sizes):
+            for size in sorted({min(len(images_B3HW), size) for size in (128, 512)}):
                 parts = images_B3HW.split(size)
                 found[f"folded, {size} at once"] = self.seconds(lambda p=parts: [folded(part) for part in p])
-            if self.on_gpu and not self.quick:
-                compiled = torch.compile(folded, dynamic=False)
-                parts = images_B3HW.split(min(sizes))
-                started = time.perf_counter()
-                compiled(parts[0])
-                self.synchronise()
-                compile_seconds = time.perf_counter() - started
-                found[f"folded and compiled, {min(sizes)} at once"] = self.seconds(lambda: [compiled(p) for p in parts])
-            if self.on_gpu:
-                fused = FoldedEncoder(captioner.encoder.backbone, dtype)
-                grid, other = fused(images_B3HW[:8]).float(), captioner.encoder(images_B3HW[:8].float())
-                self.row(
-                    f"relative error of the grid in bf16/{captioner.architecture.encoder}",
-                    float((grid - other).norm() / other.norm()),
-                    "of its norm",
-                )
-                found["folded and fused by cuDNN, 128 at once"] = self.seconds(lambda: fused(images_B3HW))
-        for name, times in found.items():
-            self.row(
-                f"encoder alone/{captioner.architecture.encoder}/{name}", len(images_B3HW) / median(times), "images/s"
-            )
-        best = min(found, key=lambda name: median(found[name]))
+                if self.on_gpu and not self.quick:
+                    compiled = torch.compile(folded, dynamic=False)
+                    started = time.perf_counter()
+                    compiled(parts[0])
+                    self.synchronise()
+                    compile_seconds += time.perf_counter() - started
+                    found[f"folded and compiled, {size} at once"] = self.seconds(
+                        lambda c=compiled, p=parts: [c(part) for part in p]
+                    )
+        for way, times in found.items():
+            self.row(f"encoder alone/{name}/{way}", len(images_B3HW) / median(times), "images/s")
+        best = min(found, key=lambda way: median(found[way]))
         torch.backends.cudnn.benchmark = False
         return median(found[best]), best, compile_seconds
+
+    def own_encoder(self, captioner: Captioner, pixels_BHW3: torch.Tensor) -> float:
+        """Images/s of capray's own, alone over the batch of pixels, on a GPU."""
+        architecture, own = captioner.architecture, FoldedEncoder(captioner.encoder.backbone, torch.bfloat16)
+        torch.backends.cudnn.benchmark = True
+        with torch.inference_mode():
+            grid = own.grid_of(pixels_BHW3[:8], architecture).float()
+            other = captioner.encoder(normalise(pixels_BHW3[:8], architecture))
+            error = float((grid - other).norm() / other.norm())
+            self.row(f"relative error of the grid in bf16/{architecture.encoder}", error, "of its norm")
+            rate = len(pixels_BHW3) / median(self.seconds(lambda: own.grid_of(pixels_BHW3, architecture)))
+        torch.backends.cudnn.benchmark = False
+        self.row(f"encoder alone/{architecture.encoder}/capray's, from pixels", rate, "images/s")
+        return rate
 
     def captioning(self, encoder: str, size: int, batch: int, num_blocks: int = 12) -> None:
         captioner = self.captioner(encoder, size).to(self.device)
@@ -159,6 +179,11 @@ class Bench:
         pixels = torch.from_numpy(np.stack(block)).to(self.device)
         images = normalise(pixels, captioner.architecture).bfloat16()
         alone, name, compile_seconds = self.best_encoder(captioner, images)
+        own = self.own_encoder(captioner, pixels) if self.on_gpu else None
+        if self.on_gpu:
+            torch.set_num_threads(1)  # As in an actor, beside others.
+        gc.freeze()  # As in an actor.
+        atexit.register(gc.unfreeze)
         for way in ("plain", "graphs") if self.on_gpu else ("plain",):
             if self.on_gpu:
                 torch.cuda.reset_peak_memory_stats()
@@ -182,29 +207,31 @@ class Bench:
                 reference=ceiling,
                 reference_is=name,
                 ratio=rate / ceiling,
+                of_own_encoder=None if own is None else rate / own,
                 bar=BARS.get(encoder) if batch >= 512 else None,
-                phases_ms=self.phases(inference, block, decoding),
+                phases_ms=self.phases(inference, block, decoding, f"{encoder}/{batch} images/{way}"),
                 peak_memory_mib=torch.cuda.max_memory_allocated() / 2**20 if self.on_gpu else None,
                 seconds_of_the_first_two_blocks=first_seconds,
                 compile_seconds=compile_seconds,
             )
 
-    def phases(self, inference: Inference, block: list[np.ndarray], decoding: Decoding) -> dict[str, float]:
+    def phases(self, inference: Inference, block: list[np.ndarray], decoding: Decoding, name: str) -> dict[str, float]:
         """Milliseconds of each phase by itself, nothing beside it."""
         graphed = inference._graphs._graphed if inference._graphs is not None else None
+        lane = graphed._lane() if graphed is not None else None
         copied = inference._copied(block)
         grids, _ = inference._grids(copied)
         pool = inference.captioner.architecture.pool_grid
         memory = inference.decoder.memory_of_grids(grids, pool)
 
         def searched() -> Any:
-            if graphed is not None:
-                return [graph.replay() for graph in (graphed._begin, *(part.graph for part in graphed._parts))]
+            if lane is not None:
+                return [graph.replay() for graph in (lane._begin, *(part.graph for part in lane._parts))]
             start = inference.decoder.start(memory)
             return beam_search(inference.decoder.next_scores, start, len(block), decoding, self.device)
 
         def encoded() -> Any:
-            return graphed._begin.replay() if graphed is not None else inference._grids(copied)
+            return lane._begin.replay() if lane is not None else inference._grids(copied)
 
         start = inference.decoder.start(memory)
         beams = beam_search(inference.decoder.next_scores, start, len(block), decoding, self.device)
@@ -215,18 +242,27 @@ class Bench:
             "format": lambda: hypotheses_of(beams, inference.captioner.vocabulary),
         }
         found = {name: 1e3 * median(self.seconds(work)) for name, work in phases.items()}
-        if graphed is not None:
+        if graphed is not None and lane is not None:
             found["search"] -= found["encode"]
+            found["gather"] = 1e3 * median(self.seconds(lambda: self.gathered(graphed, block)))
+            graphed._free.put(lane)
         step = found["search"] / decoding.max_length
         bar = {"bar": STEP_BAR_MS, "ratio": STEP_BAR_MS / step} if len(block) == 512 else {}
         self.row(
-            f"beam step/{len(block)} images",
+            f"beam step/{name}",
             step,
             "ms",
-            kernels=self.kernels(searched, decoding) if graphed is None else None,
+            kernels=self.kernels(searched, decoding),
             **bar,
         )
         return found
+
+    @staticmethod
+    @torch.inference_mode()
+    def gathered(graphed: Any, block: list[np.ndarray]) -> None:
+        staged = graphed._staging()
+        gather(block, staged[: len(block)])
+        graphed._staged.put(staged)
 
     def kernels(self, searched: Callable[[], object], decoding: Decoding) -> float | None:
         """Kernels run for a beam step, mean; those that take longest are printed."""

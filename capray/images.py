@@ -434,8 +434,13 @@ def load(data: bytes, preprocessing: Preprocessing, limits: ImageLimits | None =
 
 def normalise(pixels_BHW3, preprocessing: Preprocessing):
     """uint8 pixels to the encoder's input: float32 (B, 3, H, W), channels last in memory, on the pixels' device."""
-    mean, std = (_channels(values, pixels_BHW3.device) for values in (preprocessing.mean, preprocessing.std))
-    return ((pixels_BHW3.float() - mean) / std).permute(0, 3, 1, 2)
+    mean_3, std_3 = statistics_of(preprocessing, pixels_BHW3.device)
+    return pixels_BHW3.float().sub_(mean_3).div_(std_3).permute(0, 3, 1, 2)
+
+
+def statistics_of(preprocessing: Preprocessing, device) -> tuple:
+    """Mean and standard deviation of the channels (3,) by which ``normalise`` goes, for pixels from 0 to 255."""
+    return _channels(preprocessing.mean, device), _channels(preprocessing.std, device)
 
 
 @lru_cache

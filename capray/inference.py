@@ -18,7 +18,6 @@ import torch
 
 from capray.config import CPU_BATCH, GPU_BATCH, Decoding
 from capray.device import DeviceError, is_device_error, is_out_of_memory
-from capray.images import normalise
 from capray.model.captioner import NO_CAPTION, Captioner, Hypothesis, autocast, hypotheses_of, search, stacked
 from capray.model.checkpoint import load_captioner
 from capray.model.decoder import Memory
@@ -179,7 +178,7 @@ class Inference:
         self, pixels: tuple[list[torch.Tensor], torch.Tensor | None]
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         batches, places = pixels
-        return [self.encoder(normalise(batch, self.captioner.architecture)) for batch in batches], places
+        return [self.encoder.grid_of(batch, self.captioner.architecture) for batch in batches], places
 
 
 def _finite(found: list[list[Hypothesis]]) -> list[list[Hypothesis]]:
@@ -225,7 +224,7 @@ class _Graphs:
         try:
             return GraphedSearch(*parts, inference.captioner.architecture.pool_grid, wanted)
         except Exception as error:
-            if is_device_error(error) and "captur" not in str(error):
+            if is_device_error(error):
                 raise
             self._unfit = True
             warnings.warn(f"captioning goes on slower, without CUDA graphs: {error}", stacklevel=2)

@@ -61,18 +61,13 @@ class Vocabulary:
     def encode(self, words: Iterable[str]) -> list[int]:
         return [self._ids.get(word, UNK) for word in words]
 
-    def decode(self, ids: Iterable[int]) -> list[str]:
+    def decode(self, ids: Sequence[int]) -> list[str]:
         """The words of ``ids`` up to the first ``<end>``."""
-        words = []
-        for i in ids:
-            if i == END:
-                break
-            words.append(self._tokens[i])
-        return words
+        return self.tokens(ids[: ids.index(END)] if END in ids else ids)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """The tokens of ``ids``, special ones too."""
-        return [self._tokens[i] for i in ids]
+        return list(map(self._tokens.__getitem__, ids))
 
     def to_json(self) -> str:
         return json.dumps({"words": self.words}, ensure_ascii=False, indent=0)

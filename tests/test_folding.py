@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from capray.model.encoder import Encoder
-from capray.model.folding import FoldedEncoder, fold_batchnorm, fuse_activations
+from capray.model.folding import FoldedEncoder, fold_batchnorm
+from capray.model.fusing import FusedConvolution, MaxPool, Patches, fuse, take_patches
 
 FAMILIES = [
     "tiny",
@@ -83,15 +84,50 @@ def test_a_backbone_that_cannot_be_traced_is_taken_as_it_is():
     assert torch.equal(FoldedEncoder(Branching())(images), images * 2)
 
 
-@pytest.mark.parametrize(("name", "left"), [("resnet50", 1), ("mobilenet_v2", 35), ("densenet121", 62), ("vgg16", 1)])
-def test_relus_become_part_of_convolutions(name, left):
+@pytest.mark.parametrize("size", [64, 65, 70])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_layout_for_gpus_gives_the_same_grid(name, size):
     encoder = encoder_with_statistics(name)
-    images = torch.randn(2, 3, 64, 64)
-    fused = fuse_activations(fold_batchnorm(encoder.backbone))
+    images = torch.randn(2, 3, size, size)
+    folded = fold_batchnorm(encoder.backbone)
+    patches = take_patches(folded)
+    fuse(folded)
     with torch.inference_mode():
-        expected, found = encoder(images), fused(images)
+        expected, found = encoder(images), folded(patches.of(images))
     scale = max(1.0, float(expected.abs().max()))
-    torch.testing.assert_close(found / scale, expected / scale, atol=1e-5, rtol=1e-4)
-    calls = [node for node in fused.graph.nodes if node.op == "call_module"]
-    relus = [node for node in calls if isinstance(fused.get_submodule(node.target), (nn.ReLU, nn.ReLU6))]
-    assert len(relus) == left
+    torch.testing.assert_close(found / scale, expected / scale, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "vgg16"])
+def test_no_sum_and_no_activation_is_left_beside_convolutions(name):
+    folded = fold_batchnorm(encoder_with_statistics(name).backbone)
+    assert take_patches(folded) != Patches()
+    fuse(folded)
+    assert all(node.op != "call_function" for node in folded.graph.nodes)
+    calls = [folded.get_submodule(str(node.target)) for node in folded.graph.nodes if node.op == "call_module"]
+    left = {
+        type(module) for module in calls if getattr(module, "bias", None) is not None or not hasattr(module, "weight")
+    }
+    assert left <= {FusedConvolution, MaxPool, nn.Identity}
+    assert any(module.is_cudnns for module in calls if isinstance(module, FusedConvolution)) == (name != "mobilenet_v2")
+
+
+def test_what_is_used_twice_or_summed_otherwise_is_left_alone():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.again, self.relu = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()
+            self.last, self.other = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, images):
+            x = self.first(images)
+            x = self.relu(self.again(x)) + self.again(x) * 2
+            y = self.last(x)
+            return torch.add(self.other(y + y), x, alpha=2) + 1
+
+    torch.manual_seed(0)
+    backbone, images = Twice().eval(), torch.randn(1, 3, 8, 8)
+    folded = fold_batchnorm(backbone)
+    patches = take_patches(folded)
+    fuse(folded)
+    torch.testing.assert_close(folded(patches.of(images)), backbone(images))

@@ -6,7 +6,6 @@ import torch
 
 from capray.config import Decoding
 from capray.inference import Inference
-from capray.model import prepared
 from capray.model.attention import LARGEST_EXPONENT
 from capray.model.captioner import NO_CAPTION
 from capray.model.loss import collate
@@ -41,19 +40,6 @@ def test_the_native_grid_gives_the_captions_of_the_pooled_one(pool):
     weights = captioner.attend(memory, [image[0].token_ids for image in expected])
     for outcome, alpha_TP in zip(outcomes, weights, strict=True):
         torch.testing.assert_close(torch.tensor(outcome.attention), alpha_TP, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("pool", [None, 8, 7])
-def test_a_grid_that_is_filled_up_for_a_gpu_gives_the_same_captions(pool, monkeypatch):
-    captioner = make(pool_grid=pool)
-    arrays = list(images(4).numpy())
-    expected = Inference(captioner)(arrays, DECODING)
-    monkeypatch.setattr(prepared, "cells_alignment", lambda device: 5)
-    inference = Inference(captioner)
-    found = inference(arrays, DECODING)
-    agree([outcome.hypotheses for outcome in found], [outcome.hypotheses for outcome in expected])
-    memory = inference.decoder.memory_of_grids(inference._grids(inference._copied(arrays))[0], pool)
-    assert memory.grid_BQD.shape[1] % 5 == 0 and memory.grid_BQD.shape[1] > memory.num_cells
 
 
 def test_images_of_different_sizes_together():

@@ -7,6 +7,8 @@ among which is what may have killed the process, image by image in a child proce
 
 from __future__ import annotations
 
+import atexit
+import gc
 import math
 import os
 import socket
@@ -125,6 +127,8 @@ class Captioning:
                 f"{settings.model_id[:12]}…: put the one back that the job began with"
             )
         self._canary: float | None = None
+        gc.freeze()  # What is loaded by now stays; looking through it again and again takes longer than writing captions.
+        atexit.register(gc.unfreeze)
 
     def __call__(self, rows: list[Row]) -> list[Outcome]:
         """The outcome of each row, all of which have pixels."""

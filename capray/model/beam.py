@@ -62,7 +62,11 @@ class Beams(NamedTuple):
             mine[search_B, : part.shape[1]] = part
 
     def cpu(self) -> Beams:
-        return Beams(*(part.cpu() for part in self))
+        """Copied from their device in one piece. (A float64 holds all of their numbers as they are.)"""
+        tokens_BNT, *parts = self
+        packed_BNX = torch.cat([tokens_BNT.double(), torch.stack([part.double() for part in parts], -1)], -1).cpu()
+        pieces = [packed_BNX[..., : -len(parts)], *packed_BNX[..., -len(parts) :].unbind(-1)]
+        return Beams(*(piece.to(part.dtype) for piece, part in zip(pieces, self, strict=True)))
 
 
 @torch.inference_mode()
@@ -170,9 +174,13 @@ class Choice:
         """The beams after step ``t`` (from 0), and which beam each comes from."""
         may_end = t >= self.decoding.min_length
         log_prob_BKC, token_BKC = self.best_tokens(scores_BKV, self._repeats(beams.tokens_BKT, t), may_end)
+        power = (t + 1) ** self.decoding.length_penalty
+        if kernels := kernels_of(scores_BKV.device):
+            parts, parent_BK = kernels.next_beams(beams, log_prob_BKC, token_BKC, self.decoding.beam_size, t, power)
+            return Live(*parts), parent_BK
         # A beam without finite probabilities (NaN) has no candidates.
         total_BKC = beams.log_prob_BK[..., None] + log_prob_BKC.nan_to_num(nan=NEVER, posinf=NEVER, neginf=NEVER)
-        candidate_BKC = total_BKC / (t + 1) ** self.decoding.length_penalty
+        candidate_BKC = total_BKC / power
         if t:
             # A finished hypothesis goes on as itself, in the place of its <end>.
             finished_BK = beams.finished_BK

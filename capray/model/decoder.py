@@ -180,7 +180,7 @@ class Decoder(nn.Module):
             attend: how they attend over their images' grids.
         """
         hidden_NH, cell_NH = state
-        parts = torch.addmm(bias_O, hidden_NH, weights.state_OH.T).split(self._state_sizes, 1)
+        parts = self.parts_of_state(hidden_NH, bias_O, weights)
         if self.attention is None:
             alpha_NP = context_ND = hidden_NH[:, :0]
         else:
@@ -191,11 +191,14 @@ class Decoder(nn.Module):
             words_NG = torch.addmm(words_NG, context_ND, weights.context_GD.T)
         return self._recur(words_NG, parts[0], hidden_NH, cell_NH), alpha_NP, context_ND
 
-    @property
-    def _state_sizes(self) -> list[int]:
-        """How the product of the state with ``Weights.state_OH`` divides."""
+    def parts_of_state(
+        self, hidden_NH: torch.Tensor, bias_O: torch.Tensor, weights: Weights
+    ) -> tuple[torch.Tensor, ...]:
+        """What the state brings to the cell's gates and, where there are such, to the context's gate and to attention's
+        query."""
         layers = [self.gate, self.attention.query] if self.attention is not None else []
-        return [len(self.cell.weight_hh), *(layer.out_features for layer in layers if layer is not None)]
+        sizes = [len(self.cell.weight_hh), *(layer.out_features for layer in layers if layer is not None)]
+        return torch.addmm(bias_O, hidden_NH, weights.state_OH.T).split(sizes, 1)
 
     def _recur(
         self, inputs_NG: torch.Tensor, gates_NG: torch.Tensor, hidden_NH: torch.Tensor, cell_NH: torch.Tensor

@@ -6,16 +6,19 @@ BatchNorm in evaluation mode is an affine map of each channel: behind a convolut
 from __future__ import annotations
 
 import copy
-import operator
-from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from capray.config import Preprocessing
+from capray.images import normalise, statistics_of
+from capray.model.fusing import Patches, fuse, take_patches
+from capray.model.gpu import kernels_of
+
 CPU_MICRO_BATCH = 8
 """Images a CPU encodes at once: more fall out of its caches, fewer do not pay for the calls."""
-GPU_MICRO_BATCH = 128
+GPU_MICRO_BATCH = 256
 """Images a GPU encodes at once: enough to fill it, and the memory of the early layers stays bounded."""
 
 
@@ -47,71 +50,6 @@ def fold_batchnorm(backbone: nn.Module) -> nn.Module:
     folded.delete_all_unused_submodules()
     folded.recompile()
     return folded
-
-
-def fuse_activations(folded: nn.Module) -> nn.Module:
-    """``folded`` with each convolution, the sum behind it and the ReLU behind those in one kernel of cuDNN's, for GPUs: by
-    themselves the sums and ReLUs of a ResNet take longer than its convolutions."""
-    if not isinstance(folded, fx.GraphModule):
-        return folded
-    modules = dict(folded.named_modules())
-
-    def convolution_of(node: object) -> nn.Conv2d | None:
-        """The convolution that ``node`` is, where nothing else looks at its result."""
-        if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) > 1:
-            return None
-        module = modules[str(node.target)]
-        return module if type(module) is nn.Conv2d and _can_be_fused(module) else None
-
-    for node in list(folded.graph.nodes):
-        if node.op != "call_module" or type(modules[node.target]) is not nn.ReLU:
-            continue
-        (source,), added, replaced = node.args, None, [node]
-        if source.op == "call_function" and source.target in _SUMS and len(source.users) == 1:
-            replaced.append(source)
-            source, added = sorted(source.args, key=lambda part: convolution_of(part) is None)
-        convolution = convolution_of(source)
-        if convolution is None:
-            continue
-        fused = _ConvolutionReLU(convolution)
-        if (other := convolution_of(added)) and other.bias is not None:  # What it adds to each channel is added once.
-            fused.bias = nn.Parameter(fused.bias + other.bias, requires_grad=False)
-            other.bias = None
-        folded.set_submodule(str(source.target), fused)
-        modules[source.target] = fused
-        with folded.graph.inserting_before(node):
-            arguments = source.args if added is None else (*source.args, added)
-            node.replace_all_uses_with(folded.graph.call_module(source.target, arguments))
-        for each in (*replaced, source):
-            folded.graph.erase_node(each)
-    folded.recompile()
-    return folded
-
-
-_SUMS = (operator.add, operator.iadd, torch.add)
-
-
-def _can_be_fused(convolution: nn.Conv2d) -> bool:
-    plain = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
-    return plain and convolution.groups == 1 and convolution.bias is not None and convolution.in_channels % 8 == 0
-
-
-class _ConvolutionReLU(nn.Module):
-    """relu(convolution(x) + z)."""
-
-    def __init__(self, convolution: nn.Conv2d):
-        super().__init__()
-        assert convolution.bias is not None, "a folded convolution has a bias"
-        self.weight, self.bias = convolution.weight, convolution.bias
-        self.settings: Any = convolution.stride, convolution.padding, convolution.dilation, convolution.groups
-
-    def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
-        if not x.is_cuda:
-            x = nn.functional.conv2d(x, self.weight, self.bias, *self.settings)
-            return torch.relu(x if z is None else x + z)
-        if z is None:
-            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.settings)
-        return torch.cudnn_convolution_add_relu(x, self.weight, z, 1.0, self.bias, *self.settings)
 
 
 class _Tracer(fx.Tracer):
@@ -155,15 +93,36 @@ class FoldedEncoder(nn.Module):
     def __init__(self, backbone: nn.Module, dtype: torch.dtype = torch.float32):
         super().__init__()
         folded = fold_batchnorm(backbone)
+        self.patches = Patches()
         if dtype != torch.float32 and next(iter(backbone.parameters()), torch.empty(0)).is_cuda:
-            folded = fuse_activations(folded)
+            self.patches = take_patches(folded)
+            fuse(folded)
         self.backbone = folded.to(dtype).to(memory_format=torch.channels_last)
         self.dtype = dtype
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """The native grid (B, D, h, w) of normalised images."""
-        size = GPU_MICRO_BATCH if images_B3HW.is_cuda else CPU_MICRO_BATCH
+        return _cat([self.backbone(self._laid_out(part)) for part in images_B3HW.split(_at_once(images_B3HW))])
+
+    def grid_of(self, pixels_BHW3: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+        """The native grid (B, D, h, w) of uint8 images on the encoder's device."""
+        parts = pixels_BHW3.split(_at_once(pixels_BHW3))
+        return _cat([self.backbone(self._normalised(part, preprocessing)) for part in parts])
+
+    def _normalised(self, pixels_BHW3: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+        if kernels := kernels_of(pixels_BHW3.device):
+            statistics = statistics_of(preprocessing, pixels_BHW3.device)
+            return kernels.patches_of(pixels_BHW3, *statistics, self.dtype, self.patches)
+        return self._laid_out(normalise(pixels_BHW3, preprocessing))
+
+    def _laid_out(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         images_B3HW = images_B3HW.to(self.dtype)
-        if len(images_B3HW) <= size:
-            return self.backbone(images_B3HW)
-        return torch.cat([self.backbone(part) for part in images_B3HW.split(size)])
+        return images_B3HW if self.patches == Patches() else self.patches.of(images_B3HW)
+
+
+def _at_once(images: torch.Tensor) -> int:
+    return GPU_MICRO_BATCH if images.is_cuda else CPU_MICRO_BATCH
+
+
+def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

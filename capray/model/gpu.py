@@ -11,6 +11,9 @@ import torch
 GROUP = 64
 """Neighbouring words that are looked at as one first, when the best are chosen, by the kernels and in ``beam`` alike."""
 
+LEAST_CAPABILITY = 8, 0
+"""Of the GPUs that Triton supports."""
+
 
 @lru_cache
 def kernels_of(device: torch.device) -> ModuleType | None:
@@ -19,11 +22,13 @@ def kernels_of(device: torch.device) -> ModuleType | None:
     if device.type != "cuda":
         return None
     try:
+        if (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+            raise RuntimeError("they need compute capability {}.{}, not {}.{}".format(*LEAST_CAPABILITY, *capability))
         from capray.model import gpu_kernels
 
         scores = torch.zeros(1, 1, GROUP, device=device)
         gpu_kernels.best_words(scores, 2, [0], 2)
-        gpu_kernels.additive_scores(scores, scores, scores[0, 0], 2, False)
+        gpu_kernels.gated_context(gpu_kernels.additive_scores(scores, scores, scores[0, 0], 2, False), scores, None)
     except Exception as error:
         warnings.warn(f"captioning on {device} goes on slower, without Triton's kernels: {error}", stacklevel=2)
         return None

@@ -1,9 +1,10 @@
-"""Batches of one size captioned on a GPU with all of the work recorded as CUDA graphs: a beam step is a hundred small
-kernels, and launching them one by one would take longer than they run.
+"""Batches of one size captioned on a GPU with all of the work recorded as CUDA graphs: launching its kernels one by one
+would take longer than they run.
 
 The encoder and the first state are one graph, every GPU_STEPS steps of beam search another. Between those the end is tested,
-without waiting for the device: a flag of the steps before arrives while the next run. Nothing leaves the batch early, and a
-smaller batch is filled up.
+without waiting for the device: a flag of steps before arrives while the next run. Nothing leaves the batch early, and a
+smaller batch is filled up. Two batches run beside each other, each in a lane of its own: where the search of one leaves the
+device unused, or its thread is late, the device encodes the other.
 
 Axes: B images, H rows, W columns.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,13 +22,15 @@ import numpy as np
 import torch
 
 from capray.config import Decoding, Preprocessing
-from capray.images import normalise
+from capray.device import is_device_error
 from capray.model.beam import GPU_STEPS, Beams, Choice, Live
 from capray.model.folding import FoldedEncoder
 from capray.model.prepared import PreparedDecoder, SearchState
 
-NUM_STAGED = 3
-"""Batches that threads may prepare at once: one is computed, one is copied, one is gathered."""
+NUM_LANES = 2
+NUM_AHEAD = 2
+"""Parts of the search that the device is given before it is known whether those before have ended it: threads are late."""
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Nothing is written to it.
 
 
 class Batches(NamedTuple):
@@ -47,12 +51,77 @@ class _Steps(NamedTuple):
 
 
 class GraphedSearch:
-    """``encoder`` and ``decoder`` over batches as ``batches`` has them. Threads may call it at once: one prepares its images
-    while the device computes another's.
+    """``encoder`` and ``decoder`` over batches as ``batches`` has them. Threads may call it at once: one gathers its images
+    while the device computes others'. The second lane is recorded when two want to compute at once.
 
     Args:
         pool: the side that grids are pooled to.
     """
+
+    def __init__(
+        self,
+        encoder: FoldedEncoder,
+        decoder: PreparedDecoder,
+        preprocessing: Preprocessing,
+        pool: int | None,
+        batches: Batches,
+    ):
+        self.batches = batches
+        self._new_lane = lambda: _Lane(encoder, decoder, preprocessing, pool, batches)
+        self._recording = threading.Lock()
+        self._free: queue.LifoQueue[_Lane] = queue.LifoQueue()
+        self._free.put(self._new_lane())
+        self._num_lanes = 1
+        self._staged: queue.LifoQueue[torch.Tensor] = queue.LifoQueue()
+
+    def __call__(self, images: Sequence[np.ndarray]) -> Beams:
+        """The results of at most ``batches.size`` images, on the CPU."""
+        staged_BHW3 = self._staging()
+        try:
+            gather(images, staged_BHW3[: len(images)])
+            lane = self._lane()
+            try:
+                return lane(staged_BHW3[: len(images)])
+            finally:
+                self._free.put(lane)
+        finally:
+            self._staged.put(staged_BHW3)
+
+    def _staging(self) -> torch.Tensor:
+        """Memory that the device reads from by itself; as much as there are threads."""
+        try:
+            return self._staged.get_nowait()
+        except queue.Empty:
+            batches = self.batches
+            return torch.empty(batches.size, batches.height, batches.width, 3, dtype=torch.uint8, pin_memory=True)
+
+    def _lane(self) -> _Lane:
+        """One that is free, or will be."""
+        try:
+            return self._free.get_nowait()
+        except queue.Empty:
+            pass
+        with self._recording:
+            if self._num_lanes < NUM_LANES:
+                self._num_lanes += 1
+                try:
+                    return self._new_lane()
+                except Exception as error:
+                    if is_device_error(error):
+                        raise
+                    warnings.warn(f"captioning goes on with one batch at a time: {error}", stacklevel=2)
+                torch.cuda.empty_cache()
+        return self._free.get()
+
+
+def gather(images: Sequence[np.ndarray], batch_BHW3: torch.Tensor) -> None:
+    """Copy ``images`` to ``batch_BHW3`` in one call, beside which other threads run. (numpy's wants Python's lock back after
+    each.)"""
+    torch.stack([torch.from_numpy(image) for image in images], out=batch_BHW3)
+
+
+class _Lane:
+    """One batch at a time, on a stream of its own."""
 
     @torch.inference_mode()
     def __init__(
@@ -63,50 +132,45 @@ class GraphedSearch:
         pool: int | None,
         batches: Batches,
     ):
-        self.batches, self.preprocessing, self.pool = batches, preprocessing, pool
+        self.encoder, self.decoder, self.preprocessing, self.pool = encoder, decoder, preprocessing, pool
+        self.batches = batches
         self.device = decoder.output_VX.device
         self.n_best = batches.decoding.n_best or batches.decoding.beam_size
-        self.encoder, self.decoder = encoder, decoder
         self.choice = Choice(batches.decoding, self.device)
         shape = batches.size, batches.height, batches.width, 3
         self._pixels_BHW3 = torch.zeros(shape, dtype=torch.uint8, device=self.device)
         self._places_B = torch.arange(batches.size, device=self.device)
         self._is_padding_B = torch.zeros(batches.size, dtype=torch.bool, device=self.device)
-        self._copying = torch.cuda.Stream(self.device)
-        self._computing = threading.Lock()
-        self._staged: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
-        for _ in range(NUM_STAGED):
-            self._staged.put(torch.empty(shape, dtype=torch.uint8, pin_memory=True))
-        with _fastest_convolutions():
+        # Libraries keep memory for their work by the stream that it was recorded on: lanes must not share theirs.
+        self._stream = torch.cuda.Stream(self.device)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with _fastest_convolutions(), torch.cuda.stream(self._stream):
             self._record()
 
     def _record(self) -> None:
         max_length = self.batches.decoding.max_length
-        self._warm_up(max_length)
+        for _ in range(2):  # What a library sets up at its first call cannot be recorded.
+            self._search(*self._first_state(), range(max_length))
+        self._stream.synchronize()
         memory_pool = torch.cuda.graph_pool_handle()
-        self._begin, (beams, state) = _recorded(self._first_state, memory_pool)
+        self._begin, (beams, state) = self._recorded(self._first_state, memory_pool)
         self._parts: list[_Steps] = []
         for first in range(0, max_length, GPU_STEPS):
             steps = range(first, min(first + GPU_STEPS, max_length))
-            graph, (beams, state, is_over) = _recorded(
+            graph, (beams, state, is_over) = self._recorded(
                 lambda b=beams, s=state, steps=steps: self._search(b, s, steps), memory_pool
             )
             self._parts.append(_Steps(graph, beams, is_over))
         self._is_over = torch.zeros(len(self._parts), dtype=torch.bool, pin_memory=True)
 
-    def _warm_up(self, max_length: int) -> None:
-        """What a library sets up at its first call cannot be recorded."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                beams, state = self._first_state()
-                self._search(beams, state, range(max_length))
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        torch.cuda.synchronize(self.device)
+    def _recorded(self, work: Callable[[], Any], memory_pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory_pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = work()
+        return graph, result
 
     def _first_state(self) -> tuple[Live, SearchState]:
-        grid_BDhw = self.encoder(normalise(self._pixels_BHW3, self.preprocessing))
+        grid_BDhw = self.encoder.grid_of(self._pixels_BHW3, self.preprocessing)
         memory = self.decoder.memory_of_grids([grid_BDhw], self.pool)
         beams = Live.start(self.batches.size, self.batches.decoding.max_length, self.device)
         return beams, self.decoder.start(memory)
@@ -119,45 +183,27 @@ class GraphedSearch:
         return beams, state, (beams.settled(self.n_best, self.batches.decoding) | self._is_padding_B).all()
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[np.ndarray]) -> Beams:
-        """The results of at most ``batches.size`` images, on the CPU."""
-        staged_BHW3 = self._staged.get()
-        try:
-            count = len(images)
-            np.stack(images, out=staged_BHW3.numpy()[:count])
-            with torch.cuda.stream(self._copying):
-                pixels_BHW3 = staged_BHW3[:count].to(self.device, non_blocking=True)
-                copied = self._copying.record_event()
-            with self._computing:
-                stream = torch.cuda.current_stream(self.device)
-                stream.wait_event(copied)
-                pixels_BHW3.record_stream(stream)
-                self._pixels_BHW3[:count] = pixels_BHW3
-                torch.ge(self._places_B, count, out=self._is_padding_B)
-                return Beams(*(part[:count] for part in self._run().cpu()))
-        finally:
-            self._staged.put(staged_BHW3)
+    def __call__(self, staged_BHW3: torch.Tensor) -> Beams:
+        count = len(staged_BHW3)
+        with torch.cuda.stream(self._stream):
+            self._pixels_BHW3[:count].copy_(staged_BHW3, non_blocking=True)
+            torch.ge(self._places_B, count, out=self._is_padding_B)
+            return Beams(*(part[:count] for part in self._run().cpu()))
 
     def _run(self) -> Beams:
         self._begin.replay()
         events: list[torch.cuda.Event] = []
         for i, part in enumerate(self._parts):
+            if i >= NUM_AHEAD:
+                events[i - NUM_AHEAD].synchronize()
+                if self._is_over[i - NUM_AHEAD]:
+                    break
             part.graph.replay()
             self._is_over[i : i + 1].copy_(part.is_over[None], non_blocking=True)
             events.append(torch.cuda.Event(blocking=True))
             events[-1].record()
-            if i:
-                events[i - 1].synchronize()
-                if self._is_over[i - 1]:
-                    break
-        return part.beams.best(self.n_best)
-
-
-def _recorded(work: Callable[[], Any], memory_pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory_pool, capture_error_mode="thread_local"):
-        result = work()
-    return graph, result
+            beams = part.beams
+        return beams.best(self.n_best)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from torch.nn import functional
 from capray.model.attention import SearchKeys
 from capray.model.beam import GROUP
 from capray.model.decoder import Decoder, Memory, State
+from capray.model.gpu import kernels_of
 
 LARGEST_TABLE_BYTES = 512 * 2**20
 """Of the words' products with the input weights; with a larger vocabulary they are computed at each step."""
@@ -26,12 +27,10 @@ LARGEST_TABLE_BYTES = 512 * 2**20
 
 class SearchMemory(NamedTuple):
     """What the beams of each image attend over. ``spread_PQ`` turns the native grid into the pooled one; None where they
-    are the same, or where each cell of the one is copied equally often into the other. Behind its ``num_cells`` the grid may
-    be filled up with zeros (see ``cells_alignment``)."""
+    are the same, or where each cell of the one is copied equally often into the other."""
 
     grid_BQD: torch.Tensor
     keys: SearchKeys
-    num_cells: int
     spread_PQ: torch.Tensor | None = None
 
     def keep(self, images_B: torch.Tensor) -> SearchMemory:
@@ -40,21 +39,14 @@ class SearchMemory(NamedTuple):
 
     def mean_grid(self) -> torch.Tensor:
         """The mean over the positions that attention sees (B, D)."""
-        cells_BQD = self.grid_BQD[:, : self.num_cells]
         if self.spread_PQ is None:
-            return cells_BQD.mean(1)
-        return (self.spread_PQ.float().mean(0) @ cells_BQD.float()).to(cells_BQD.dtype)
+            return self.grid_BQD.mean(1)
+        return (self.spread_PQ.float().mean(0) @ self.grid_BQD.float()).to(self.grid_BQD.dtype)
 
     def context(self, alpha_BKP: torch.Tensor) -> torch.Tensor:
         """The mean of the grid by the weights ``alpha_BKP`` (B, K, D)."""
         alpha_BKQ = alpha_BKP if self.spread_PQ is None else alpha_BKP @ self.spread_PQ
-        rest = self.grid_BQD.shape[1] - self.num_cells
-        return (functional.pad(alpha_BKQ, (0, rest)) if rest else alpha_BKQ) @ self.grid_BQD
-
-
-def cells_alignment(device: torch.device) -> int:
-    """To a multiple of how many positions a grid is filled up: a GPU's matrix units do not take the 49 of 7x7."""
-    return 8 if device.type == "cuda" else 1
+        return alpha_BKQ @ self.grid_BQD
 
 
 class SearchState(NamedTuple):
@@ -65,6 +57,8 @@ class SearchState(NamedTuple):
 
     def select(self, beams_BK: torch.Tensor) -> SearchState:
         """The states of the beams ``beams_BK`` (indices along K) of each image."""
+        if kernels := kernels_of(beams_BK.device):
+            return self._replace(state=State(*kernels.selected(*self.state, beams_BK)))
         num_images, num_beams = self.state.hidden_BKH.shape[:2]
         first_B1 = torch.arange(0, num_images * num_beams, num_beams, device=beams_BK.device)[:, None]
         index_BK = beams_BK + first_B1
@@ -125,11 +119,9 @@ class PreparedDecoder:
     def search_memory(self, memory: Memory) -> SearchMemory:
         """``memory``, as the decoder makes it, for beam search."""
         grid_BPD, keys_BPA = (part.to(self.dtype) for part in memory)
-        attention, num_cells = self.decoder.attention, grid_BPD.shape[1]
+        attention = self.decoder.attention
         keys = SearchKeys(keys_BPA, False) if attention is None else attention.search_keys(keys_BPA)
-        if rest := -num_cells % cells_alignment(grid_BPD.device):
-            grid_BPD = functional.pad(grid_BPD, (0, 0, 0, rest))
-        return SearchMemory(grid_BPD, keys, num_cells)
+        return SearchMemory(grid_BPD, keys)
 
     def start(self, memory: SearchMemory) -> SearchState:
         """The state before the first word, with one beam per image."""
@@ -138,8 +130,27 @@ class PreparedDecoder:
     def next_scores(self, last_BK: torch.Tensor, search: SearchState) -> tuple[torch.Tensor, SearchState]:
         """Unnormalised scores of the next word (B, K, V, filled up to whole groups) after ``last_BK``, and the new
         state."""
-        decoder, memory, shape = self.decoder, search.memory, last_BK.shape
-        last_N = last_BK.flatten()
+        state = State(*(part.flatten(0, 1) for part in search.state))
+        kernels, (num_images, num_beams) = kernels_of(last_BK.device), last_BK.shape
+        if (
+            kernels is not None
+            and self.words_VG is not None
+            and self.decoder.is_lstm
+            and search.memory.spread_PQ is None
+        ):
+            state = self._advanced_by(kernels, last_BK, state, search.memory)
+        else:
+            state = self._advanced(last_BK, state, search.memory)
+        hidden_NH = state.hidden_BKH
+        if self.decoder.words_bias_V is not None:
+            hidden_NH = self.decoder.output(hidden_NH)
+        scores_NV = functional.linear(hidden_NH, self.output_VX, self.output_bias_V)
+        state = State(*(part.unflatten(0, (num_images, num_beams)) for part in state))
+        return scores_NV.unflatten(0, (num_images, num_beams)), search._replace(state=state)
+
+    def _advanced(self, last_BK: torch.Tensor, state: State, memory: SearchMemory) -> State:
+        """The state (N, H) after the words ``last_BK``."""
+        decoder, last_N = self.decoder, last_BK.flatten()
         if self.words_VG is None:
             words_NG = functional.linear(decoder.embedding(last_N), self.weights.words_GE, self.weights.bias_G)
         else:
@@ -147,17 +158,23 @@ class PreparedDecoder:
 
         def attend(query_NA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             assert decoder.attention is not None
-            scores_BKP = decoder.attention.search_scores(memory.keys, query_NA.unflatten(0, shape))
+            scores_BKP = decoder.attention.search_scores(memory.keys, query_NA.unflatten(0, last_BK.shape))
             alpha_BKP = scores_BKP.float().softmax(-1).to(self.dtype)
             return memory.context(alpha_BKP).flatten(0, 1), alpha_BKP.flatten(0, 1)
 
-        state = State(*(part.flatten(0, 1) for part in search.state))
-        (hidden_NH, cell_NH), _, _ = decoder.advance(words_NG, self.weights.bias_O, state, self.weights, attend)
-        state = State(hidden_NH.unflatten(0, shape), cell_NH.unflatten(0, shape))
-        if decoder.words_bias_V is not None:
-            hidden_NH = decoder.output(hidden_NH)
-        scores_NV = functional.linear(hidden_NH, self.output_VX, self.output_bias_V)
-        return scores_NV.unflatten(0, shape), search._replace(state=state)
+        state, _, _ = decoder.advance(words_NG, self.weights.bias_O, state, self.weights, attend)
+        return state
+
+    def _advanced_by(self, kernels: Any, last_BK: torch.Tensor, state: State, memory: SearchMemory) -> State:
+        """As ``_advanced``, with the kernels for a GPU."""
+        decoder, attention, context_NG = self.decoder, self.decoder.attention, None
+        parts = decoder.parts_of_state(state.hidden_BKH, self.weights.bias_O, self.weights)
+        if attention is not None:
+            query_NA = parts[-1] if attention.query is not None else state.hidden_BKH
+            scores_BKP = attention.search_scores(memory.keys, query_NA.unflatten(0, last_BK.shape))
+            gate_ND = parts[1] if decoder.gate is not None else None
+            context_NG = kernels.gated_context(scores_BKP, memory.grid_BQD, gate_ND) @ self.weights.context_GD.T
+        return State(*kernels.lstm(self.words_VG, last_BK.flatten(), parts[0], context_NG, state.cell_BKH))
 
 
 def _aligned(weight_VX: torch.Tensor, bias_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

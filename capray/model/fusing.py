@@ -1,0 +1,197 @@
+"""A folded encoder laid out for GPUs in bf16, channels last: there the sums, activations and poolings between convolutions,
+and a first convolution that sees three channels, take longer than all the other convolutions.
+
+Axes: B images, C channels, H rows, W columns; h, w those of patches.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from capray.model.gpu import kernels_of
+
+CHANNELS = 8
+"""To a multiple of which an image's channels are filled up: with fewer a GPU's matrix units are not used."""
+
+
+class Patches(NamedTuple):
+    """How images are laid out so that a first convolution of some stride becomes one of stride 1: the pixels of a patch of
+    stride x stride are its channels (as ``pixel_unshuffle`` orders them), and patches of zeros take the place of padding."""
+
+    stride: int = 1
+    kernel: int = 1
+    padding: int = 0
+    num_channels: int = 3
+
+    @property
+    def before(self) -> int:
+        """Patches of zeros before the image's first, on each axis."""
+        return -(-self.padding // self.stride)
+
+    @property
+    def num_taps(self) -> int:
+        """Patches that the kernel covers, on each axis."""
+        return -(-(self.before * self.stride - self.padding + self.kernel) // self.stride)
+
+    def count(self, side: int) -> int:
+        """Patches along a side of so many pixels."""
+        return (side + 2 * self.padding - self.kernel) // self.stride + self.num_taps
+
+    def of(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """The patches (B, C, h, w) of normalised images."""
+        around = []
+        for side in (images_B3HW.shape[3], images_B3HW.shape[2]):
+            start = self.before * self.stride
+            around += [start, self.count(side) * self.stride - start - side]
+        patches_BChw = functional.pixel_unshuffle(functional.pad(images_B3HW, around), self.stride)
+        added = self.num_channels - patches_BChw.shape[1]
+        return functional.pad(patches_BChw, (0, 0, 0, 0, 0, added)).contiguous(memory_format=torch.channels_last)
+
+
+def take_patches(folded: nn.Module) -> Patches:
+    """The layout that ``folded``, changed in place, takes its images in."""
+    if not isinstance(folded, fx.GraphModule):
+        return Patches()
+    (images,) = (node for node in folded.graph.nodes if node.op == "placeholder")
+    convolution = _convolution_of(next(iter(images.users)), folded) if len(images.users) == 1 else None
+    if convolution is None or convolution.groups != 1:
+        return Patches()
+    sizes = convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation
+    if any(first != second for first, second in sizes) or convolution.dilation[0] != 1:
+        return Patches()
+    (kernel, _), (stride, _), (padding, _), _ = sizes
+    used = 3 * stride**2
+    patches = Patches(stride, kernel, padding, math.ceil(used / CHANNELS) * CHANNELS)
+    start, size = patches.before * stride - padding, patches.num_taps * stride
+    weight = functional.pad(convolution.weight, (start, size - start - kernel) * 2)
+    weight = functional.pad(functional.pixel_unshuffle(weight, stride), (0, 0, 0, 0, 0, patches.num_channels - used))
+    convolution.weight = nn.Parameter(weight, requires_grad=False)
+    convolution.in_channels, convolution.kernel_size = patches.num_channels, (patches.num_taps, patches.num_taps)
+    convolution.stride, convolution.padding = (1, 1), (0, 0)
+    return patches
+
+
+def fuse(folded: nn.Module) -> None:
+    """Make one of each convolution, the sum behind it and the ReLU or ReLU6 behind those, and give max-pooling its kernel;
+    in place."""
+    if not isinstance(folded, fx.GraphModule):
+        return
+    for node in list(folded.graph.nodes):
+        if node.op != "call_module":
+            continue
+        module = folded.get_submodule(str(node.target))
+        if type(module) in _LIMITS:
+            low, high = _LIMITS[type(module)]
+            _fuse_up_to(folded, node, low, high)
+        elif type(module) is nn.MaxPool2d and _is_simple(module):
+            folded.set_submodule(str(node.target), MaxPool(module))
+    for node in list(folded.graph.nodes):
+        if _convolution_of(node, folded) is None:
+            continue
+        user = next(iter(node.users), None)
+        is_summed = len(node.users) == 1 and user is not None and user.target in _SUMS
+        _fuse_up_to(folded, user if is_summed else node, -math.inf, math.inf)
+    folded.recompile()
+
+
+_LIMITS: dict[type, tuple[float, float]] = {nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0)}
+_SUMS = (operator.add, operator.iadd, torch.add)
+
+
+def _fuse_up_to(folded: fx.GraphModule, last: Any, low: float, high: float) -> None:
+    """One module of what ends with ``last``, where that is a convolution, a sum of one and something else, or what cuts one
+    of these off at ``low`` and ``high``."""
+    replaced, source, added = [last], last, None
+    if last.op == "call_module" and type(folded.get_submodule(str(last.target))) in _LIMITS:
+        (source,) = last.args
+        replaced.append(source)
+    if source.op == "call_function" and source.target in _SUMS and (source is last or len(source.users) == 1):
+        if source.kwargs or len(source.args) != 2 or source.args[0] is source.args[1]:
+            return
+        if not all(isinstance(part, fx.Node) for part in source.args):
+            return
+        source, added = sorted(source.args, key=lambda part: not _is_free(part, folded))
+        replaced.append(source)
+    if not isinstance(source, fx.Node) or (source is not last and not _is_free(source, folded)):
+        return
+    convolution = _convolution_of(source, folded)
+    if convolution is None:
+        return
+    fused = FusedConvolution(convolution, low, high)
+    if added is not None and _is_free(added, folded):  # What both add to each channel is added once.
+        other = _convolution_of(added, folded)
+        fused.bias = nn.Parameter(fused.bias + other.bias, requires_grad=False)
+        other.bias = None
+    folded.set_submodule(str(source.target), fused)
+    with folded.graph.inserting_before(last):
+        arguments = source.args if added is None else (*source.args, added)
+        last.replace_all_uses_with(folded.graph.call_module(str(source.target), arguments))
+    for node in dict.fromkeys(replaced):
+        folded.graph.erase_node(node)
+
+
+def _convolution_of(node: Any, folded: fx.GraphModule) -> Any:
+    """The convolution with a bias that ``node`` is; None where it is something else, or used elsewhere too."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    module = folded.get_submodule(str(node.target))
+    if type(module) is not nn.Conv2d or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return None
+    is_shared = sum(other.target == node.target for other in folded.graph.nodes) > 1
+    return None if module.bias is None or is_shared else module
+
+
+def _is_free(node: Any, folded: fx.GraphModule) -> bool:
+    """Whether ``node`` is a convolution whose result nothing else looks at."""
+    return _convolution_of(node, folded) is not None and len(node.users) == 1
+
+
+def _is_simple(pool: nn.MaxPool2d) -> bool:
+    numbers = pool.kernel_size, pool.stride, pool.padding
+    return (
+        all(isinstance(n, int) for n in numbers) and pool.dilation == 1 and not (pool.ceil_mode or pool.return_indices)
+    )
+
+
+class FusedConvolution(nn.Module):
+    """convolution(x) + z, cut off at ``low`` and ``high``."""
+
+    def __init__(self, convolution: nn.Conv2d, low: float, high: float):
+        super().__init__()
+        assert convolution.bias is not None, "a folded convolution has a bias"
+        self.weight, self.bias = convolution.weight, convolution.bias
+        self.settings: Any = convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+        self.low, self.high = low, high
+        is_relu = (low, high) == _LIMITS[nn.ReLU]
+        self.is_cudnns = is_relu and convolution.groups == 1 and convolution.in_channels % CHANNELS == 0
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
+        if x.is_cuda and self.is_cudnns:
+            if z is None:
+                return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.settings)
+            return torch.cudnn_convolution_add_relu(x, self.weight, z, 1.0, self.bias, *self.settings)
+        if kernels := kernels_of(x.device):
+            x = functional.conv2d(x, self.weight, None, *self.settings)
+            return kernels.biased(x, self.bias, z, self.low, self.high)
+        x = functional.conv2d(x, self.weight, self.bias, *self.settings)
+        x = x if z is None else x + z
+        return x if (self.low, self.high) == (-math.inf, math.inf) else x.clamp(self.low, self.high)
+
+
+class MaxPool(nn.Module):
+    """nn.MaxPool2d, whose own kernel for channels last takes several times as long as the memory would."""
+
+    def __init__(self, pool: nn.MaxPool2d):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if kernels := kernels_of(x.device):
+            return kernels.max_pooled(x, self.pool.kernel_size, self.pool.stride, self.pool.padding)
+        return self.pool(x)
