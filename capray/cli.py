@@ -19,6 +19,7 @@ from pydantic import ValidationError
 import capray
 from capray import config as settings
 from capray.config import (
+    AverageConfig,
     CaptionConfig,
     CompactConfig,
     DemoConfig,
@@ -179,6 +180,14 @@ def explain(config: Annotated[ExplainConfig, Flat]) -> None:
 def shrink(config: Annotated[ShrinkConfig, Flat]) -> None:
     """Copy a captioner with its weights in float16: half the size, and the same captions but for rounding."""
     from capray.shrinking import shrink as run
+
+    print(run(config))
+
+
+@app.command
+def average(config: Annotated[AverageConfig, Flat]) -> None:
+    """Write the mean of two captioners' weights: of a stage and the next one, or of one stage trained twice."""
+    from capray.averaging import average as run
 
     print(run(config))
 

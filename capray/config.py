@@ -743,6 +743,21 @@ class ShrinkConfig(RegistrySettings):
     """Folder or URI for the copy."""
 
 
+class AverageConfig(RegistrySettings):
+    """Write the weighted mean of two captioners' weights."""
+
+    positional: ClassVar[tuple[str, ...]] = ("model", "other", "output")
+
+    model: str
+    """Captioner: a folder or URI, or one in MLflow."""
+    other: str
+    """Another one of the same shape and words."""
+    output: str
+    """Folder or URI for the mean."""
+    share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Of the other's weights in the mean."""
+
+
 class QueryConfig(Settings):
     """Query a captioning output: with SQL (DuckDB), by words, or in part."""
 

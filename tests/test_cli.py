@@ -92,7 +92,7 @@ class TestHelp:
         for arguments in ([], ["--help"]):
             code, out, _ = call(*arguments)
             assert code == 0
-            assert len(commands()) == 17 and all(command[0] in out for command in commands())
+            assert len(commands()) == 18 and all(command[0] in out for command in commands())
         assert call("--version")[:2] == (0, f"{capray.__version__}\n")
 
     def test_help_is_quick(self):
