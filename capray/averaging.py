@@ -31,7 +31,7 @@ def average(config: AverageConfig) -> str:
         differing.append("the words they know")
     if differing:
         raise ConfigError(
-            f"{config.model!r} and {config.other!r} differ in {', '.join(differing)}: a mean that captions is only to be had of "
+            f"{config.model!r} and {config.other!r} differ in {', '.join(differing)}: a mean that captions is to be had of "
             "captioners of one shape, one of which began with the other's weights, or both with the same"
         )
     mine, its = one.state_dict(), other.state_dict()
