@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
 from capray.config import Augmentation
 from capray.training.mirroring import is_mirrored, mirrored_words
@@ -25,11 +23,15 @@ def augment(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random.Random(seed).getrandbits(63))
         if is_mirrored(words, settings, seed):
-            image, words = functional.horizontal_flip(image), mirrored_words(words)
+            image, words = image.flip(-1), mirrored_words(words)
         if settings.min_crop_area < 1:
+            from torchvision.transforms import v2  # Takes as long to import as torch does.
+
             size = [image.shape[1], image.shape[2]]
             image = v2.RandomResizedCrop(size, scale=(settings.min_crop_area, 1.0))(image)
         if settings.color_jitter:
+            from torchvision.transforms import v2
+
             jitter = settings.color_jitter
             image = v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter)(image)
     return image.permute(1, 2, 0).contiguous().numpy(), words

@@ -39,6 +39,8 @@ from capray.training.features import (
 from capray.vocabulary import tokenise
 
 IMAGES_PER_BATCH = 32
+IMAGES_PER_ACTOR = 50
+"""At least; fewer are encoded sooner than another process has started."""
 
 
 def build_cache(
@@ -137,7 +139,9 @@ def _build(
     items = [item for part in missing for item in part.items()]
     cpus, gpus = cluster.cluster_resources()
     on_gpu = cluster.gpus_each(config.gpus_per_worker) > 0
-    num_actors = min(len(items), max(1, int((gpus or config.num_workers) if on_gpu else cpus - 1)))
+    num_images = sum(part.text.num_images for part in missing)
+    devices = int((gpus or config.num_workers) if on_gpu else cpus - 1)
+    num_actors = max(1, min(len(items), num_images // IMAGES_PER_ACTOR, devices))
     num_cpus = max(1, int(cpus - 1) // num_actors) if on_gpu else 1
     done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _Encoding,
@@ -149,7 +153,6 @@ def _build(
         num_gpus=1 if on_gpu else None,
     )
     parts, found = {(part.split, part.identity.view): part for part in missing}, {}
-    total = sum(part.text.num_images for part in missing)
     try:
         for row in done.iter_rows():
             part = parts[key := (row["split"], row["view"])]
@@ -159,7 +162,7 @@ def _build(
             if len(part.files) == len(part.text.units):
                 found[key] = part.publish()
             images = sum(part.images for part in missing)
-            display.update(images, f"{images:,} images", "encoding", total)
+            display.update(images, f"{images:,} images", "encoding", num_images)
     except RayError as error:
         raise cluster.own_error(error) or error from error
     return found
