@@ -109,9 +109,9 @@ class World:
         self.wanted = digests(f"{self.bucket}/photos", endpoint=self.endpoint)
         self.cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 3, "include_dashboard": False, "gcs_server_port": free_port()},
+            head_node_args={"num_cpus": 2, "include_dashboard": False, "gcs_server_port": free_port()},
         )
-        self.node = self.cluster.add_node(num_cpus=3)
+        self.node = self.cluster.add_node(num_cpus=2)
         os.environ["RAY_ADDRESS"] = self.cluster.address
         self.undisturbed = captions_of(folder / "photos", self.model)
 
@@ -241,7 +241,7 @@ class Round:
     def _lose_node(self) -> None:
         world = self.world
         world.cluster.remove_node(world.node, allow_graceful=False)
-        world.node = world.cluster.add_node(num_cpus=3)
+        world.node = world.cluster.add_node(num_cpus=2)
 
     def _lose_store(self) -> None:
         self.world.store.stop()

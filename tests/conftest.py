@@ -12,8 +12,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -75,13 +76,25 @@ def ray_cluster(s3: str) -> Iterator[None]:
 def in_process() -> Iterator[None]:
     """Trainings without a Ray Train of processes (its local mode): the one worker's loop runs here, reading through Ray.
 
-    For tests of anything else than workers and restarts, which cost most of a minute to start.
+    One goes on from what a Ray Train left, and leaves no checkpoint itself. For tests of anything else than workers and
+    restarts, which cost most of a minute to start.
     """
     import ray.train
 
-    scaling = ray.train.ScalingConfig
+    scaling, run = ray.train.ScalingConfig, ray.train.RunConfig
     with pytest.MonkeyPatch.context() as patch:
+
+        def run_config(**settings: Any) -> ray.train.RunConfig:
+            config = run(**settings)
+            checkpoint = None
+            with suppress(RuntimeError):  # There is none.
+                left = ray.train.Result.from_path(f"{config.storage_path}/{config.name}", config.storage_filesystem)
+                checkpoint = left.checkpoint
+            patch.setattr(ray.train, "get_checkpoint", lambda: checkpoint)
+            return config
+
         patch.setattr(ray.train, "ScalingConfig", lambda **_: scaling(num_workers=0))
+        patch.setattr(ray.train, "RunConfig", run_config)
         yield
 
 

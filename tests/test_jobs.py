@@ -43,7 +43,7 @@ def head(s3):
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
     environment.pop("RAY_ADDRESS", None)
-    command = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}", f"--temp-dir={folder}/ray"]
+    command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}", f"--temp-dir={folder}/ray"]
     command += [
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}",

@@ -29,6 +29,7 @@ from capray.images import load
 from capray.model.checkpoint import load_captioner
 from capray.output.verify import verify
 from tests.chaos_driver import short_lease
+from tests.conftest import in_process
 from tests.oracle import check_exactly_once, digests, read_parts
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -187,7 +188,8 @@ TIMES = ("train_seconds", "train_images_per_second", "val_images_per_second")
 def test_a_training_half_done_goes_on_as_if_it_had_never_been_stopped(world, ray_cluster):
     history = world.home / "training" / "history.json"
     (first,) = json.loads(history.read_text())["epochs"]
-    assert cli.run(world.expected["training"]["command"]) == 0
+    with in_process():
+        assert cli.run(world.expected["training"]["command"]) == 0
     epochs = json.loads(history.read_text())["epochs"]
     assert epochs[0] == first
     for found, wanted in zip(epochs, world.expected["training"]["metrics"], strict=True):
