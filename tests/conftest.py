@@ -98,6 +98,24 @@ def in_process() -> Iterator[None]:
         yield
 
 
+def ray_processes(name: str) -> list[int]:
+    """The ids of the processes of this process's Ray that have ``name`` in theirs."""
+    parents, names = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with suppress(OSError):
+                pid = int(folder.name)
+                parents[pid] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                names[pid] = (folder / "cmdline").read_bytes()
+
+    def is_ours(pid: int | None) -> bool:
+        return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
+
+    return [
+        pid for pid, found in names.items() if found.startswith(b"ray::") and name.encode() in found and is_ours(pid)
+    ]
+
+
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Samples table of 60 drawings: 48 train, 6 dev, 6 test."""

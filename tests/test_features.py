@@ -2,12 +2,14 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -15,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 
 from capray.config import Augmentation, ImageLimits, Preprocessing, TrainConfig
@@ -31,7 +34,7 @@ from capray.training.features import MANIFEST, Cache, _read_cached, choose_root,
 from capray.training.job import _digest, train
 from capray.training.mirroring import OPPOSITES, is_mirrored
 from capray.vocabulary import Vocabulary, tokenise
-from tests.conftest import in_process
+from tests.conftest import in_process, ray_processes
 from tests.test_training import SETTINGS, with_oddities
 
 FROZEN = {**SETTINGS, "fine_tune_from": None, "epochs": 1, "tracking_uri": "none"}
@@ -58,12 +61,16 @@ def manifests(root) -> list[Path]:
     return sorted(Path(root).glob(f"*/*/{MANIFEST}"))
 
 
-def build(samples, root, **settings) -> Cache:
-    """The cache of the train split below ``root``, as a training with these samples has it."""
+def to_build(samples, root, **settings) -> tuple:
+    """What is given to ``build_cache``, display apart, by a training with these samples; of the train split."""
     config = config_of(samples, feature_cache=str(root), **settings)
     encoder = frozen_encoder(config.seed)
     splits = {"train": read_captions(str(samples), "train")}
-    return build_cache(str(root), identify(config, encoder, "d"), encoder, config, splits, ProgressDisplay(""))
+    return str(root), identify(config, encoder, "d"), encoder, config, splits
+
+
+def build(samples, root, **settings) -> Cache:
+    return build_cache(*to_build(samples, root, **settings), ProgressDisplay(""))
 
 
 @pytest.fixture(scope="module")
@@ -319,22 +326,40 @@ def in_small_units(samples, folder, copies: int) -> str:
     return str(folder)
 
 
+BUILD = """
+import pickle, sys
+from capray import cluster
+from capray.progress import ProgressDisplay
+from capray.training.encoding import build_cache
+cluster.connect()
+build_cache(*pickle.load(sys.stdin.buffer), ProgressDisplay(""))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_build_leaves_nothing_half_used_and_what_it_finished_is_kept(samples, tmp_path):
+    """The driver and its actors, in the tests' Ray."""
     many, root = in_small_units(samples, tmp_path / "many", copies=3), tmp_path / "cache"
-    code = "import sys; from capray import cluster; from tests.test_features import build; "
-    code += "cluster.connect(); build(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, many, str(root)]
-    process = subprocess.Popen(command, start_new_session=True, cwd=Path(__file__).parents[1])
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    driver = subprocess.Popen([sys.executable, "-c", BUILD], stdin=subprocess.PIPE, env=environment)
+    assert driver.stdin is not None
+    with driver.stdin as given:
+        pickle.dump(to_build(many, root), given)
     try:
         deadline = time.monotonic() + 120
         while len(list(root.glob("*/train/unit-*.arrow"))) < 5:
-            assert process.poll() is None and time.monotonic() < deadline
+            assert driver.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        actors = ray_processes("_Encoding")
+        for pid in (driver.pid, *actors):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        driver.wait()
+    assert actors
+    while ray_processes("_Encoding"):
+        time.sleep(0.02)
     assert not manifests(root)
     before = {path: path.stat().st_mtime_ns for path in root.glob("*/train/unit-*.arrow")}
     assert 5 <= len(before) < 72

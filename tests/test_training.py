@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -37,7 +37,7 @@ from capray.training.sample_stream import DECODED, Reading, draw_caption
 from capray.training.stages import CrossEntropy
 from capray.training.worker import Progress, TrainingStep, backward, empty_batch
 from capray.vocabulary import Vocabulary, tokenise
-from tests.conftest import TINY, in_process
+from tests.conftest import TINY, in_process, ray_processes
 
 SETTINGS = {
     **TINY,
@@ -297,22 +297,6 @@ CHANCE = {
 """Everything that draws from chance or keeps a state between epochs."""
 
 
-def train_workers() -> list[int]:
-    """The process ids of Ray Train's workers below this process."""
-    parents, names = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            with suppress(OSError):
-                pid = int(folder.name)
-                parents[pid] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                names[pid] = (folder / "cmdline").read_bytes()
-
-    def is_ours(pid: int | None) -> bool:
-        return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
-
-    return [pid for pid, name in names.items() if b"RayTrainWorker" in name and is_ours(pid)]
-
-
 @contextmanager
 def a_worker_killed_after_the_first_epoch(output: str) -> Iterator[list[dict]]:
     """Kill one of the workers that run within the block as soon as ``output``, on S3, has a checkpoint; the metrics of the
@@ -324,7 +308,7 @@ def a_worker_killed_after_the_first_epoch(output: str) -> Iterator[list[dict]]:
         while not fs.exists(f"{output}/checkpoints/checkpoint_manager_snapshot.json"):
             time.sleep(0.05)
         before.extend(json.loads(fs.cat_file(f"{output}/history.json"))["epochs"])
-        os.kill(max(train_workers()), signal.SIGKILL)
+        os.kill(max(ray_processes("RayTrainWorker")), signal.SIGKILL)
 
     with ThreadPoolExecutor(1) as pool:
         killer = pool.submit(kill)
@@ -458,7 +442,7 @@ class TestATrainingWhoseWorkerIsKilled:
         settings = {**trainings.settings, "num_workers": 2, "tracking_uri": trainings.store}
         with interrupted_after(4, trainings.output), pytest.raises(Interrupted, match="goes on from the last finished"):
             run(trainings.samples, trainings.output, epochs=1000, **settings)
-        assert not train_workers()
+        assert not ray_processes("RayTrainWorker")
         more = run(trainings.samples, trainings.output, epochs=4, **settings)
         assert more.metrics[:3] == trainings.killed.metrics and len(more.metrics) >= 4
         check_tracking(trainings.store, more)
