@@ -17,7 +17,6 @@ import io
 import json
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,8 +39,6 @@ from capray.vocabulary import END, Vocabulary
 BARS = {"resnet101": 0.85, "resnet50": 0.80}
 STEP_BAR_MS = 0.5
 NUM_WORDS = 10_000
-NUM_THREADS = 4
-"""Threads that hand blocks to the captioner: two compute, one gathers, one formats."""
 NUM_CHECKED, NUM_SMALLER = 16, 7
 VARIANTS = {
     "additive": {},
@@ -194,9 +191,7 @@ class Bench:
             for _ in range(2):  # With the second of its kind the graphs are recorded.
                 inference(block, decoding)
             first_seconds = time.perf_counter() - started
-            with ThreadPoolExecutor(NUM_THREADS) as threads:
-                blocks, decodings = [block] * num_blocks, [decoding] * num_blocks
-                times = self.seconds(lambda i=inference, t=threads, b=blocks, d=decodings: list(t.map(i, b, d)))
+            times = self.seconds(lambda i=inference: i(block * num_blocks, decoding))
             rates = [num_blocks * batch / seconds for seconds in times]
             rate, ceiling = median(rates), batch / alone
             self.row(
@@ -214,11 +209,17 @@ class Bench:
                 seconds_of_the_first_two_blocks=first_seconds,
                 compile_seconds=compile_seconds,
             )
+            if way == "graphs":
+                times = self.seconds(lambda i=inference: [i(block * 2, decoding) for _ in range(num_blocks // 2)])
+                by_two = num_blocks * batch / median(times)
+                self.row(
+                    f"captions/{encoder}/{size}/batch {batch}/two batches a call, as an actor", by_two, "captions/s"
+                )
 
     def phases(self, inference: Inference, block: list[np.ndarray], decoding: Decoding, name: str) -> dict[str, float]:
         """Milliseconds of each phase by itself, nothing beside it."""
         graphed = inference._graphs._graphed if inference._graphs is not None else None
-        lane = graphed._lane() if graphed is not None else None
+        lane = graphed._lanes.get() if graphed is not None else None
         copied = inference._copied(block)
         grids, _ = inference._grids(copied)
         pool = inference.captioner.architecture.pool_grid
@@ -245,7 +246,7 @@ class Bench:
         if graphed is not None and lane is not None:
             found["search"] -= found["encode"]
             found["gather"] = 1e3 * median(self.seconds(lambda: self.gathered(graphed, block)))
-            graphed._free.put(lane)
+            graphed._lanes.put(lane)
         step = found["search"] / decoding.max_length
         bar = {"bar": STEP_BAR_MS, "ratio": STEP_BAR_MS / step} if len(block) == 512 else {}
         self.row(

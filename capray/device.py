@@ -6,9 +6,8 @@ import torch
 
 _OUT_OF_MEMORY = ("out of memory", "alloc_failed", "unable to find an engine", "unable to find a valid cudnn algorithm")
 """The last two are cuDNN's: none of its ways fits into what memory is left."""
-_ARGUMENTS = ("not_supported", "bad_param", "invalid_value", "captur")
-"""What a library answers to arguments it cannot take, or to what cannot be captured as a CUDA graph: not the device's
-fault."""
+_ARGUMENTS = ("not_supported", "bad_param", "invalid_value")
+"""What a library answers to arguments it cannot take: the image's fault."""
 _DEVICE = (
     "cuda error",
     "cuda driver error",

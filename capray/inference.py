@@ -11,6 +11,9 @@ import math
 import threading
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +25,11 @@ from capray.model.captioner import NO_CAPTION, Captioner, Hypothesis, autocast, 
 from capray.model.checkpoint import load_captioner
 from capray.model.decoder import Memory
 from capray.model.folding import FoldedEncoder
-from capray.model.graphs import Batches, GraphedSearch
+from capray.model.graphs import Batches, GraphedSearch, is_of_recording
 from capray.model.prepared import PreparedDecoder
 
+NUM_THREADS = 4
+"""That caption batches beside each other where CUDA graphs are recorded: two compute, one gathers, one writes."""
 LEAST_FILLED = 4
 """A batch of so many times fewer images than fit is not filled up for the CUDA graphs."""
 
@@ -75,6 +80,7 @@ class Inference:
         self.encoder = FoldedEncoder(captioner.encoder.backbone, dtype)
         self.decoder = PreparedDecoder(captioner.decoder, dtype)
         self._graphs = _Graphs(self) if self.device.type == "cuda" else None
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "captioning")
 
     @classmethod
     def load(
@@ -100,7 +106,22 @@ class Inference:
         Raises:
             DeviceError: the device failed; a process in which it did is of no more use.
         """
-        return self._in_batches(images, self.batch_size, decoding, attention)
+        batches, outcomes = _split(images, self.batch_size), []
+        while batches:
+            # Graphs are recorded while nothing else is under way.
+            count = sum(1 for _ in takewhile(partial(self._is_recorded, decoding, attention), batches))
+            if count:
+                captioned = self._threads.map(
+                    lambda batch: self._carefully(batch, decoding, attention), batches[:count]
+                )
+            else:
+                captioned = iter([self._carefully(batches[0], decoding, attention)])
+            outcomes += [outcome for part in captioned for outcome in part]
+            batches = batches[max(count, 1) :]
+        return outcomes
+
+    def _is_recorded(self, decoding: Decoding, attention: bool, images: Sequence[np.ndarray]) -> bool:
+        return self._graphs is not None and not attention and self._graphs.are_recorded(images, decoding)
 
     def memory(self, images: Sequence[np.ndarray]) -> Memory:
         """What teacher forcing attends over."""
@@ -119,24 +140,23 @@ class Inference:
             (log_probs_T,) = self.captioner.log_probs(memory, [best.token_ids])
         return Explained(best, alpha_TP, log_probs_T)
 
-    def _in_batches(
-        self, images: Sequence[np.ndarray], size: int, decoding: Decoding, attention: bool
-    ) -> list[Captioned]:
-        batches = (images[start : start + size] for start in range(0, len(images), size))
-        return [outcome for batch in batches for outcome in self._carefully(batch, decoding, attention)]
-
     def _carefully(self, images: Sequence[np.ndarray], decoding: Decoding, attention: bool) -> list[Captioned]:
         try:
             return self._together(images, decoding, attention)
         except Exception as error:
             if is_device_error(error):
                 raise DeviceError(f"{type(error).__name__}: {error}") from error
-            if len(images) == 1:
+            is_short = is_out_of_memory(error)
+            kept = self._graphs if is_short and self._graphs is not None and self._graphs.keep_memory else None
+            if len(images) == 1 and kept is None:
                 return [Captioned([], None, f"{type(error).__name__}: {error}")]
-            size = -(-len(images) // 2) if is_out_of_memory(error) else 1
+            size = -(-len(images) // 2) if is_short else 1
         # Not while the exception is at hand: it keeps the batch's tensors.
+        if kept is not None:
+            kept.give_up("other batches need their memory")
+            size = len(images)
         torch.cuda.empty_cache()
-        return self._in_batches(images, size, decoding, attention)
+        return [outcome for part in _split(images, size) for outcome in self._carefully(part, decoding, attention)]
 
     @torch.inference_mode()
     def _together(self, images: Sequence[np.ndarray], decoding: Decoding, attention: bool) -> list[Captioned]:
@@ -204,11 +224,9 @@ class _Graphs:
 
     def fitting(self, images: Sequence[np.ndarray], decoding: Decoding) -> GraphedSearch | None:
         """The graphs for these images; None where they are better captioned without."""
-        inference, shapes = self.inference, {image.shape for image in images}
-        if len(shapes) > 1 or LEAST_FILLED * len(images) < inference.batch_size or self._unfit:
+        wanted = self._wanted(images, decoding)
+        if wanted is None:
             return None
-        ((height, width, _),) = shapes
-        wanted = Batches(inference.batch_size, height, width, decoding)
         with self._lock:
             if self._graphed is not None and self._graphed.batches == wanted:
                 return self._graphed
@@ -218,15 +236,38 @@ class _Graphs:
             self._last = wanted
         return self._graphed
 
+    def are_recorded(self, images: Sequence[np.ndarray], decoding: Decoding) -> bool:
+        wanted, graphed = self._wanted(images, decoding), self._graphed
+        return graphed is not None and graphed.batches == wanted
+
+    @property
+    def keep_memory(self) -> bool:
+        return self._graphed is not None
+
+    def _wanted(self, images: Sequence[np.ndarray], decoding: Decoding) -> Batches | None:
+        shapes = {image.shape for image in images}
+        if len(shapes) > 1 or LEAST_FILLED * len(images) < self.inference.batch_size or self._unfit:
+            return None
+        ((height, width, _),) = shapes
+        return Batches(self.inference.batch_size, height, width, decoding)
+
     def _recorded(self, wanted: Batches) -> GraphedSearch | None:
         inference = self.inference
         parts = inference.encoder, inference.decoder, inference.captioner.architecture
         try:
             return GraphedSearch(*parts, inference.captioner.architecture.pool_grid, wanted)
         except Exception as error:
-            if is_device_error(error):
+            if not is_of_recording(error):
                 raise
-            self._unfit = True
-            warnings.warn(f"captioning goes on slower, without CUDA graphs: {error}", stacklevel=2)
-        torch.cuda.empty_cache()
+            self.give_up(error)
         return None
+
+    def give_up(self, reason: object) -> None:
+        """There are to be none from now on: they keep the memory that they were recorded with."""
+        self._graphed, self._unfit = None, True
+        warnings.warn(f"captioning goes on slower, without CUDA graphs: {reason}", stacklevel=2)
+        torch.cuda.empty_cache()
+
+
+def _split(images: Sequence[np.ndarray], size: int) -> list[Sequence[np.ndarray]]:
+    return [images[start : start + size] for start in range(0, len(images), size)]

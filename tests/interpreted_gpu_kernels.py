@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import max_pool2d
+from torch import nn
+from torch.nn.functional import conv2d, max_pool2d
 
 from capray.config import Decoding, Preprocessing
 from capray.images import normalise, statistics_of
+from capray.model import fusing
 from capray.model import gpu_kernels as kernels
 from capray.model.attention import AdditiveAttention
 from capray.model.beam import NEVER, Choice, Live
@@ -125,6 +127,16 @@ def test_a_bias_a_sum_and_limits_are_torchs(limits, is_added):
     expected = (x + bias_C[:, None, None] + (added if is_added else 0)).clamp(*limits)
     found = kernels.biased(x, bias_C, added if is_added else None, *limits)
     torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_a_convolution_that_is_stretched_over_what_it_is_added_to(monkeypatch):
+    monkeypatch.setattr(fusing, "kernels_of", lambda device: kernels)
+    convolution = fusing.FusedConvolution(nn.Conv2d(8, 8, 1), 0.0, math.inf)
+    x, added = torch.randn(2, 8, 1, 1), torch.randn(2, 8, 5, 5)
+    with torch.inference_mode():
+        expected = (conv2d(x, convolution.weight, convolution.bias) + added).relu()
+        torch.testing.assert_close(convolution(x, added), expected)
+        torch.testing.assert_close(convolution(added), conv2d(added, convolution.weight, convolution.bias).relu())
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1)])

@@ -28,6 +28,7 @@ FAMILIES = [
     "timm/regnetx_002",
     "timm/rexnet_100",
     "timm/convnext_atto",
+    "timm/gcresnet33ts",  # Adds a convolution of the mean to a grid
 ]
 
 
@@ -110,6 +111,54 @@ def test_no_sum_and_no_activation_is_left_beside_convolutions(name):
     }
     assert left <= {FusedConvolution, MaxPool, nn.Identity}
     assert any(module.is_cudnns for module in calls if isinstance(module, FusedConvolution)) == (name != "mobilenet_v2")
+
+
+def grids(backbone: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a backbone gives, and what it does laid out for GPUs."""
+    folded = fold_batchnorm(backbone)
+    patches = take_patches(folded)
+    fuse(folded)
+    with torch.inference_mode():
+        return backbone(images.clone()), folded(patches.of(images))
+
+
+def test_what_is_changed_in_place_is_not_overtaken():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.short, self.long, self.last = (nn.Conv2d(n, 8, 1) for n in (3, 8, 8, 8))
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, images):
+            x = self.first(images)
+            y = self.short(x)
+            x = self.relu(x)
+            x = y + self.long(x)
+            z = x * 2
+            z += self.last(z)
+            return self.relu(input=z) + z
+
+    torch.manual_seed(0)
+    expected, found = grids(InPlace().eval(), torch.randn(1, 3, 8, 8))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_convolution_that_is_stretched_over_what_it_is_added_to():
+    class Context(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.context, self.relu = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU()
+
+        def forward(self, images):
+            x = self.first(images)
+            return self.relu(self.context(x.mean((2, 3), keepdim=True)) + x)
+
+    torch.manual_seed(0)
+    expected, found = grids(Context().eval(), torch.randn(1, 3, 8, 8))
+    torch.testing.assert_close(found, expected)
+    convolution = FusedConvolution(nn.Conv2d(8, 8, 3, stride=2, padding=1, dilation=2), 0, 6)
+    x = torch.randn(2, 8, 21, 30)
+    assert convolution(x).shape == convolution._shape(x)
 
 
 def test_what_is_used_twice_or_summed_otherwise_is_left_alone():

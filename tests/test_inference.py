@@ -1,12 +1,15 @@
 """The captioner laid out for inference gives the captions of the captioner itself."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from capray.config import Decoding
-from capray.inference import Inference
+from capray.inference import Inference, _Graphs
 from capray.model.attention import LARGEST_EXPONENT
+from capray.model.beam import beam_search
 from capray.model.captioner import NO_CAPTION
 from capray.model.loss import collate
 from tests.test_captioner import VARIANTS, images, make
@@ -135,3 +138,63 @@ def test_the_memory_is_the_captioners():
         found, _ = captioner(memory, batch.inputs_BKT, batch.lengths_BK)
         expected, _ = captioner(captioner.encode(pixels), batch.inputs_BKT, batch.lengths_BK)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+class Recorded:
+    """In the place of CUDA graphs, on a CPU: the same results, and how many batches were under way at once."""
+
+    under_way = most = 0
+
+    def __init__(self, encoder, decoder, preprocessing, pool, batches):
+        self.parts, self.batches = (encoder, decoder, preprocessing, pool), batches
+
+    def __call__(self, images):
+        encoder, decoder, preprocessing, pool = self.parts
+        Recorded.under_way += 1
+        Recorded.most = max(Recorded.most, Recorded.under_way)
+        time.sleep(0.1)
+        grid = encoder.grid_of(torch.from_numpy(np.stack(images)), preprocessing)
+        start = decoder.start(decoder.memory_of_grids([grid], pool))
+        beams = beam_search(decoder.next_scores, start, len(images), self.batches.decoding)
+        Recorded.under_way -= 1
+        return beams
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr("capray.inference.GraphedSearch", Recorded)
+    monkeypatch.setattr(Recorded, "most", 0)
+    inference = Inference(make(), batch_size=4)
+    inference._graphs = _Graphs(inference)
+    return inference
+
+
+def test_batches_whose_graphs_are_recorded_are_captioned_beside_each_other(recorded):
+    arrays = list(images(30).numpy())
+    found = recorded(arrays, DECODING)
+    assert Recorded.most > 1
+    agree([o.hypotheses for o in found], [o.hypotheses for o in Inference(make())(arrays, DECODING)])
+    Recorded.most = 0
+    recorded(arrays[:4], DECODING)
+    assert Recorded.most == 1
+    recorded(arrays[:16], DECODING, attention=True)
+    assert Recorded.most == 1
+
+
+def test_graphs_give_way_to_batches_that_need_their_memory(recorded, monkeypatch):
+    arrays = list(images(16).numpy())
+    expected = recorded(arrays, DECODING)
+    assert recorded._graphs.keep_memory
+    search = recorded._search
+
+    def short(batch, decoding):
+        if recorded._graphs.keep_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return search(batch, decoding)
+
+    monkeypatch.setattr(recorded, "_search", short)
+    with pytest.warns(UserWarning, match="other batches need their memory"):
+        (alone,) = recorded(arrays[:1], DECODING, attention=True)
+    assert alone.error is None and alone.hypotheses[0].caption == expected[0].hypotheses[0].caption
+    assert all(outcome.error is None for outcome in recorded(arrays, DECODING))
+    assert not recorded._graphs.keep_memory

@@ -127,8 +127,6 @@ class Captioning:
                 f"{settings.model_id[:12]}…: put the one back that the job began with"
             )
         self._canary: float | None = None
-        gc.freeze()  # What is loaded by now stays; looking through it again and again takes longer than writing captions.
-        atexit.register(gc.unfreeze)
 
     def __call__(self, rows: list[Row]) -> list[Outcome]:
         """The outcome of each row, all of which have pixels."""
@@ -232,6 +230,9 @@ class CaptioningActor:
         with deadline(LOAD_SECONDS, self._late("loading the model")):
             self.captioning = Captioning(self.settings)
             self.captioning.check_device()
+        gc.collect()
+        gc.freeze()  # What is loaded by now stays; looking through it again and again takes longer than writing captions.
+        atexit.register(gc.unfreeze)
 
     def _recover(self) -> None:
         """Wait until the device works in a child process."""

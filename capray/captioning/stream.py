@@ -31,6 +31,8 @@ EXPAND_CPUS = 0.1
 FETCH_CPUS = 0.5
 """CPUs of a task that expands plan files into units, and of one that fetches: both mostly wait. Unlike an actor's and each
 other's, so that Ray does not fuse them into one."""
+BATCHES_TOGETHER = 2
+"""That a GPU's actor is given at once: one is gathered and written while the other is computed."""
 MAX_IN_FLIGHT = 2
 """Blocks an actor is given at once."""
 GROWTH = 8
@@ -157,7 +159,7 @@ class RayExecutor:
             num_cpus=FETCH_CPUS,
         )
         on_gpu = pool.gpus_per_actor > 0
-        together = 1 if config.batch_size or not on_gpu else max(1, GPU_BATCH // fetcher.block_rows)
+        together = BATCHES_TOGETHER * max(1, GPU_BATCH // fetcher.block_rows) if on_gpu and not config.batch_size else 1
         return fetched.map_batches(
             CaptioningActor,
             batch_size=together,

@@ -8,12 +8,13 @@ N rows of scores, G groups of W neighbouring tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from capray.config import Decoding
-from capray.model.gpu import GROUP, kernels_of
+from capray.model.gpu import GROUP, LARGEST_BEAM, kernels_of
 from capray.vocabulary import END, PAD, START, UNK
 
 NEVER = float("-inf")
@@ -175,7 +176,7 @@ class Choice:
         may_end = t >= self.decoding.min_length
         log_prob_BKC, token_BKC = self.best_tokens(scores_BKV, self._repeats(beams.tokens_BKT, t), may_end)
         power = (t + 1) ** self.decoding.length_penalty
-        if kernels := kernels_of(scores_BKV.device):
+        if kernels := self._kernels(scores_BKV):
             parts, parent_BK = kernels.next_beams(beams, log_prob_BKC, token_BKC, self.decoding.beam_size, t, power)
             return Live(*parts), parent_BK
         # A beam without finite probabilities (NaN) has no candidates.
@@ -190,13 +191,16 @@ class Choice:
             token_BKC[..., 0] = torch.where(finished_BK, END, token_BKC[..., 0])
         return self._merged(beams, candidate_BKC, total_BKC, token_BKC, t)
 
+    def _kernels(self, scores_BKV: torch.Tensor) -> ModuleType | None:
+        return kernels_of(scores_BKV.device) if self.decoding.beam_size <= LARGEST_BEAM else None
+
     def best_tokens(
         self, scores_BKV: torch.Tensor, repeats_BKR: torch.Tensor | None, may_end: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The log-probabilities and ids of the best tokens of each beam (B, K, C) that may follow; ``repeats_BKR`` may not,
         and <end> only where it ``may_end``, or nothing else is left."""
         count = min(self.decoding.beam_size, scores_BKV.shape[-1])
-        if repeats_BKR is None and (kernels := kernels_of(scores_BKV.device)):
+        if repeats_BKR is None and (kernels := self._kernels(scores_BKV)):
             return kernels.best_words(scores_BKV, count, [*self.banned_ids, *([] if may_end else [END])], END)
         log_prob_BKV = scores_BKV.log_softmax(-1, dtype=torch.float32)
         end_BK = log_prob_BKV[..., END].clone()

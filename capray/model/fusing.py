@@ -109,6 +109,8 @@ def _fuse_up_to(folded: fx.GraphModule, last: Any, low: float, high: float) -> N
     of these off at ``low`` and ``high``."""
     replaced, source, added = [last], last, None
     if last.op == "call_module" and type(folded.get_submodule(str(last.target))) in _LIMITS:
+        if len(last.args) != 1:
+            return
         (source,) = last.args
         replaced.append(source)
     if source.op == "call_function" and source.target in _SUMS and (source is last or len(source.users) == 1):
@@ -116,12 +118,14 @@ def _fuse_up_to(folded: fx.GraphModule, last: Any, low: float, high: float) -> N
             return
         if not all(isinstance(part, fx.Node) for part in source.args):
             return
+        if source.target is operator.iadd and len(source.args[0].users) > 1:  # They see what is added.
+            return
         source, added = sorted(source.args, key=lambda part: not _is_free(part, folded))
         replaced.append(source)
     if not isinstance(source, fx.Node) or (source is not last and not _is_free(source, folded)):
         return
     convolution = _convolution_of(source, folded)
-    if convolution is None:
+    if convolution is None or (source is not last and any(_overwrites(user, folded) for user in source.args[0].users)):
         return
     fused = FusedConvolution(convolution, low, high)
     if added is not None and _is_free(added, folded):  # What both add to each channel is added once.
@@ -152,6 +156,14 @@ def _is_free(node: Any, folded: fx.GraphModule) -> bool:
     return _convolution_of(node, folded) is not None and len(node.users) == 1
 
 
+def _overwrites(node: fx.Node, folded: fx.GraphModule) -> bool:
+    """Whether ``node`` may change its input in place, before which a convolution cannot be moved behind it."""
+    if node.op == "call_module":
+        return bool(getattr(folded.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    return node.target is operator.iadd or name.endswith("_") or bool(node.kwargs.get("inplace", False))
+
+
 def _is_simple(pool: nn.MaxPool2d) -> bool:
     numbers = pool.kernel_size, pool.stride, pool.padding
     return (
@@ -168,20 +180,29 @@ class FusedConvolution(nn.Module):
         self.weight, self.bias = convolution.weight, convolution.bias
         self.settings: Any = convolution.stride, convolution.padding, convolution.dilation, convolution.groups
         self.low, self.high = low, high
-        is_relu = (low, high) == _LIMITS[nn.ReLU]
-        self.is_cudnns = is_relu and convolution.groups == 1 and convolution.in_channels % CHANNELS == 0
+        is_aligned = convolution.in_channels % CHANNELS == 0 and convolution.out_channels % CHANNELS == 0
+        self.is_cudnns = (low, high) == _LIMITS[nn.ReLU] and convolution.groups == 1 and is_aligned
 
     def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
-        if x.is_cuda and self.is_cudnns:
+        is_plain = z is None or z.shape == self._shape(
+            x
+        )  # Others are stretched to the other's shape as they are added.
+        if x.is_cuda and self.is_cudnns and is_plain:
             if z is None:
                 return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.settings)
             return torch.cudnn_convolution_add_relu(x, self.weight, z, 1.0, self.bias, *self.settings)
-        if kernels := kernels_of(x.device):
+        if is_plain and (kernels := kernels_of(x.device)):
             x = functional.conv2d(x, self.weight, None, *self.settings)
             return kernels.biased(x, self.bias, z, self.low, self.high)
         x = functional.conv2d(x, self.weight, self.bias, *self.settings)
         x = x if z is None else x + z
         return x if (self.low, self.high) == (-math.inf, math.inf) else x.clamp(self.low, self.high)
+
+    def _shape(self, x: torch.Tensor) -> tuple[int, ...]:
+        """Of the convolution's result."""
+        (num_channels, _, *kernel), (stride, padding, dilation, _) = self.weight.shape, self.settings
+        places = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+        return len(x), num_channels, *((side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in places)
 
 
 class MaxPool(nn.Module):

@@ -11,6 +11,8 @@ import torch
 GROUP = 64
 """Neighbouring words that are looked at as one first, when the best are chosen, by the kernels and in ``beam`` alike."""
 
+LARGEST_BEAM, LARGEST_GRID = 16, 256
+"""Beams and positions of an image up to which kernels that unroll loops over them are used; more take long to compile."""
 LEAST_CAPABILITY = 8, 0
 """Of the GPUs that Triton supports."""
 

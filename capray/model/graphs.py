@@ -3,8 +3,8 @@ would take longer than they run.
 
 The encoder and the first state are one graph, every GPU_STEPS steps of beam search another. Between those the end is tested,
 without waiting for the device: a flag of steps before arrives while the next run. Nothing leaves the batch early, and a
-smaller batch is filled up. Two batches run beside each other, each in a lane of its own: where the search of one leaves the
-device unused, or its thread is late, the device encodes the other.
+smaller batch is filled up. Two batches run beside each other, each in a lane of its own: while one is searched, or its
+thread is late, the device encodes the other.
 
 Axes: B images, H rows, W columns.
 """
@@ -12,7 +12,6 @@ Axes: B images, H rows, W columns.
 from __future__ import annotations
 
 import queue
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -52,7 +51,7 @@ class _Steps(NamedTuple):
 
 class GraphedSearch:
     """``encoder`` and ``decoder`` over batches as ``batches`` has them. Threads may call it at once: one gathers its images
-    while the device computes others'. The second lane is recorded when two want to compute at once.
+    while the device computes others'.
 
     Args:
         pool: the side that grids are pooled to.
@@ -67,11 +66,14 @@ class GraphedSearch:
         batches: Batches,
     ):
         self.batches = batches
-        self._new_lane = lambda: _Lane(encoder, decoder, preprocessing, pool, batches)
-        self._recording = threading.Lock()
-        self._free: queue.LifoQueue[_Lane] = queue.LifoQueue()
-        self._free.put(self._new_lane())
-        self._num_lanes = 1
+        self._lanes: queue.LifoQueue[_Lane] = queue.LifoQueue()
+        for i in range(NUM_LANES):
+            try:
+                self._lanes.put(_Lane(encoder, decoder, preprocessing, pool, batches))
+            except Exception as error:
+                if not i or not is_of_recording(error):
+                    raise
+                warnings.warn(f"captioning goes on with one batch at a time: {error}", stacklevel=2)
         self._staged: queue.LifoQueue[torch.Tensor] = queue.LifoQueue()
 
     def __call__(self, images: Sequence[np.ndarray]) -> Beams:
@@ -79,11 +81,11 @@ class GraphedSearch:
         staged_BHW3 = self._staging()
         try:
             gather(images, staged_BHW3[: len(images)])
-            lane = self._lane()
+            lane = self._lanes.get()
             try:
                 return lane(staged_BHW3[: len(images)])
             finally:
-                self._free.put(lane)
+                self._lanes.put(lane)
         finally:
             self._staged.put(staged_BHW3)
 
@@ -95,23 +97,10 @@ class GraphedSearch:
             batches = self.batches
             return torch.empty(batches.size, batches.height, batches.width, 3, dtype=torch.uint8, pin_memory=True)
 
-    def _lane(self) -> _Lane:
-        """One that is free, or will be."""
-        try:
-            return self._free.get_nowait()
-        except queue.Empty:
-            pass
-        with self._recording:
-            if self._num_lanes < NUM_LANES:
-                self._num_lanes += 1
-                try:
-                    return self._new_lane()
-                except Exception as error:
-                    if is_device_error(error):
-                        raise
-                    warnings.warn(f"captioning goes on with one batch at a time: {error}", stacklevel=2)
-                torch.cuda.empty_cache()
-        return self._free.get()
+
+def is_of_recording(error: Exception) -> bool:
+    """Whether ``error`` tells only that work cannot be recorded, or that there is no memory for it."""
+    return not is_device_error(error) or "captur" in str(error)
 
 
 def gather(images: Sequence[np.ndarray], batch_BHW3: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from capray.model.attention import SearchKeys
 from capray.model.beam import GROUP
 from capray.model.decoder import Decoder, Memory, State
-from capray.model.gpu import kernels_of
+from capray.model.gpu import LARGEST_BEAM, LARGEST_GRID, kernels_of
 
 LARGEST_TABLE_BYTES = 512 * 2**20
 """Of the words' products with the input weights; with a larger vocabulary they are computed at each step."""
@@ -131,13 +131,9 @@ class PreparedDecoder:
         """Unnormalised scores of the next word (B, K, V, filled up to whole groups) after ``last_BK``, and the new
         state."""
         state = State(*(part.flatten(0, 1) for part in search.state))
-        kernels, (num_images, num_beams) = kernels_of(last_BK.device), last_BK.shape
-        if (
-            kernels is not None
-            and self.words_VG is not None
-            and self.decoder.is_lstm
-            and search.memory.spread_PQ is None
-        ):
+        num_images, num_beams = last_BK.shape
+        kernels = kernels_of(last_BK.device) if self._suits_kernels(search.memory, num_beams) else None
+        if kernels is not None:
             state = self._advanced_by(kernels, last_BK, state, search.memory)
         else:
             state = self._advanced(last_BK, state, search.memory)
@@ -147,6 +143,10 @@ class PreparedDecoder:
         scores_NV = functional.linear(hidden_NH, self.output_VX, self.output_bias_V)
         state = State(*(part.unflatten(0, (num_images, num_beams)) for part in state))
         return scores_NV.unflatten(0, (num_images, num_beams)), search._replace(state=state)
+
+    def _suits_kernels(self, memory: SearchMemory, num_beams: int) -> bool:
+        is_small = num_beams <= LARGEST_BEAM and memory.grid_BQD.shape[1] <= LARGEST_GRID
+        return is_small and self.words_VG is not None and self.decoder.is_lstm and memory.spread_PQ is None
 
     def _advanced(self, last_BK: torch.Tensor, state: State, memory: SearchMemory) -> State:
         """The state (N, H) after the words ``last_BK``."""

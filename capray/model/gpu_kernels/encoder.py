@@ -133,7 +133,7 @@ def biased(
     """``x`` + ``bias`` + ``added``, cut off at ``low`` and ``high``; ``x`` is overwritten."""
     x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
     if added_BCHW is not None:
-        added_BCHW = added_BCHW.expand_as(x_BCHW).contiguous(memory_format=torch.channels_last)
+        added_BCHW = added_BCHW.contiguous(memory_format=torch.channels_last)
     _biased[(triton.cdiv(x_BCHW.numel(), _TILE),)](
         x_BCHW,
         bias_C,

@@ -35,7 +35,7 @@ def _norms_and_maxima(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
     inner = tl.arange(0, GROUP)
     highest = tl.full((), float("-inf"), tl.float32)
@@ -69,7 +69,7 @@ def _best_of_groups(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     slot = tl.arange(0, SLOTS)
     norm = tl.load(norms + row)
@@ -124,7 +124,7 @@ def _next_beams(
     CANDIDATES: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    image = tl.program_id(0)
+    image = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, CANDIDATES)
     t = tl.arange(0, STEPS)
     beam = j // num_each
@@ -183,7 +183,7 @@ def best_words(
     """As ``Choice.best_tokens``: the log-probabilities and ids (B, K, C) of the ``count`` best words that are not ``banned``
     (all of them among the first 32)."""
     *shape, num_words = scores_BKV.shape
-    scores_NV = scores_BKV.reshape(-1, num_words)
+    scores_NV = scores_BKV.reshape(-1, num_words).contiguous()
     num_rows, num_groups = len(scores_NV), triton.cdiv(num_words, GROUP)
     norms_N = torch.empty(num_rows, device=scores_NV.device)
     maxima_NG = torch.empty(num_rows, num_groups, device=scores_NV.device)

@@ -16,8 +16,8 @@ tl: Any = importlib.import_module("triton.language")
 
 _TILE = 1024
 """Numbers of a tile of keys: what the registers of one warp hold."""
-_LEAST_ROWS = 16
-"""Rows of the matrix units' smallest product."""
+_ROWS = 16
+"""Of the matrix units' smallest product: so many beams at most."""
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _additive_scores(
     POSITIONS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    image = tl.program_id(0)
+    image = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
     a = tl.arange(0, DIM)
     weight_A = tl.load(weight + a, mask=a < dim, other=0.0).to(tl.float32)
@@ -81,7 +81,7 @@ def _gated_context(
     CHUNKS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    image = tl.program_id(0)
+    image = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * DIM + tl.arange(0, DIM)
     k = tl.arange(0, ROWS)
     row = image * num_beams + k
@@ -200,7 +200,7 @@ def gated_context(scores_BKP: torch.Tensor, grid_BPD: torch.Tensor, gate_ND: tor
         dim,
         0 if gate_ND is None else gate_ND.stride(0),
         HAS_GATE=gate_ND is not None,
-        ROWS=max(_LEAST_ROWS, triton.next_power_of_2(num_beams)),
+        ROWS=_ROWS,
         POSITIONS=height,
         CHUNKS=triton.cdiv(num_positions, height),
         DIM=width,
