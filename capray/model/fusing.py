@@ -160,7 +160,7 @@ def _overwrites(node: fx.Node, folded: fx.GraphModule) -> bool:
     """Whether ``node`` may change its input in place, before which a convolution cannot be moved behind it."""
     if node.op == "call_module":
         return bool(getattr(folded.get_submodule(str(node.target)), "inplace", False))
-    name = node.target if isinstance(node.target, str) else node.target.__name__
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.target is operator.iadd or name.endswith("_") or bool(node.kwargs.get("inplace", False))
 
 
