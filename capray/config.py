@@ -479,7 +479,7 @@ class SourceSettings(Settings):
     """Only images that match one of these globs. A glob is compared with the image id, less the input's own URI in
     front; `*` matches `/` too."""
     exclude: tuple[str, ...] = ()
-    """No images that match one of these globs, nor tar shards whose names do."""
+    """No images that match one of these globs, nor what lies in folders and tar shards whose names do."""
     split: str | None = None
     """Only the rows of this split, of a Samples table."""
     id_column: str | None = None

@@ -803,6 +803,8 @@ class TestSelection:
             ({"include": ["sub/*"]}, ["sub/[x].jpg", "sub/a.jpg", "sub/c.JPG"]),
             ({"include": ["a.*", "b.*"]}, ["a.jpg", "b.png"]),
             ({"exclude": ["*a.jpg", "*.JPG"]}, ["b.png", "new\nline.jpg", "sub/[x].jpg"]),
+            ({"exclude": ["sub"]}, ["a.jpg", "b.png", "new\nline.jpg"]),
+            ({"exclude": ["s*b/", "a"]}, ["a.jpg", "b.png", "new\nline.jpg"]),
             ({"include": ["sub/*"], "exclude": ["*/[[]x*"]}, ["sub/a.jpg", "sub/c.JPG"]),
             ({"include": ["in/*"]}, []),
         ],

@@ -510,7 +510,8 @@ class Run:
             figures += f"  {self.looks.num_open:,} to look at again"
         if not self.listing.is_complete:
             figures += f"  {self.listing.num_rows:,} listed"
-        self.display.update(done, figures, "captioning", None if work.num_tars else work.num_images)
+        doing = "captioning" if done else "waiting for the first captions"
+        self.display.update(done, figures, doing, None if work.num_tars else work.num_images)
 
     def _tick(self) -> None:
         self.signals.check()

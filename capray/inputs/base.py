@@ -156,8 +156,9 @@ class Selection:
         return not self.excludes(image_id)
 
     def excludes(self, name: str) -> bool:
+        """Whether the globs name it, or a folder that it lies in."""
         name = name.removeprefix(self.root)
-        return any(self._matches(glob, name) for glob in self.exclude)
+        return any(self._matches(part, name) for glob in self.exclude for part in (glob, f"{glob.rstrip('/')}/*"))
 
     def excludes_folder(self, name: str) -> bool:
         """Whether the globs name the folder itself, or all in it."""

@@ -74,6 +74,7 @@ class GraphedSearch:
                 if not i or not is_of_recording(error):
                     raise
                 warnings.warn(f"captioning goes on with one batch at a time: {error}", stacklevel=2)
+        torch.cuda.empty_cache()
         self._staged: queue.LifoQueue[torch.Tensor] = queue.LifoQueue()
 
     def __call__(self, images: Sequence[np.ndarray]) -> Beams:
