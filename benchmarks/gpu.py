@@ -160,11 +160,11 @@ class Bench:
         architecture, own = captioner.architecture, FoldedEncoder(captioner.encoder.backbone, torch.bfloat16)
         torch.backends.cudnn.benchmark = True
         with torch.inference_mode():
-            grid = own.grid_of(pixels_BHW3[:8], architecture).float()
+            grid = own(pixels_BHW3[:8], architecture).float()
             other = captioner.encoder(normalise(pixels_BHW3[:8], architecture))
             error = float((grid - other).norm() / other.norm())
             self.row(f"relative error of the grid in bf16/{architecture.encoder}", error, "of its norm")
-            rate = len(pixels_BHW3) / median(self.seconds(lambda: own.grid_of(pixels_BHW3, architecture)))
+            rate = len(pixels_BHW3) / median(self.seconds(lambda: own(pixels_BHW3, architecture)))
         torch.backends.cudnn.benchmark = False
         self.row(f"encoder alone/{architecture.encoder}/capray's, from pixels", rate, "images/s")
         return rate

@@ -198,7 +198,7 @@ class Inference:
         self, pixels: tuple[list[torch.Tensor], torch.Tensor | None]
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         batches, places = pixels
-        return [self.encoder.grid_of(batch, self.captioner.architecture) for batch in batches], places
+        return [self.encoder(batch, self.captioner.architecture) for batch in batches], places
 
 
 def _finite(found: list[list[Hypothesis]]) -> list[list[Hypothesis]]:
@@ -253,9 +253,8 @@ class _Graphs:
 
     def _recorded(self, wanted: Batches) -> GraphedSearch | None:
         inference = self.inference
-        parts = inference.encoder, inference.decoder, inference.captioner.architecture
         try:
-            return GraphedSearch(*parts, inference.captioner.architecture.pool_grid, wanted)
+            return GraphedSearch(inference.encoder, inference.decoder, inference.captioner.architecture, wanted)
         except Exception as error:
             if not is_of_recording(error):
                 raise

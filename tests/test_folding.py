@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from capray.config import Preprocessing
+from capray.images import normalise
 from capray.model.encoder import Encoder
 from capray.model.folding import FoldedEncoder, fold_batchnorm
 from capray.model.fusing import FusedConvolution, MaxPool, Patches, fuse, take_patches
@@ -32,6 +34,14 @@ FAMILIES = [
 ]
 
 
+PREPROCESSING = Preprocessing()
+
+
+def noise(count: int) -> torch.Tensor:
+    """Images (B, 64, 64, 3), uint8."""
+    return torch.randint(0, 256, (count, 64, 64, 3), dtype=torch.uint8)
+
+
 def encoder_with_statistics(name: str) -> Encoder:
     """An encoder whose BatchNorms have seen images: statistics, weights and biases that are not 0 and 1."""
     if name.startswith("timm/"):
@@ -51,10 +61,9 @@ def encoder_with_statistics(name: str) -> Encoder:
 def test_the_folded_encoder_gives_the_same_grid(name):
     encoder = encoder_with_statistics(name)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    images = torch.randn(3, 3, 64, 64).to(memory_format=torch.channels_last)
-    folded = FoldedEncoder(encoder.backbone)
+    pixels, folded = noise(3), FoldedEncoder(encoder.backbone)
     with torch.inference_mode():
-        expected, found = encoder(images), folded(images)
+        expected, found = encoder(normalise(pixels, PREPROCESSING)), folded(pixels, PREPROCESSING)
     scale = max(1.0, float(expected.abs().max()))
     torch.testing.assert_close(found / scale, expected / scale, atol=1e-5, rtol=1e-4)
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
@@ -71,9 +80,10 @@ def test_no_batchnorm_is_left(name):
 
 def test_more_images_than_a_micro_batch():
     encoder = encoder_with_statistics("resnet18")
-    images = torch.randn(19, 3, 64, 64)
+    pixels, folded = noise(19), FoldedEncoder(encoder.backbone)
     with torch.inference_mode():
-        torch.testing.assert_close(FoldedEncoder(encoder.backbone)(images), encoder(images), atol=1e-4, rtol=1e-4)
+        expected = encoder(normalise(pixels, PREPROCESSING))
+        torch.testing.assert_close(folded(pixels, PREPROCESSING), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_backbone_that_cannot_be_traced_is_taken_as_it_is():
@@ -81,8 +91,8 @@ def test_a_backbone_that_cannot_be_traced_is_taken_as_it_is():
         def forward(self, images):
             return images * 2 if images.sum() > 0 else images
 
-    images = torch.ones(1, 3, 8, 8)
-    assert torch.equal(FoldedEncoder(Branching())(images), images * 2)
+    pixels = torch.full((1, 8, 8, 3), 255, dtype=torch.uint8)
+    assert torch.equal(FoldedEncoder(Branching())(pixels, PREPROCESSING), normalise(pixels, PREPROCESSING) * 2)
 
 
 @pytest.mark.parametrize("size", [64, 65, 70])

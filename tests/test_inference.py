@@ -145,16 +145,16 @@ class Recorded:
 
     under_way = most = 0
 
-    def __init__(self, encoder, decoder, preprocessing, pool, batches):
-        self.parts, self.batches = (encoder, decoder, preprocessing, pool), batches
+    def __init__(self, encoder, decoder, architecture, batches):
+        self.parts, self.batches = (encoder, decoder, architecture), batches
 
     def __call__(self, images):
-        encoder, decoder, preprocessing, pool = self.parts
+        encoder, decoder, architecture = self.parts
         Recorded.under_way += 1
         Recorded.most = max(Recorded.most, Recorded.under_way)
         time.sleep(0.1)
-        grid = encoder.grid_of(torch.from_numpy(np.stack(images)), preprocessing)
-        start = decoder.start(decoder.memory_of_grids([grid], pool))
+        grid = encoder(torch.from_numpy(np.stack(images)), architecture)
+        start = decoder.start(decoder.memory_of_grids([grid], architecture.pool_grid))
         beams = beam_search(decoder.next_scores, start, len(images), self.batches.decoding)
         Recorded.under_way -= 1
         return beams

@@ -100,29 +100,15 @@ class FoldedEncoder(nn.Module):
         self.backbone = folded.to(dtype).to(memory_format=torch.channels_last)
         self.dtype = dtype
 
-    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        """The native grid (B, D, h, w) of normalised images."""
-        return _cat([self.backbone(self._laid_out(part)) for part in images_B3HW.split(_at_once(images_B3HW))])
-
-    def grid_of(self, pixels_BHW3: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    def forward(self, pixels_BHW3: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
         """The native grid (B, D, h, w) of uint8 images on the encoder's device."""
-        parts = pixels_BHW3.split(_at_once(pixels_BHW3))
-        return _cat([self.backbone(self._normalised(part, preprocessing)) for part in parts])
+        size = GPU_MICRO_BATCH if pixels_BHW3.is_cuda else CPU_MICRO_BATCH
+        grids = [self.backbone(self._normalised(part, preprocessing)) for part in pixels_BHW3.split(size)]
+        return grids[0] if len(grids) == 1 else torch.cat(grids)
 
     def _normalised(self, pixels_BHW3: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
         if kernels := kernels_of(pixels_BHW3.device):
             statistics = statistics_of(preprocessing, pixels_BHW3.device)
             return kernels.patches_of(pixels_BHW3, *statistics, self.dtype, self.patches)
-        return self._laid_out(normalise(pixels_BHW3, preprocessing))
-
-    def _laid_out(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        images_B3HW = images_B3HW.to(self.dtype)
+        images_B3HW = normalise(pixels_BHW3, preprocessing).to(self.dtype)
         return images_B3HW if self.patches == Patches() else self.patches.of(images_B3HW)
-
-
-def _at_once(images: torch.Tensor) -> int:
-    return GPU_MICRO_BATCH if images.is_cuda else CPU_MICRO_BATCH
-
-
-def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -184,9 +184,8 @@ class FusedConvolution(nn.Module):
         self.is_cudnns = (low, high) == _LIMITS[nn.ReLU] and convolution.groups == 1 and is_aligned
 
     def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
-        is_plain = z is None or z.shape == self._shape(
-            x
-        )  # Others are stretched to the other's shape as they are added.
+        # What is of another shape is stretched as it is added.
+        is_plain = z is None or z.shape == self._shape(x)
         if x.is_cuda and self.is_cudnns and is_plain:
             if z is None:
                 return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.settings)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from capray.config import Decoding, Preprocessing
+from capray.config import Architecture, Decoding
 from capray.device import is_device_error
 from capray.model.beam import GPU_STEPS, Beams, Choice, Live
 from capray.model.folding import FoldedEncoder
@@ -51,25 +51,20 @@ class _Steps(NamedTuple):
 
 class GraphedSearch:
     """``encoder`` and ``decoder`` over batches as ``batches`` has them. Threads may call it at once: one gathers its images
-    while the device computes others'.
-
-    Args:
-        pool: the side that grids are pooled to.
-    """
+    while the device computes others'."""
 
     def __init__(
         self,
         encoder: FoldedEncoder,
         decoder: PreparedDecoder,
-        preprocessing: Preprocessing,
-        pool: int | None,
+        architecture: Architecture,
         batches: Batches,
     ):
         self.batches = batches
         self._lanes: queue.LifoQueue[_Lane] = queue.LifoQueue()
         for i in range(NUM_LANES):
             try:
-                self._lanes.put(_Lane(encoder, decoder, preprocessing, pool, batches))
+                self._lanes.put(_Lane(encoder, decoder, architecture, batches))
             except Exception as error:
                 if not i or not is_of_recording(error):
                     raise
@@ -118,12 +113,10 @@ class _Lane:
         self,
         encoder: FoldedEncoder,
         decoder: PreparedDecoder,
-        preprocessing: Preprocessing,
-        pool: int | None,
+        architecture: Architecture,
         batches: Batches,
     ):
-        self.encoder, self.decoder, self.preprocessing, self.pool = encoder, decoder, preprocessing, pool
-        self.batches = batches
+        self.encoder, self.decoder, self.architecture, self.batches = encoder, decoder, architecture, batches
         self.device = decoder.output_VX.device
         self.n_best = batches.decoding.n_best or batches.decoding.beam_size
         self.choice = Choice(batches.decoding, self.device)
@@ -160,8 +153,8 @@ class _Lane:
         return graph, result
 
     def _first_state(self) -> tuple[Live, SearchState]:
-        grid_BDhw = self.encoder.grid_of(self._pixels_BHW3, self.preprocessing)
-        memory = self.decoder.memory_of_grids([grid_BDhw], self.pool)
+        grid_BDhw = self.encoder(self._pixels_BHW3, self.architecture)
+        memory = self.decoder.memory_of_grids([grid_BDhw], self.architecture.pool_grid)
         beams = Live.start(self.batches.size, self.batches.decoding.max_length, self.device)
         return beams, self.decoder.start(memory)
 
