@@ -695,6 +695,9 @@ class EvaluateConfig(RegistrySettings, ImageLimits):
     """Split to score."""
     match: Literal["image_id", "file_name"] = "image_id"
     """How captions find their references: by image id, or by the last part of it (for ids that are URIs)."""
+    baseline: str | None = None
+    """Another output with captions of the same images: what this one's figures have over that one's, with intervals of
+    the paired bootstrap, and the share of images with the same caption in both."""
     allow_partial: bool = False
     """Print the figures although images of the split have no caption."""
     metrics: tuple[MetricName, ...] | None = None

@@ -24,7 +24,9 @@ from capray.metrics import (
     bootstrap,
     distinct_captions,
     mean_length,
+    mean_of,
     novel_captions,
+    paired_bootstrap,
     vocabulary_used,
 )
 from capray.output import create_view, require_output
@@ -45,6 +47,7 @@ LABELS = {
     "vocabulary_used": "different words",
     "distinct_captions": "distinct captions",
     "novel_captions": "novel captions",
+    "same_captions": "same as the baseline's",
     "perplexity": "perplexity",
     "teacher_forced_top5_accuracy": "top-5 accuracy, teacher-forced",
     "free_running_top5_accuracy": "top-5 accuracy, free-running",
@@ -53,13 +56,15 @@ LABELS = {
 
 @dataclass
 class Evaluation:
-    """The figures of a split by name; ``withheld`` says why there are none, ``left_out`` why some are missing."""
+    """The figures of a split by name, and what they have over the baseline's; ``withheld`` says why there are none,
+    ``left_out`` why some are missing."""
 
     split: str
     images: int
     matched: int
     references: int
     figures: dict[str, Figure] = field(default_factory=dict)
+    differences: dict[str, Figure] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     withheld: str | None = None
@@ -76,11 +81,14 @@ class Evaluation:
         )
         if self.figures:
             table = Table("figure")
-            table.add_column("value", justify="right")
-            table.add_column("95 % interval", justify="right")
+            for kind in ("value", "over the baseline") if self.differences else ("value",):
+                table.add_column(kind, justify="right")
+                table.add_column("95 % interval", justify="right")
             for name, figure in self.figures.items():
-                interval = "" if figure.low is None else f"{_plain(figure.low)} – {_plain(figure.high)}"
-                table.add_row(LABELS[name], _plain(figure.value), interval)
+                cells = [_plain(figure.value), _interval(figure)]
+                if name in self.differences:
+                    cells += [f"{self.differences[name].value:+.4f}", _interval(self.differences[name])]
+                table.add_row(LABELS[name], *cells)
             console.print(table)
         for line in (*self.notes, *(f"left out: {LABELS[name]}: {reason}" for name, reason in self.left_out.items())):
             console.print(line)
@@ -89,6 +97,10 @@ class Evaluation:
 
 def _plain(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _interval(figure: Figure) -> str:
+    return "" if figure.low is None else f"{_plain(figure.low)} – {_plain(figure.high)}"
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -103,7 +115,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         CheckpointError: the captioner cannot be loaded.
     """
     texts = _read(config)
-    matched = [image_id for image_id in texts.references if image_id in texts.captions]
+    matched = [image_id for image_id in texts.references if all(image_id in of.captions for of in texts.outputs)]
     evaluation = Evaluation(
         config.split,
         images=len(texts.references),
@@ -113,31 +125,52 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
     if evaluation.withheld is not None:
         return evaluation
-    corpus = Corpus.of([texts.references[i] for i in matched], [texts.captions[i] for i in matched])
-    _score(corpus, config, texts.training, evaluation)
+    references = [texts.references[i] for i in matched]
+    corpora = [Corpus.of(references, [of.captions[i] for i in matched]) for of in texts.outputs]
+    _score(corpora, config, texts.training, evaluation)
     if config.model is not None:
-        _score_captioner(config, config.model, texts.model_ids, evaluation)
+        _score_captioner(config, config.model, texts.outputs[0].model_ids, evaluation)
     if config.resamples:
         evaluation.notes.append(f"intervals: bootstrap over images, {config.resamples:,} resamples, seed {config.seed}")
     return evaluation
 
 
 def _why_withheld(config: EvaluateConfig, num_matched: int, num_images: int) -> str | None:
+    outputs = repr(config.output) if config.baseline is None else f"both {config.output!r} and {config.baseline!r}"
     if not num_matched:
         return (
-            f"none of the {num_images} images of split {config.split!r} has a caption in {config.output!r}: "
+            f"none of the {num_images} images of split {config.split!r} has a caption in {outputs}: "
             "their ids differ if the images were captioned under other names (try --match file_name)"
         )
     if num_matched < num_images and not config.allow_partial:
         return (
-            f"{num_images - num_matched} of {num_images} images of split {config.split!r} have no caption, so "
-            "figures are withheld: caption them, or give --allow-partial"
+            f"{num_images - num_matched} of {num_images} images of split {config.split!r} have no caption in {outputs}, "
+            "so figures are withheld: caption them, or give --allow-partial"
         )
     return None
 
 
-def _score(corpus: Corpus, config: EvaluateConfig, training: list[str], evaluation: Evaluation) -> None:
-    """Add the figures of the captions."""
+def _score(corpora: list[Corpus], config: EvaluateConfig, training: list[str], evaluation: Evaluation) -> None:
+    """Add the figures of the captions; with those of a baseline behind them, what the first have over them."""
+    corpus, *others = corpora
+    statistics = _statistics(corpus, config, training, evaluation)
+    evaluation.figures.update(bootstrap(statistics, config.resamples, config.seed))
+    for other in others:
+        baseline = _statistics(other, config, training, evaluation)
+        evaluation.differences.update(paired_bootstrap(statistics, baseline, config.resamples, config.seed))
+        same = mean_of("same_captions", [ours == theirs for ours, theirs in zip(corpus[1], other[1], strict=True)])
+        evaluation.figures.update(bootstrap([same], config.resamples, config.seed))
+    if "diversity" in (config.metrics or ALL_METRICS):
+        evaluation.figures["distinct_captions"] = Figure(distinct_captions(corpus.hypotheses))
+        evaluation.figures["vocabulary_used"] = Figure(vocabulary_used(corpus.hypotheses))
+    if "cider_d" in evaluation.figures:
+        evaluation.notes.append(f"CIDEr-D: idf from the references of these {len(corpus.references):,} images")
+
+
+def _statistics(
+    corpus: Corpus, config: EvaluateConfig, training: list[str], evaluation: Evaluation
+) -> list[Statistics]:
+    """Of the metrics that are wanted and can be computed; the others are noted as left out."""
     wanted = config.metrics or ALL_METRICS
     statistics: list[Statistics] = []
     for name in [name for name in REFERENCE_METRICS if name in wanted]:
@@ -147,23 +180,16 @@ def _score(corpus: Corpus, config: EvaluateConfig, training: list[str], evaluati
             if config.metrics is not None:
                 raise
             evaluation.left_out[name] = str(error)
-    counted: dict[str, Figure] = {}
     if "diversity" in wanted:
-        captions = corpus.hypotheses
-        statistics.append(mean_length(captions))
+        statistics.append(mean_length(corpus.hypotheses))
         if training:
-            statistics.append(novel_captions(captions, [tokenise(caption) for caption in training]))
+            statistics.append(novel_captions(corpus.hypotheses, [tokenise(caption) for caption in training]))
         else:
             reason = f"{config.references!r} has no captions in split {config.train_split!r} (--train-split)"
             if config.metrics is not None:
                 raise DataError(f"novel captions: {reason}")
             evaluation.left_out["novel_captions"] = reason
-        counted["distinct_captions"] = Figure(distinct_captions(captions))
-        counted["vocabulary_used"] = Figure(vocabulary_used(captions))
-    evaluation.figures.update(bootstrap(statistics, config.resamples, config.seed))
-    evaluation.figures.update(counted)
-    if "cider_d" in evaluation.figures:
-        evaluation.notes.append(f"CIDEr-D: idf from the references of these {len(corpus.references):,} images")
+    return statistics
 
 
 def _score_captioner(config: EvaluateConfig, model: str, model_ids: set[str], evaluation: Evaluation) -> None:
@@ -215,37 +241,50 @@ def _score_captioner(config: EvaluateConfig, model: str, model_ids: set[str], ev
         evaluation.notes.append(f"{undecodable:,} images cannot be decoded and are not among those")
 
 
-class _Texts(NamedTuple):
-    """Captions and references of the split, both by the key they are matched by; who wrote the captions; the training
-    split's captions, where they are wanted."""
+class _Captions(NamedTuple):
+    """The captions of an output of the split's images, by the key they are matched by; and who wrote them."""
 
     captions: dict[str, str]
-    references: dict[str, list[str]]
     model_ids: set[str]
+
+
+class _Texts(NamedTuple):
+    """The captions of the output and of the baseline's, where there is one; the references by the same key; and the training
+    split's captions, where they are wanted."""
+
+    outputs: list[_Captions]
+    references: dict[str, list[str]]
     training: list[str]
 
 
 def _read(config: EvaluateConfig) -> _Texts:
     samples = locate(config.references)
     files = [Location(entry.uri, samples.fs, entry.path) for entry in find_parquet(config.references)]
-    with require_output(config.output).connect(("captions",), samples) as connection:
-        create_view(connection, "samples", files, SAMPLES)
-        key = "image_id" if config.match == "image_id" else "regexp_extract(image_id, '[^/]*$')"
-        try:
-            references = connection.execute(
-                f"SELECT {key}, captions FROM samples WHERE split = ? ORDER BY image_id", [config.split]
+    key = "image_id" if config.match == "image_id" else "regexp_extract(image_id, '[^/]*$')"
+    outputs = []
+    for place in (config.output, *filter(None, [config.baseline])):
+        with require_output(place).connect(("captions",), samples) as connection:
+            create_view(connection, "samples", files, SAMPLES)
+            if not outputs:
+                references, training = _read_samples(connection, key, config)
+            rows = connection.execute(
+                f"SELECT {key}, caption, model_id FROM captions WHERE {key} IN (SELECT {key} FROM samples WHERE split = ?)",
+                [config.split],
             ).fetchall()
-        except duckdb.BinderException as error:
-            raise DataError(f"{config.references!r} is no Samples table: {str(error).splitlines()[0]}") from error
-        captions = connection.execute(
-            f"SELECT {key}, caption, model_id FROM captions WHERE {key} IN (SELECT {key} FROM samples WHERE split = ?)",
-            [config.split],
+        captions = _by_key([(key, caption) for key, caption, _ in rows], place, config)
+        outputs.append(_Captions(captions, {model_id for _, _, model_id in rows}))
+    return _Texts(outputs, references, training)
+
+
+def _read_samples(
+    connection: duckdb.DuckDBPyConnection, key: str, config: EvaluateConfig
+) -> tuple[dict[str, list[str]], list[str]]:
+    try:
+        references = connection.execute(
+            f"SELECT {key}, captions FROM samples WHERE split = ? ORDER BY image_id", [config.split]
         ).fetchall()
-        training = []
-        if "diversity" in (config.metrics or ALL_METRICS):
-            training = connection.execute(
-                "SELECT DISTINCT unnest(captions) FROM samples WHERE split = ?", [config.train_split]
-            ).fetchall()
+    except duckdb.BinderException as error:
+        raise DataError(f"{config.references!r} is no Samples table: {str(error).splitlines()[0]}") from error
     if not references:
         raise DataError(f"no images in split {config.split!r} of {config.references!r}")
     for image_id, texts in references:
@@ -253,15 +292,19 @@ def _read(config: EvaluateConfig) -> _Texts:
             raise DataError(
                 f"image {image_id!r} of {config.references!r} has {'a null' if texts else 'no'} reference caption"
             )
-    for rows, where in ((references, config.references), (captions, config.output)):
-        keys = [row[0] for row in rows]
-        if len(set(keys)) < len(keys):
-            raise DataError(
-                f"{len(keys) - len(set(keys))} images of {where!r} share a key ({config.match}) with another"
-            )
-    return _Texts(
-        {key: caption for key, caption, _ in captions},
-        dict(references),
-        {model_id for _, _, model_id in captions},
+    training = []
+    if "diversity" in (config.metrics or ALL_METRICS):
+        training = connection.execute(
+            "SELECT DISTINCT unnest(captions) FROM samples WHERE split = ?", [config.train_split]
+        ).fetchall()
+    return (
+        _by_key(references, config.references, config),
         [caption for (caption,) in training if caption is not None],
     )
+
+
+def _by_key(rows: list[tuple], place: str, config: EvaluateConfig) -> dict:
+    found = dict(rows)
+    if len(found) < len(rows):
+        raise DataError(f"{len(rows) - len(found)} images of {place!r} share a key ({config.match}) with another")
+    return found

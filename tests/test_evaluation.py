@@ -77,6 +77,36 @@ def test_the_figures_are_those_of_the_metric(place):
     assert f"{EXPECTED['bleu_4']:.4f}" in line_of(evaluation, "BLEU-4")
 
 
+def test_what_the_figures_have_over_a_baseline(tmp_path):
+    make(tmp_path, CAPTIONS)
+    baseline = Output(f"{tmp_path}/baseline")
+    write_job(baseline)
+    write_captions(baseline, {**CAPTIONS, "b.jpg": "a cat"})
+    evaluation = score(tmp_path, baseline=f"{tmp_path}/baseline")
+    theirs = corpus_bleu(list(REFERENCES.values()), list({**CAPTIONS, "b.jpg": "a cat"}.values()))
+    assert bleu(evaluation) == pytest.approx(EXPECTED)
+    for name, difference in evaluation.differences.items():
+        assert difference.value == pytest.approx(EXPECTED[name] - theirs[name])
+    first = evaluation.differences["bleu_1"]
+    assert first.low == 0 < first.value < first.high, "resamples without b.jpg have no difference"
+    assert evaluation.figures["same_captions"].value == pytest.approx(2 / 3)
+    assert f"{first.value:+.4f}" in line_of(evaluation, "BLEU-1")
+    same = score(tmp_path, baseline=f"{tmp_path}/out")
+    assert {(figure.low, figure.value, figure.high) for figure in same.differences.values()} == {(0, 0, 0)}
+
+
+def test_an_image_that_the_baseline_lacks_is_in_neither_figure(tmp_path):
+    make(tmp_path, CAPTIONS)
+    baseline = Output(f"{tmp_path}/baseline")
+    write_job(baseline)
+    write_captions(baseline, {name: text for name, text in CAPTIONS.items() if name != "b.jpg"})
+    settings = {"baseline": f"{tmp_path}/baseline"}
+    assert "1 of 3 images of split 'test' have no caption in both" in score(tmp_path, **settings).withheld
+    evaluation = score(tmp_path, allow_partial=True, **settings)
+    assert (evaluation.matched, evaluation.figures["same_captions"].value) == (2, 1.0)
+    assert evaluation.differences["bleu_1"].value == 0
+
+
 def test_captions_of_other_images_are_left_out(tmp_path):
     make(tmp_path, {"0.jpg": "a man", **CAPTIONS, "zz.jpg": "two dogs"})
     assert bleu(score(tmp_path)) == pytest.approx(EXPECTED)

@@ -14,7 +14,7 @@ from capray.metrics.diversity import distinct_captions, mean_length, novel_capti
 from capray.metrics.meteor import meteor, meteor_nltk
 from capray.metrics.reward import Reward
 from capray.metrics.rouge import rouge_l
-from capray.metrics.statistics import Corpus, Figure, Statistics, bootstrap, mean_of
+from capray.metrics.statistics import Corpus, Figure, Statistics, bootstrap, mean_of, paired_bootstrap
 
 REFERENCE_METRICS: dict[str, Callable[[Corpus], Statistics]] = {
     "bleu": bleu,

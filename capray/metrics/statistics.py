@@ -76,18 +76,46 @@ def bootstrap(metrics: Sequence[Statistics], num_resamples: int, seed: int = 0) 
     Koehn 2004), the same for all metrics. An image's statistics are held fixed, and with them CIDEr-D's document
     frequencies. No intervals with ``num_resamples`` 0.
     """
-    points = {name: value for metric in metrics for name, value in metric.figures().items()}
+    resampled = _resampled(metrics, num_resamples, seed)
+    return {name: _with_interval(value, resampled.get(name)) for name, value in _figures(metrics).items()}
+
+
+def paired_bootstrap(
+    metrics: Sequence[Statistics], baseline: Sequence[Statistics], num_resamples: int, seed: int = 0
+) -> dict[str, Figure]:
+    """What each figure of ``metrics`` has over that of ``baseline``, the same metrics of other captions of the same N images
+    in the same order; with percentile intervals over resamples that draw the same images for both (Koehn 2004, section
+    4)."""
+    others = _figures(baseline)
+    resampled, of_others_R = (_resampled(of, num_resamples, seed) for of in (metrics, baseline))
+    return {
+        name: _with_interval(value - others[name], resampled[name] - of_others_R[name] if name in resampled else None)
+        for name, value in _figures(metrics).items()
+    }
+
+
+def _figures(metrics: Sequence[Statistics]) -> dict[str, float]:
+    return {name: value for metric in metrics for name, value in metric.figures().items()}
+
+
+def _resampled(metrics: Sequence[Statistics], num_resamples: int, seed: int) -> dict[str, np.ndarray]:
+    """Each figure in each resample (R,). Which images a resample has follows from their number and the seed."""
     if not num_resamples or not metrics:
-        return {name: Figure(value) for name, value in points.items()}
+        return {}
     per_image_NS = np.concatenate([metric.per_image_NS for metric in metrics], 1)
     rng = np.random.default_rng(seed)
     num_images = len(per_image_NS)
     chances = np.full(num_images, 1 / num_images)
     sums_RS = np.stack([rng.multinomial(num_images, chances) @ per_image_NS for _ in range(num_resamples)])
     ends = np.cumsum([metric.per_image_NS.shape[1] for metric in metrics])[:-1]
-    tails = [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2]
-    figures = {}
-    for metric, of_metric_RS in zip(metrics, np.split(sums_RS, ends, 1), strict=True):
-        for name, values_R in metric.figures_of(of_metric_RS).items():
-            figures[name] = Figure(points[name], *(float(bound) for bound in np.percentile(values_R, tails)))
-    return figures
+    parts = zip(metrics, np.split(sums_RS, ends, 1), strict=True)
+    return {
+        name: values_R for metric, of_metric_RS in parts for name, values_R in metric.figures_of(of_metric_RS).items()
+    }
+
+
+def _with_interval(value: float, values_R: np.ndarray | None) -> Figure:
+    if values_R is None:
+        return Figure(value)
+    low, high = np.percentile(values_R, [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2])
+    return Figure(value, float(low), float(high))
