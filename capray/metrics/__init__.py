@@ -56,6 +56,7 @@ __all__ = [
     "meteor",
     "meteor_nltk",
     "novel_captions",
+    "paired_bootstrap",
     "rouge_l",
     "vocabulary_used",
 ]
