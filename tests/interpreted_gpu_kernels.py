@@ -129,6 +129,13 @@ def test_a_bias_a_sum_and_limits_are_torchs(limits, is_added):
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+def test_a_bias_stays_in_fp32():
+    x, bias_C = torch.full((1, 2, 3, 3), -1000.0, dtype=torch.bfloat16), torch.tensor([1001.25, 1002.5])
+    found = kernels.biased(x.contiguous(memory_format=torch.channels_last), bias_C, None, -math.inf, math.inf)
+    assert found.dtype == torch.bfloat16
+    assert found[0, :, 0, 0].tolist() == [1.25, 2.5] and found[0, :, 2, 2].tolist() == [1.25, 2.5]
+
+
 def test_a_convolution_that_is_stretched_over_what_it_is_added_to(monkeypatch):
     monkeypatch.setattr(fusing, "kernels_of", lambda device: kernels)
     convolution = fusing.FusedConvolution(nn.Conv2d(8, 8, 1), 0.0, math.inf)

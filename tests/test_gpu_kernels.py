@@ -64,7 +64,7 @@ COMPILED = {
         {"STRIDE": 2, "CHANNELS": 16, "PATCHES": 128},
     ),
     "_biased": (
-        {"x": "*bf16", "bias": "*bf16", "added": "*bf16", "low": "fp32", "high": "fp32"},
+        {"x": "*bf16", "bias": "*fp32", "added": "*bf16", "low": "fp32", "high": "fp32"},
         {"HAS_ADDED": True, "TILE": 2048},
     ),
     "_max_pooled": (

@@ -13,8 +13,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from capray.config import Preprocessing
 from capray.images import normalise, statistics_of
-from capray.model.fusing import Patches, fuse, take_patches
+from capray.model.fusing import DEVIATION, Patches, cast, fuse, take_patches
 from capray.model.gpu import kernels_of
+from capray.model.means import centre, correct, normals_of
 
 CPU_MICRO_BATCH = 8
 """Images a CPU encodes at once: more fall out of its caches, fewer do not pay for the calls."""
@@ -22,8 +23,9 @@ GPU_MICRO_BATCH = 256
 """Images a GPU encodes at once: enough to fill it, and the memory of the early layers stays bounded."""
 
 
-def fold_batchnorm(backbone: nn.Module) -> nn.Module:
-    """A copy of ``backbone`` whose BatchNorms are part of the convolutions before them, where they follow one directly.
+def fold_batchnorm(backbone: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A copy of ``backbone`` whose BatchNorms are part of the convolutions before them, where they follow one directly, in
+    fp32; its biases make up for weights rounded to ``dtype``.
 
     What cannot be traced is copied as it is.
     """
@@ -33,10 +35,17 @@ def fold_batchnorm(backbone: nn.Module) -> nn.Module:
     except Exception:  # Python that depends on the images: nothing to fold safely.
         return _copy(backbone)
     modules = dict(folded.named_modules())
+    for node in list(folded.graph.nodes):
+        if node.op == "call_module" and isinstance(modules[node.target], nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            folded.graph.erase_node(node)
+    norms = {}
     calls = [node.target for node in folded.graph.nodes if node.op == "call_module"]
     for node in list(folded.graph.nodes):
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
             continue
+        if modules[node.target].affine:
+            norms[node] = modules[node.target]
         (source,) = node.args
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
             continue
@@ -45,8 +54,16 @@ def fold_batchnorm(backbone: nn.Module) -> nn.Module:
         convolution = fuse_conv_bn_eval(modules[source.target], modules[node.target])
         folded.set_submodule(str(source.target), convolution)
         modules[source.target] = convolution
+        if node in norms:
+            norms[source] = norms.pop(node)
         node.replace_all_uses_with(source)
         folded.graph.erase_node(node)
+    normals = normals_of(folded, norms)
+    for node, normal in normals.items():
+        node.meta[DEVIATION] = normal.deviation
+    centre(folded, normals)
+    if dtype != torch.float32:
+        correct(folded, normals, dtype)
     folded.delete_all_unused_submodules()
     folded.recompile()
     return folded
@@ -92,12 +109,14 @@ class FoldedEncoder(nn.Module):
 
     def __init__(self, backbone: nn.Module, dtype: torch.dtype = torch.float32):
         super().__init__()
-        folded = fold_batchnorm(backbone)
+        folded = fold_batchnorm(backbone, dtype)
         self.patches = Patches()
-        if dtype != torch.float32 and next(iter(backbone.parameters()), torch.empty(0)).is_cuda:
+        is_cuda = next(iter(backbone.parameters()), torch.empty(0)).is_cuda
+        if is_cuda and dtype != torch.float32:
             self.patches = take_patches(folded)
+        if not is_cuda or dtype != torch.float32:
             fuse(folded)
-        self.backbone = folded.to(dtype).to(memory_format=torch.channels_last)
+        self.backbone = cast(folded, dtype)
         self.dtype = dtype
 
     def forward(self, pixels_BHW3: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
