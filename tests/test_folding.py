@@ -211,7 +211,8 @@ def encoder_that_magnifies(pixels: torch.Tensor) -> Encoder:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected).norm() / expected.norm())
+    """Of what varies."""
+    return float((found.float() - expected).norm() / (expected - expected.mean((0, 2, 3), keepdim=True)).norm())
 
 
 @torch.inference_mode()
@@ -219,5 +220,45 @@ def test_bf16_keeps_what_batchnorms_magnify():
     pixels = noise(32)
     encoder = encoder_that_magnifies(pixels)
     expected, folded = encoder(normalise(pixels, PREPROCESSING)), FoldedEncoder(encoder.backbone, torch.bfloat16)
-    print("ERR", relative_error(folded(pixels, PREPROCESSING), expected))
-    assert relative_error(folded(pixels, PREPROCESSING), expected) < 0.05
+    bound = 0.21 if has_onednn(torch.bfloat16) else 0.32
+    assert relative_error(folded(pixels, PREPROCESSING), expected) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["tiny", "resnet18", "mobilenet_v2", "timm/gcresnet33ts"])
+@torch.inference_mode()
+def test_onednns_convolutions_give_what_torchs_do(name, dtype, monkeypatch):
+    encoder, tolerance = encoder_with_statistics(name), 1e-5 if dtype == torch.float32 else 0.02
+    plain, fused = FoldedEncoder(encoder.backbone, dtype), FoldedEncoder(encoder.backbone, dtype)
+    for module in plain.modules():
+        if isinstance(module, FusedConvolution):
+            module.is_onednns = False
+    for pixels in (noise(9), noise(2)[:, :50], noise(9)):  # Weights are laid out for each size.
+        expected, found = plain(pixels, PREPROCESSING), fused(pixels, PREPROCESSING)
+        assert found.dtype == dtype
+        assert (found - expected).float().norm() < tolerance * expected.float().norm()
+    monkeypatch.setattr(fusing, "has_onednn", lambda dtype: False)
+    assert torch.equal(FoldedEncoder(encoder.backbone, dtype)(pixels, PREPROCESSING), expected)
+
+
+def test_without_onednns_private_operations_there_are_torchs(monkeypatch):
+    monkeypatch.setattr(fusing, "_ONEDNN", None)
+    assert not has_onednn.__wrapped__(torch.float32)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_nan_in_the_weights_is_not_lost(part):
+    encoder = encoder_with_statistics("resnet18")
+    with torch.no_grad():
+        getattr(encoder.backbone.bn1, part)[3] = math.nan
+    assert FoldedEncoder(encoder.backbone)(noise(1), PREPROCESSING).isnan().any()
+
+
+def test_a_bias_whose_rounding_matters_is_not_cudnns():
+    convolution = nn.Conv2d(8, 8, 1).requires_grad_(False)
+    for bias, is_cudnns in ((3.3, True), (300.3, False)):
+        convolution.bias.fill_(bias)
+        fused = FusedConvolution(convolution, 0.0, math.inf, deviation=torch.full((8,), 0.5))
+        fused.cast(torch.bfloat16)
+        assert fused.is_cudnns == is_cudnns
+        assert fused.weight.dtype == torch.bfloat16 and torch.equal(fused.bias, convolution.bias)

@@ -1,6 +1,6 @@
-"""A folded encoder whose convolutions take with them what follows: on GPUs in bf16 the sums, activations and poolings between
+"""A folded encoder whose convolutions do what follows them, too. On GPUs in bf16 the sums, activations and poolings between
 convolutions, and a first convolution that sees three channels, take longer than all the other convolutions. On CPUs oneDNN
-does the same for activations, and takes biases in fp32.
+has convolutions with activations, and with biases in fp32.
 
 Axes: B images, C channels, H rows, W columns; h, w those of patches.
 """
@@ -111,7 +111,7 @@ SUMS = (operator.add, operator.iadd, torch.add)
 
 
 def cast(folded: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``folded`` with weights in ``dtype``, channels last, as its device wants them; biases of fused convolutions stay in fp32."""
+    """``folded`` with weights in ``dtype``, channels last; the biases of fused convolutions stay in fp32."""
     folded = folded.to(dtype).to(memory_format=torch.channels_last)
     for module in folded.modules():
         if isinstance(module, FusedConvolution):
@@ -265,7 +265,7 @@ _NO_LIMITS: tuple[str, list[float]] = ("none", [])
 
 @lru_cache
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether this CPU and this torch, whose private operations they are, have convolutions with limits and a bias in fp32."""
+    """Whether this CPU and this torch have oneDNN's convolutions (private operations of torch's) as they are called here."""
     settings, bias = ((0, 0), (1, 1), (1, 1), 1), torch.arange(CHANNELS) - 10.0
     x, weight = (torch.ones(shape, dtype=dtype) for shape in ((1, CHANNELS, 1, 1), (CHANNELS, CHANNELS, 1, 1)))
     try:

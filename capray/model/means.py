@@ -1,7 +1,8 @@
-"""What an encoder's features are on average, as its BatchNorms tell: weights and features rounded to bf16 keep more of what
-lies around a mean when the mean itself is taken out of the products.
+"""What an encoder's features are on average, as its BatchNorms tell. Weights and features that are rounded to bf16 lose less
+when the means are taken out of the products: where a channel's mean is large beside its deviation, a BatchNorm magnifies
+whatever its convolution's weights and inputs have lost.
 
-Where a channel's mean is large beside its deviation, a BatchNorm magnifies whatever its convolution's weights and inputs lost.
+Axes: C channels.
 """
 
 from __future__ import annotations
