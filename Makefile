@@ -39,6 +39,7 @@ notebooks:  ## Execute the notebooks anew and keep what they print
 
 bench:  ## Print the benchmarks' figures beside their references
 	uv run python benchmarks/captioning.py
+	uv run python benchmarks/encoder.py
 	uv run python benchmarks/beam.py
 	uv run python benchmarks/writer.py
 	uv run python benchmarks/planning.py

@@ -229,7 +229,7 @@ class FusedConvolution(nn.Module):
         if is_plain and (kernels := kernels_of(x.device)):
             x = functional.conv2d(x, self.weight, None, *self.settings)
             return kernels.biased(x, self.bias, z, self.low, self.high)
-        x = functional.conv2d(x, self.weight, self._rounded_bias, *self.settings)
+        x = functional.conv2d(x, self.weight, self.bias.to(x.dtype), *self.settings)
         x = x if z is None else x + z
         return x if self._is_free else x.clamp(self.low, self.high)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ def normals_of(folded: fx.GraphModule, norms: Mapping[fx.Node, nn.BatchNorm2d]) 
     return found
 
 
-def _is_sum(node: fx.Node) -> bool:
+def _is_sum(node: Any) -> bool:
     """Whether it is the sum of two nodes, and nothing else looks at one that is overwritten by it."""
     if node.op != "call_function" or node.target not in SUMS or node.kwargs or len(node.args) != 2:
         return False
@@ -86,7 +87,7 @@ def centre(folded: fx.GraphModule, normals: dict[fx.Node, Normal]) -> None:
                 taken[node] = normals[node].mean
                 _add(convolution, -taken[node])
         elif _is_sum(node) and any(part in taken for part in node.args):
-            taken[node] = sum(taken[part] for part in node.args if part in taken)
+            taken[node] = reduce(operator.add, [taken[part] for part in node.args if part in taken])
         if node in taken and node in normals:
             normals[node] = normals[node]._replace(mean=normals[node].mean - taken[node])
 
