@@ -2,9 +2,9 @@
 
     uv run python benchmarks/encoder.py [--photos DIR] [--rounds 9]
 
-The relative error of grids in bf16 against fp32, by torch's autocast of the encoder as it is and as capray has it, and the share of
-equal captions (beam 5). CPU milliseconds an image by torch's conv2d and as capray has it, eight at a time, one thread, from uint8
-pixels, random weights.
+The relative error of grids in bf16 against fp32, by torch's autocast of the encoder as it is and as capray has it, and the
+share of equal captions (beam 5). CPU milliseconds an image by torch's conv2d and as capray has it, eight at a time, one
+thread, from uint8 pixels, random weights.
 """
 
 from __future__ import annotations

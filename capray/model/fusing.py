@@ -112,10 +112,13 @@ SUMS = (operator.add, operator.iadd, torch.add)
 
 def cast(folded: nn.Module, dtype: torch.dtype) -> nn.Module:
     """``folded`` with weights in ``dtype``, channels last; the biases of fused convolutions stay in fp32."""
+    fused = [module for module in folded.modules() if isinstance(module, FusedConvolution)]
+    tensors = [*folded.state_dict().values(), *(module.bias for module in fused)]
     folded = folded.to(dtype).to(memory_format=torch.channels_last)
-    for module in folded.modules():
-        if isinstance(module, FusedConvolution):
-            module.cast(dtype)
+    # oneDNN's ReLU makes 0 of NaN, which is to come out where weights are broken.
+    is_onednns = all(t.device.type == "cpu" and bool(t.isfinite().all()) for t in tensors) and has_onednn(dtype)
+    for module in fused:
+        module.cast(dtype, is_onednns)
     return folded
 
 
@@ -207,15 +210,14 @@ class FusedConvolution(nn.Module):
         self._packed: tuple[torch.Size, torch.Tensor] | None = None
         """A shape of ``x``, and the weights as oneDNN has laid them out for it."""
 
-    def cast(self, dtype: torch.dtype) -> None:
+    def cast(self, dtype: torch.dtype, is_onednns: bool) -> None:
         """Cast the weights, and choose among the ways to compute it."""
         self.to(dtype).to(memory_format=torch.channels_last)
         self._rounded_bias = self.bias.to(dtype)
         if self.deviation is not None:  # cuDNN takes the bias in the weights' type.
             lost = (self._rounded_bias - self.bias).norm()
             self.is_cudnns &= bool(lost <= MOST_LOST * self.deviation.norm())
-        is_finite = bool(self.weight.isfinite().all() and self.bias.isfinite().all())  # oneDNN's ReLU makes 0 of NaN.
-        self.is_onednns = is_finite and self.weight.device.type == "cpu" and has_onednn(dtype)
+        self.is_onednns = is_onednns
 
     def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
         if self.is_onednns:
