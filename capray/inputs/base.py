@@ -221,24 +221,15 @@ class Source(ABC):
     def __init__(self, place: Location, settings: SourceSettings, keep: tuple[str, ...] = ()):
         self.place, self.settings, self.keep = place, settings, keep
         self.selection = Selection.of(settings, root_of(place))
+        self.source_type: pa.DataType | None = None
+        """The type of the carried columns."""
+        self.image_column: str | None = None
+        """The column that holds the images, of a Parquet source that does."""
+        self.id_column: str | None = None
+        """The column of the ids beside ``image_column``."""
         self.witnesses: tuple[str, ...] = ()
         self.mounts: set[str] = set()
         """What threads add to while they list; see Known."""
-
-    @property
-    def source_type(self) -> pa.DataType | None:
-        """The type of the carried columns."""
-        return None
-
-    @property
-    def image_column(self) -> str | None:
-        """The column that holds the images, of a Parquet source that does."""
-        return None
-
-    @property
-    def id_column(self) -> str | None:
-        """The column of the ids beside ``image_column``."""
-        return None
 
     @property
     def read_as(self) -> list[str | None]:
