@@ -301,10 +301,15 @@ def root_of(place: Location) -> str:
     return posixpath.dirname(re.split(r"[*?[]", place.uri)[0]) if is_glob(place) else place.uri
 
 
+def lists_uris(source: Source) -> bool:
+    """Whether ``source`` is lists or tables of URIs."""
+    return source.kind in ("manifest", "parquet") and source.image_column is None
+
+
 def names_uris(source: Source) -> bool:
     """Whether images of ``source`` may have other ids than their URIs: those of lists and tables of URIs, and with a column
     of ids."""
-    return source.image_column is None and (source.kind in ("manifest", "parquet") or bool(source.settings.id_column))
+    return lists_uris(source) or (source.image_column is None and bool(source.settings.id_column))
 
 
 class Containers(Source):

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from capray.config import CaptionConfig, SourceSettings
 from capray.errors import CaprayError, ConfigError, StorageUnavailable
-from capray.inputs.base import ContainerChanged, LeftOut, Page, Source, TarMembers
+from capray.inputs.base import ContainerChanged, LeftOut, Page, Source, TarMembers, lists_uris
 from capray.inputs.places import encode_places, places_schema
 from capray.inputs.versions import entry_at
 from capray.inputs.witnesses import witnesses
@@ -330,7 +330,7 @@ class Listing:
             listed = {
                 key: unit.version
                 for key, unit in self._units.items()
-                if unit.is_done and unit.version and _lists_uris(self.sources[key[0]])
+                if unit.is_done and unit.version and lists_uris(self.sources[key[0]])
             }
 
         def is_rewritten(key: _Key) -> bool:
@@ -594,10 +594,6 @@ class Listing:
                     self.plan.fs.rm(self.plan.join(folder).path, recursive=True)
                 elif paths:
                     self.plan.fs.rm(paths)
-
-
-def _lists_uris(source: Source) -> bool:
-    return source.kind == "manifest" or (source.kind == "parquet" and source.image_column is None)
 
 
 def _digest_of(config: CaptionConfig, sources: list[Source]) -> str:
