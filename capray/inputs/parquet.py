@@ -10,6 +10,7 @@ import posixpath
 import re
 from collections.abc import Container, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -426,11 +427,5 @@ def _text_of(value: Any) -> str | None:
 
 
 def _batched(items: Iterator, size: int) -> Iterator[list]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    while batch := list(islice(items, size)):
         yield batch
