@@ -245,7 +245,7 @@ class Reader:
             images = images_of(tar, self.limits.max_image_bytes, others.append)
             for stem, of_stem in groupby(images, lambda image: _stem(image[0].name)):
                 names = wanted.get(stem, {})
-                is_named = any(of in stems for of in _stems(f"{stem}."))
+                is_named = any(stem[:dot] in stems for dot in dots(f"{stem}."))
                 for member, data, whole in of_stem:
                     is_cut = is_cut or (not whole and member.size <= self.limits.max_image_bytes)
                     is_known = whole or member.size > self.limits.max_image_bytes
@@ -311,11 +311,6 @@ def _stem(member: str) -> str:
 def _left_out(row: Row, reason: str, names: list[str]) -> Iterator[Event]:
     if names:
         yield LeftOut(row["input"], row["container"], reason, len(names), names[0])
-
-
-def _stems(member: str) -> Iterator[str]:
-    """A member's name before each of the dots in it."""
-    return (member[:dot] for dot in dots(member))
 
 
 def _with_witness(outcome: FetchOutcome, patience: Patience) -> FetchOutcome:

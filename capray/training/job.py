@@ -27,7 +27,7 @@ from capray.tracking.registry import is_registered
 from capray.tracking.runs import Model, Tracker
 from capray.training.encoding import build_cache
 from capray.training.features import Cache, cached_dataset, choose_root, identify
-from capray.training.initial_captioner import Weights, adopt_captioner, build_captioner, build_vocabulary
+from capray.training.initial_captioner import Weights, adopt_captioner, build_captioner
 from capray.training.metrics_board import board_class
 from capray.training.sample_stream import EpochSeed, dataset
 from capray.training.stages import prepare_stage
@@ -182,7 +182,8 @@ def _gather(config: TrainConfig) -> tuple[TrainConfig, Material]:
     if config.init_from is not None:
         config, vocabulary, weights = adopt_captioner(config)
     else:
-        vocabulary = build_vocabulary((words for image in tokens for words in image), config)
+        captions = (words for image in tokens for words in image)
+        vocabulary = Vocabulary.build(captions, config.min_word_count, config.max_vocabulary)
     if config.word_vectors is not None:
         vectors = read_word_vectors(config.word_vectors, vocabulary, config.embed_dim)
     return config, Material(text, validation, tokens, vocabulary, vectors, weights)
