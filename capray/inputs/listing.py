@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,12 +52,6 @@ _Key = tuple[int, str]
 """The number of an input, and a unit of it: a container's URI, or part of a listing of objects."""
 
 
-class HasPlan(Protocol):
-    """An output, as far as the listing knows it."""
-
-    plan: Location
-
-
 @dataclass
 class _Unit:
     """How far a unit is listed.
@@ -80,7 +74,7 @@ class Listing:
     """Lists ``sources`` in the background, as a context.
 
     Args:
-        output: where it is stored.
+        plan: where it is stored.
         config: its inputs and SourceSettings tell whether a stored listing is of the same inputs.
         write: publishes bytes; raises when this run may not write.
         relist: whether to drop a stored listing.
@@ -96,14 +90,14 @@ class Listing:
 
     def __init__(
         self,
-        output: HasPlan,
+        plan: Location,
         run_id: str,
         sources: list[Source],
         config: CaptionConfig,
         write: Write,
         relist: bool = False,
     ):
-        self.plan, self.sources, self.write = output.plan, sources, write
+        self.plan, self.sources, self.write = plan, sources, write
         self.schema = places_schema(sources[0].source_type)
         self.superseded: dict[_Key, int] = {}
         self.changed: dict[_Key, float] = {}
