@@ -199,6 +199,7 @@ def _fit(
     gpus: float,
 ) -> None:
     import ray
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray.exceptions import RayError
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -264,7 +265,7 @@ def _fit(
         run_config=RunConfig(
             name="checkpoints",
             storage_path=output.path,
-            storage_filesystem=None if output.is_local else _arrow_filesystem(output.fs),
+            storage_filesystem=None if output.is_local else PyFileSystem(FSSpecHandler(output.fs)),
             checkpoint_config=CheckpointConfig(num_to_keep=2),  # ty: ignore[invalid-argument-type]
             failure_config=FailureConfig(config.max_restarts),  # ty: ignore[invalid-argument-type]
         ),
@@ -372,12 +373,6 @@ def _describe(material: Material, parameters: int, trained: int, config: TrainCo
     if empty:
         lines.append(f"{empty} captions have no word and are left out")
     return "\n".join(lines)
-
-
-def _arrow_filesystem(fs: Any):
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    return PyFileSystem(FSSpecHandler(fs))
 
 
 def _digest(samples: str) -> str:
