@@ -56,9 +56,7 @@ def show_times(name: str, dtype: torch.dtype, rounds: int) -> None:
         "capray": lambda: own(pixels, preprocessing),
     }
     torchs, owns = (seconds * 1000 / len(pixels) for seconds in interleaved(ways, rounds).values())
-    print(
-        f"{name} {dtype}: {owns:.1f} ms an image beside {torchs:.1f} ({torchs / owns:.2f} ×); {machine()}", flush=True
-    )
+    print(f"{name} {dtype}: {owns:.1f} ms an image beside {torchs:.1f} ({torchs / owns:.2f} ×); {machine()}", flush=True)
 
 
 def main() -> None:

@@ -12,17 +12,7 @@ from typing import Any, ClassVar
 
 from capray.errors import DataError
 from capray.inputs.base import ROWS_PER_PAGE, Page, Source, is_hidden, rows_of
-from capray.storage import (
-    Location,
-    is_file,
-    is_unanswered,
-    s3_pages,
-    stat_of,
-    storage_errors,
-    text_of,
-    walk,
-    was_removed,
-)
+from capray.storage import Location, is_file, is_unanswered, s3_pages, stat_of, storage_errors, text_of, walk, was_removed
 
 MAX_LEVELS = 3
 """Levels below the input that are looked into for prefixes to list side by side."""
