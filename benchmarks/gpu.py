@@ -249,13 +249,7 @@ class Bench:
             graphed._lanes.put(lane)
         step = found["search"] / decoding.max_length
         bar = {"bar": STEP_BAR_MS, "ratio": STEP_BAR_MS / step} if len(block) == 512 else {}
-        self.row(
-            f"beam step/{name}",
-            step,
-            "ms",
-            kernels=self.kernels(searched, decoding),
-            **bar,
-        )
+        self.row(f"beam step/{name}", step, "ms", kernels=self.kernels(searched, decoding), **bar)
         return found
 
     @staticmethod

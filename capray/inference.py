@@ -64,11 +64,7 @@ class Inference:
     """
 
     def __init__(
-        self,
-        captioner: Captioner,
-        precision: str = "fp32",
-        batch_size: int | None = None,
-        model_id: str = "",
+        self, captioner: Captioner, precision: str = "fp32", batch_size: int | None = None, model_id: str = ""
     ):
         assert not captioner.training, "inference needs the captioner in evaluation mode"
         torch.backends.cuda.matmul.allow_tf32 = False

@@ -127,10 +127,7 @@ class TestMistakes:
             (["caption", ".", "--model", "m"], "is no photo: an output is needed"),
             (["query", "nowhere"], "'nowhere' is no captioning output"),
             (["evaluate", "nowhere", "--references", "r"], "--split is required"),
-            (
-                ["prepare", "shapes"],
-                "something is missing: capray prepare shapes OUTPUT",
-            ),
+            (["prepare", "shapes"], "something is missing: capray prepare shapes OUTPUT"),
             (["prepare", "shapes", "o", "--num-images", "9"], "--num-images: .* 10, not '9'"),
             (["--config", "x.yaml"], "a configuration file needs a job"),
             (["train", "--config", "x.yaml"], "cannot read the configuration 'x.yaml'"),

@@ -208,8 +208,7 @@ class TestLooks:
         assert (look.kind, look.certain) == ("truncated", True)
 
     @pytest.mark.parametrize(
-        ("mark", "kind", "death"),
-        [("KILLS", "crashed", "SIGABRT"), ("STARVES", "captioning_error", "SIGKILL")],
+        ("mark", "kind", "death"), [("KILLS", "crashed", "SIGABRT"), ("STARVES", "captioning_error", "SIGKILL")]
     )
     def test_what_kills_its_process_again_does_so_but_for_a_kernels_sigkill(
         self, tmp_path, fetcher, monkeypatch, mark, kind, death

@@ -395,12 +395,7 @@ class TestRay:
             assert read_claim(proved)["ray_job"] == (metadata or {}).get("job_submission_id")
 
     def test_what_the_cluster_says(self, monkeypatch):
-        answers = {
-            "raysubmit_1": "STOPPED",
-            "raysubmit_2": "RUNNING",
-            "nightly": "SUCCEEDED",
-            "raysubmit_3": "SILENCE",
-        }
+        answers = {"raysubmit_1": "STOPPED", "raysubmit_2": "RUNNING", "nightly": "SUCCEEDED", "raysubmit_3": "SILENCE"}
 
         class Client:
             def get_job_status(self, job_id):

@@ -145,18 +145,10 @@ class RayExecutor:
         # A block of this job is one Ray row: each is to leave its task by itself.
         data.context.target_max_block_size = 1
         units = data.map_batches(
-            expand,
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=EXPAND_CPUS,
-            compute=ray.data.TaskPoolStrategy(2),
+            expand, batch_size=1, batch_format="pyarrow", num_cpus=EXPAND_CPUS, compute=ray.data.TaskPoolStrategy(2)
         )
         fetched = units.map_batches(
-            fetch_unit,
-            batch_size=1,
-            batch_format="pyarrow",
-            fn_kwargs={"fetcher": fetcher},
-            num_cpus=FETCH_CPUS,
+            fetch_unit, batch_size=1, batch_format="pyarrow", fn_kwargs={"fetcher": fetcher}, num_cpus=FETCH_CPUS
         )
         on_gpu = pool.gpus_per_actor > 0
         together = BATCHES_TOGETHER * max(1, GPU_BATCH // fetcher.block_rows) if on_gpu and not config.batch_size else 1

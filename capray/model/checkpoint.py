@@ -34,10 +34,7 @@ def pack(captioner: Captioner, half: bool = False) -> dict[str, bytes]:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in captioner.state_dict().items()}
     if half:
         state = _halved(captioner, state)
-    files = {
-        WEIGHTS: safetensors.torch.save(state),
-        VOCABULARY: captioner.vocabulary.to_json().encode(),
-    }
+    files = {WEIGHTS: safetensors.torch.save(state), VOCABULARY: captioner.vocabulary.to_json().encode()}
     config = {
         "schema_version": SCHEMA_VERSION,
         "capray_version": capray.__version__,

@@ -55,10 +55,7 @@ _BATCH_ROWS = 65_536
 _OPTIONAL = ("source", "tokens", "attention")
 _BOUND_BY = ("model_id", "precision", "schema_version", "attention", "kept_columns")
 """What job.json says besides the decoding settings that must be the same for all outputs of one work."""
-_QUERIED = {
-    "captions": ("image_id", "uri", "sha256", "model_id"),
-    "failures": ("image_id", "error_type"),
-}
+_QUERIED = {"captions": ("image_id", "uri", "sha256", "model_id"), "failures": ("image_id", "error_type")}
 
 _Digests = dict[str, bytes | str | None]
 """By image id: the SHA-256 of its bytes, or why they cannot be had; None for an image that is too large."""

@@ -128,12 +128,7 @@ def _from_table(config: ExplainConfig, table: str) -> Explanation:
     with _failures_of(place):
         decoded = decode(data, limits)
     return _explanation(
-        decoded,
-        caption,
-        tokens,
-        np.asarray(weights_TP, np.float32),
-        None,
-        Preprocessing.create(job["preprocessing"]),
+        decoded, caption, tokens, np.asarray(weights_TP, np.float32), None, Preprocessing.create(job["preprocessing"])
     )
 
 

@@ -74,8 +74,7 @@ def report_output(config: ReportConfig) -> str:
             galleries=galleries,
             pictures=pictures,
             searchable=_rows(
-                connection,
-                _drawn("image_id, caption, round(score::DOUBLE, 2) AS score", NUM_SEARCHABLE, config.seed),
+                connection, _drawn("image_id, caption, round(score::DOUBLE, 2) AS score", NUM_SEARCHABLE, config.seed)
             ),
         )
     write_atomic(locate(config.html), html.encode())

@@ -66,10 +66,7 @@ def dataset(
 
 
 def stream(
-    items: list[Any],
-    read: Callable[..., pa.Table],
-    settings: dict[str, Any],
-    epoch_seed: EpochSeed | None = None,
+    items: list[Any], read: Callable[..., pa.Table], settings: dict[str, Any], epoch_seed: EpochSeed | None = None
 ):
     """A Ray Dataset of what ``read`` makes of each of ``items``, with ``settings``, in a task of its own.
 

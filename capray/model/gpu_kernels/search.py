@@ -26,14 +26,7 @@ def _is_banned(token, BANNED: tl.constexpr):
 
 @triton.jit
 def _norms_and_maxima(
-    scores,
-    norms,
-    maxima,
-    num_words,
-    num_groups,
-    BANNED: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
+    scores, norms, maxima, num_words, num_groups, BANNED: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
