@@ -71,8 +71,7 @@ class Evaluation:
         stream = io.StringIO()
         console = Console(file=stream, width=160, highlight=False, markup=False, emoji=False, soft_wrap=True)
         console.print(
-            f"split {self.split}: {self.matched:,} of {self.images:,} images have a caption; "
-            f"{self.references:,} references"
+            f"split {self.split}: {self.matched:,} of {self.images:,} images have a caption; {self.references:,} references"
         )
         if self.figures:
             table = Table("figure")
@@ -208,9 +207,7 @@ def _score_captioner(config: EvaluateConfig, model: str, model_ids: set[str], ev
         raise DataError(f"no image of split {config.split!r} of {config.references!r} can be decoded")
     statistics = Statistics(np.concatenate(sums), accuracy_figures)
     evaluation.figures.update(bootstrap([statistics], config.resamples, config.seed))
-    evaluation.notes.append(
-        f"perplexity and accuracy: captioner {model_id[:12]} over {num_images:,} images, <end> included"
-    )
+    evaluation.notes.append(f"perplexity and accuracy: captioner {model_id[:12]} over {num_images:,} images, <end> included")
     if undecodable:
         evaluation.notes.append(f"{undecodable:,} images cannot be decoded and are not among those")
 
@@ -256,9 +253,7 @@ def _read(config: EvaluateConfig) -> _Texts:
     for rows, where in ((references, config.references), (captions, config.output)):
         keys = [row[0] for row in rows]
         if len(set(keys)) < len(keys):
-            raise DataError(
-                f"{len(keys) - len(set(keys))} images of {where!r} share a key ({config.match}) with another"
-            )
+            raise DataError(f"{len(keys) - len(set(keys))} images of {where!r} share a key ({config.match}) with another")
     return _Texts(
         {key: caption for key, caption, _ in captions},
         dict(references),

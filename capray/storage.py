@@ -175,9 +175,7 @@ def storage_errors(doing: str) -> Generator[None]:
         raise StorageError(f"{doing}: not found ({error})") from error
     except PermissionError as error:
         if s3_answer(error)[1] in EXPIRED_CODES:
-            raise StorageUnavailable(
-                f"{doing}: {error}: renew the credentials and run the same command again"
-            ) from error
+            raise StorageUnavailable(f"{doing}: {error}: renew the credentials and run the same command again") from error
         raise StorageError(f"{doing}: permission denied ({error})") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -385,9 +383,7 @@ def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], 
         arguments["ContinuationToken"] = answer["NextContinuationToken"]
 
 
-def walk(
-    root: str, denied: list[str] | None = None, signs: tuple[str, ...] = (".",)
-) -> Iterator[tuple[str, list[str]]]:
+def walk(root: str, denied: list[str] | None = None, signs: tuple[str, ...] = (".",)) -> Iterator[tuple[str, list[str]]]:
     """The folders from ``root`` down in the order of their names, each once, with the names of the files in it, sorted.
 
     Links to folders are followed, but for those with a hidden name (one that begins with a sign of ``signs``) and those to
@@ -415,9 +411,7 @@ def walk(
             folders.clear()
             continue
         seen.add(key)
-        folders[:] = sorted(
-            name for name in folders if not _is_listed_elsewhere(os.path.join(folder, name), whole, signs)
-        )
+        folders[:] = sorted(name for name in folders if not _is_listed_elsewhere(os.path.join(folder, name), whole, signs))
         yield folder, sorted(names)
 
 

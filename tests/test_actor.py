@@ -247,9 +247,7 @@ class TestAnImageThatKillsItsProcess:
         caption(actor, photo("a"))
         assert actor._child._child is None and len(ended) == 1
 
-    def test_is_taken_care_of_in_a_healthy_one_and_proven_by_a_second_time(
-        self, settings, device, monkeypatch, tmp_path
-    ):
+    def test_is_taken_care_of_in_a_healthy_one_and_proven_by_a_second_time(self, settings, device, monkeypatch, tmp_path):
         """Only the marked image is captioned apart."""
         actor = CaptioningActor(settings)
         log = tmp_path / "log"
@@ -359,9 +357,7 @@ class TestASickDevice:
         device.write_text("nan")
         actor = CaptioningActor(settings)
         for _ in range(2):
-            with pytest.raises(
-                TryAgain, match="the device does not work.*no finite.*nothing was recorded against images"
-            ):
+            with pytest.raises(TryAgain, match="the device does not work.*no finite.*nothing was recorded against images"):
                 caption(actor, photo("a"))
 
     def test_an_actor_that_dies_again_and_again_stops_the_job(self, settings, monkeypatch):

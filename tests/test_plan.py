@@ -67,8 +67,7 @@ def write_failures(output: Output, failures: list[tuple[str, str]], run: str = E
     """One part of (image id, kind); a later number is a later time."""
     at = START + datetime.timedelta(days=int(run[-1]), seconds=number)
     rows = [
-        {"image_id": name, "error_type": kind, "message": "m", "run_id": run, "failed_at": at}
-        for name, kind in failures
+        {"image_id": name, "error_type": kind, "message": "m", "run_id": run, "failed_at": at} for name, kind in failures
     ]
     table = pa.Table.from_pylist(rows, schema=FAILURES)
     write_atomic(output.failures.join(f"part-{run}-{number:05d}.parquet"), encode_parquet(table))
@@ -281,9 +280,7 @@ class TestUnits:
 
     def rows(self, kind: str, container: str, group: int, size: int) -> list[dict]:
         place = {"row_group": group} if kind == "row" else {}
-        return [
-            {"image_id": f"{container}-{group}-{i}", "kind": kind, "container": container} | place for i in range(size)
-        ]
+        return [{"image_id": f"{container}-{group}-{i}", "kind": kind, "container": container} | place for i in range(size)]
 
     def test_a_row_group_is_never_cut_and_small_ones_are_joined(self, output):
         groups = [("a", 0, 10), ("a", 1, 3), ("b", 1, 1), ("b", 2, 4), ("c", 0, 9), ("d", 0, 1), ("d", 1, 1)]
@@ -434,9 +431,7 @@ class TestRemoveDuplicates:
     def rows(self, output: Output) -> dict[str, list[tuple[str, str]]]:
         parts = {part.path.rsplit("/", 1)[1]: part for part in output.parts(output.captions)}
         return {
-            name: [
-                (row["image_id"], row["caption"]) for row in pq.read_table(part.path, filesystem=part.fs).to_pylist()
-            ]
+            name: [(row["image_id"], row["caption"]) for row in pq.read_table(part.path, filesystem=part.fs).to_pylist()]
             for name, part in parts.items()
         }
 

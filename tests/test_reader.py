@@ -483,9 +483,7 @@ class TestReadsThatDoNotReturn:
 
         def hanging(path, flags, *options, **others):
             return (
-                open_file(pipe, os.O_RDONLY)
-                if str(path).endswith("b.jpg")
-                else open_file(path, flags, *options, **others)
+                open_file(pipe, os.O_RDONLY) if str(path).endswith("b.jpg") else open_file(path, flags, *options, **others)
             )
 
         monkeypatch.setattr(byte_reader.os, "open", hanging)

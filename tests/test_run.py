@@ -238,9 +238,8 @@ class TestManifestsOfSeveralFolders:
         assert (first.elsewhere, second.captions, second.elsewhere) == (0, 0, 3)
         where = [str(each.with_name("photo-0000.jpg")) for each in lists]
         assert second.first_elsewhere == ("photo-0000.jpg", *where)
-        assert (
-            f"3 captions under these ids are of images at other URIs, first: photo-0000.jpg is of {where[0]}, not"
-            in (second.text())
+        assert f"3 captions under these ids are of images at other URIs, first: photo-0000.jpg is of {where[0]}, not" in (
+            second.text()
         )
         for each, number in zip(lists, (0, 3), strict=True):
             result = verify(VerifyConfig(output=str(job.output), against=(str(each),)))
@@ -1183,9 +1182,7 @@ class TestMountsBelowTheInput:
         "where",
         ["below", "linked", "the input", "above the input", "a list's", "a list's top", "a list's file://", "bound"],
     )
-    def test_away_from_a_mountpoint_that_holds_something_when_another_process_goes_on(
-        self, job, mount, monkeypatch, where
-    ):
+    def test_away_from_a_mountpoint_that_holds_something_when_another_process_goes_on(self, job, mount, monkeypatch, where):
         is_linked = where == "linked"
         places = {
             "linked": job.input.with_name("disk"),
@@ -1410,9 +1407,7 @@ class TestWhatChanges:
                 images = [Path(path).read_bytes() if whole or i != 1 else None for i, path in enumerate(paths)]
                 pq.write_table(pa.table({"image_id": [*"abc"], "image": images}), job.input / source)
             elif kind == "list":
-                rows = [
-                    {"image_id": "abc"[i], "uri": path if whole or i != 1 else None} for i, path in enumerate(paths)
-                ]
+                rows = [{"image_id": "abc"[i], "uri": path if whole or i != 1 else None} for i, path in enumerate(paths)]
                 (job.input / source).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
             else:
                 bad = tmp_path / "bad.jpg"

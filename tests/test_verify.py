@@ -260,9 +260,7 @@ def test_examples_are_few(tmp_path: Path) -> None:
     add_captions(output, paths[:2], 0)
     write_job(output)
     (problem,) = run(tmp_path / "out").problems
-    assert (
-        problem.startswith("38 ids") and problem.endswith(" …") and problem.count(".jpg") == verification.NUM_EXAMPLES
-    )
+    assert problem.startswith("38 ids") and problem.endswith(" …") and problem.count(".jpg") == verification.NUM_EXAMPLES
 
 
 def shards(tmp_path: Path) -> tuple[Path, Path]:

@@ -115,9 +115,7 @@ class Settled:
     def num_captions_of(self, run_id: str) -> int:
         """Those in the parts of a run."""
         own = [number for number, part in self._parts.items() if f"/part-{run_id}-" in part.path]
-        return first_row(
-            self.connection, f"SELECT count(*) FROM captioned WHERE list_contains({own}::INTEGER[], part)"
-        )[0]
+        return first_row(self.connection, f"SELECT count(*) FROM captioned WHERE list_contains({own}::INTEGER[], part)")[0]
 
     def refresh(self) -> None:
         """Read the parts that were published since the last time.
@@ -231,9 +229,7 @@ def _numbered(number: int, part: Location, names: tuple[str, ...]) -> pa.Table:
     return table.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), table.num_rows))
 
 
-def insert(
-    connection: duckdb.DuckDBPyConnection, sql: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
-) -> int:
+def insert(connection: duckdb.DuckDBPyConnection, sql: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> int:
     """Run an INSERT from the table ``incoming`` of ``batches``, and raise what they raise as it is, not in DuckDB's words;
     how many rows it was."""
     errors = []

@@ -118,9 +118,7 @@ class RayExecutor:
         return Pool(number, number * GROWTH if can_grow else number, each, config.threads_per_actor)
 
     @contextmanager
-    def tables(
-        self, work: Work, fetcher: Fetcher, settings: CaptioningSettings
-    ) -> Generator[Iterator[pa.Table | None]]:
+    def tables(self, work: Work, fetcher: Fetcher, settings: CaptioningSettings) -> Generator[Iterator[pa.Table | None]]:
         nodes = cluster.alive_nodes()
         with _streamed(self._dataset(work, fetcher, settings)) as stream:
 

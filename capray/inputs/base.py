@@ -291,9 +291,7 @@ class Source(ABC):
         for name in names:
             value = self.keep if name == "keep" else getattr(self.settings, name)
             if value:
-                raise ConfigError(
-                    f"{name} {value!r} does not apply to {self.place.uri!r}, which is {_KINDS[self.kind]}"
-                )
+                raise ConfigError(f"{name} {value!r} does not apply to {self.place.uri!r}, which is {_KINDS[self.kind]}")
 
 
 def root_of(place: Location) -> str:
@@ -396,9 +394,7 @@ def rows_of(kind: Kind, columns: dict[str, Any], **same: Any) -> pa.Table:
     return pa.table(
         {name: pa.repeat(pa.scalar(value, PLACES.field(name).type), number) for name, value in same.items()}
         | {
-            name: values
-            if isinstance(values, (pa.Array, pa.ChunkedArray))
-            else pa.array(values, PLACES.field(name).type)
+            name: values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values, PLACES.field(name).type)
             for name, values in columns.items()
         }
     )

@@ -517,9 +517,7 @@ class Listing:
         columns["position"] = pa.repeat(pa.scalar(0, pa.int64()), rows.num_rows)
         columns |= {name: rows[name] for name in rows.column_names}
         nothing = pa.nulls(rows.num_rows)
-        return pa.table(
-            [columns.get(field.name, nothing).cast(field.type) for field in self.schema], schema=self.schema
-        )
+        return pa.table([columns.get(field.name, nothing).cast(field.type) for field in self.schema], schema=self.schema)
 
     # Files.
 

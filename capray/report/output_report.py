@@ -186,9 +186,7 @@ def _pictures(
                 data = found.get(image_id)
             else:
                 uri = wanted[image_id]
-                data = (
-                    read_image(uri, limits.max_image_bytes) if uri is not None and not BEHIND_TAR.search(uri) else None
-                )
+                data = read_image(uri, limits.max_image_bytes) if uri is not None and not BEHIND_TAR.search(uri) else None
             return None if data is None else thumbnail(data, limits)
         except ImageError:
             return None
