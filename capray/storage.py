@@ -82,9 +82,9 @@ class Location:
 
 @dataclass(frozen=True)
 class Entry:
-    """One listed object: its URI, its path in the filesystem, its size in bytes, what tells it from other versions of
-    it (``file_version``, ``object_version``), and when it was last written, in seconds since the epoch; 0 where that is not
-    known."""
+    """One listed object: its URI (of a file the ``text_of`` its path), its path in the filesystem, its size in bytes, what
+    tells it from other versions of it (``file_version``, ``object_version``), and when it was last written, in seconds since
+    the epoch; 0 where that is not known."""
 
     uri: str
     path: str
@@ -247,11 +247,12 @@ def entry_of(root: Location, path: str, info: dict[str, Any]) -> Entry:
 
 
 def _file_entry(path: str, about: os.stat_result) -> Entry:
-    return Entry(path, path, about.st_size, file_version(about), about.st_mtime)
+    return Entry(text_of(path), path, about.st_size, file_version(about), about.st_mtime)
 
 
 def uri_of(root: Location, path: str) -> str:
-    return path if root.is_local else f"{root.uri.split('://', 1)[0]}://{path}"
+    """The URI of what is at ``path`` of the filesystem of ``root``, as ids and tables hold it."""
+    return text_of(path) if root.is_local else f"{root.uri.split('://', 1)[0]}://{path}"
 
 
 def iter_files(root: Location, denied: list[str] | None = None, signs: tuple[str, ...] = (".",)) -> Iterator[Entry]:
@@ -673,7 +674,7 @@ def find_parquet(uri: str) -> list[Entry]:
     if is_glob(root):
         entries = [entry for entry in glob_files(root) if entry.path.endswith(".parquet")]
     elif is_file(root):
-        entries = [Entry(root.uri, root.path, root.fs.size(root.path))]
+        entries = [Entry(uri_of(root, root.path), root.path, root.fs.size(root.path))]
     else:
         entries = [entry for entry in iter_files(root, signs=(".", "_")) if entry.path.endswith(".parquet")]
         entries = [entry for entry in entries if "/_" not in entry.path[len(root.path.rstrip("/")) :]]

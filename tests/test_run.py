@@ -854,6 +854,44 @@ class TestOddInputs:
         ids = {name.rpartition("/")[2] for name in captions}
         assert ids >= {r"\xff", r"\x5cxff", r"\x5cxe9\xfe", r"a\b", r"\x41", "ok"}
 
+    @pytest.mark.parametrize("kind", ["tar", "sidecar", "table", "list"])
+    def test_containers_whose_names_are_no_utf8(self, job, tmp_path, kind):
+        folder = job.input / os.fsdecode(b"\xe9")
+        folder.mkdir(parents=True)
+        for name, shade in ((os.fsdecode(b"caf\xe9"), 30), (r"caf\xe9", 60), ("plain", 90)):
+            data = encoded("JPEG", shade)
+            path = folder / f"{name}.parquet"
+            if kind == "table":
+                (tmp_path / "table").write_bytes(b"")
+                pq.write_table(pa.table({"image_id": [str(shade)], "image": [data]}), tmp_path / "table")
+                (tmp_path / "table").rename(path)
+            elif kind == "list":
+                (folder / f"{shade}.jpg").write_bytes(data)
+                (tmp_path / "lists").mkdir(exist_ok=True)
+                path = tmp_path / "lists" / f"{name}.csv"
+                path.write_text(f"uri\n{job.input}/\\xe9/{shade}.jpg\n")
+            else:
+                write_tar(path.with_suffix(".tar"), {"0.jpg": data})
+                if kind == "sidecar":
+                    pq.write_table(pa.table({"key": ["0"]}), tmp_path / "table")
+                    (tmp_path / "table").rename(path)
+        source = str(tmp_path / "lists" if kind == "list" else job.input)
+        assert job.run(input=source).captions == 3
+        assert job.run(input=source).captions == 0
+        verified = verify(VerifyConfig(output=str(job.output), against=(source,), check_bytes=3))
+        assert not verified.problems and verified.counts["images_same"] == 3
+        if kind in ("tar", "sidecar"):
+            names = {name.removeprefix(source) for name in sha256s(job)}
+            assert names == {rf"/\xe9/{name}.tar#0.jpg" for name in (r"caf\xe9", r"caf\x5cxe9", "plain")}
+
+    def test_a_list_whose_name_is_no_utf8_is_read_again_when_it_was_rewritten(self, job, tmp_path):
+        photos = write_photos(tmp_path / "photos", 4)
+        job.input.mkdir()
+        manifest = job.input / os.fsdecode(b"caf\xe9.csv")
+        manifest.write_text(f"uri\n{photos[0]}\n")
+        add = lambda: manifest.write_text("uri\n" + "\n".join(photos) + "\n")  # noqa: E731
+        assert job.run(at_block(1, add)).captions == 4
+
     def test_an_input_whose_name_is_no_utf8(self, job, tmp_path):
         with pytest.raises(ConfigError, match="no UTF-8"):
             job.run(input=os.fsdecode(bytes(tmp_path) + b"/\xff"))

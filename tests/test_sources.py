@@ -702,6 +702,16 @@ class TestTars:
         assert ids(tmp_path / "in", exclude=["1.tar"]) == [tars[0], tars[2]]
         assert ids(tmp_path / "in", include=["*#a.jpg"]) == tars, "its members are not known yet"
 
+    def test_excluded_containers_are_none_of_the_input(self, tmp_path):
+        folder = tmp_path / "in"
+        write_table(folder / "a.parquet", {"uri": ["/a.jpg"]})
+        write_table(folder / "old" / "b.parquet", {"uri": ["/b.jpg"]})
+        (folder / "c.parquet").write_bytes(b"no table")
+        source = opened(folder, exclude=["c.*", "old"])
+        assert [*source.versions()] == source.units() == [f"{folder}/a.parquet"]
+        assert ids(folder, exclude=["c.*", "old"]) == ["/a.jpg"]
+        assert ids(folder / "a.parquet", exclude=["*/in/*"]) == ["/a.jpg"], "what is named itself is asked for"
+
     @pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.tar.zst"])
     def test_compressed_ones_are_refused(self, tmp_path, name):
         touch(tmp_path / "in", name)

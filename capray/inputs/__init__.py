@@ -160,7 +160,9 @@ def _source_of(
             hidden += entry.path.lower().endswith(endings)
         else:
             shown.append(entry)
-    found = [entry for entry in shown if entry.path.lower().endswith(endings)]
+    there = [entry for entry in shown if entry.path.lower().endswith(endings)]
+    # What the input itself names is asked for.
+    found = [entry for entry in there if entry.path == place.path or not selection.excludes(entry.uri)]
     if not found:
         raise NothingThere(f"no files ending in {' or '.join(endings)} at {uri!r}")
     is_auto = settings.input_kind == "auto"
@@ -174,7 +176,7 @@ def _source_of(
         return Parquet(place, settings, keep, found, hidden)
     assert kind == "tar", kind
     beside = {posixpath.splitext(entry.uri)[0]: entry for entry in shown if entry.uri.lower().endswith(".parquet")}
-    sidecars = {tar.uri: beside.pop(stem) for tar in found if (stem := posixpath.splitext(tar.uri)[0]) in beside}
+    sidecars = {tar.uri: beside.pop(stem) for tar in there if (stem := posixpath.splitext(tar.uri)[0]) in beside}
     return Tars(place, settings, keep, found, sidecars, hidden, list(beside.values()) if is_auto else [])
 
 

@@ -19,7 +19,7 @@ from capray.storage import (
     s3_pages,
     stat_of,
     storage_errors,
-    text_of,
+    uri_of,
     walk,
     was_removed,
 )
@@ -84,9 +84,7 @@ class Images(Source):
         return Page(rows, after, found, num_hidden)
 
     def _uri(self, path: str) -> str:
-        if self.place.is_local:
-            return text_of(path)
-        return f"{self.place.uri.split('://', 1)[0]}://{path}"
+        return uri_of(self.place, path)
 
     def _list_folder(self, root: str, after: list[str] | None) -> Iterator[Page]:
         """Every regular file below ``root`` in the order of its folders' names. A folder that cannot be listed is a unit of

@@ -28,9 +28,9 @@ from capray.config import CaptionConfig, SourceSettings
 from capray.errors import CaprayError, ConfigError, StorageUnavailable
 from capray.inputs.base import ContainerChanged, LeftOut, Page, Source, TarMembers
 from capray.inputs.places import encode_places, places_schema
-from capray.inputs.versions import entry_at
+from capray.inputs.versions import container_at
 from capray.inputs.witnesses import witnesses
-from capray.storage import Location, Write, is_of_arrow, locate, path_of, storage_errors
+from capray.storage import Location, Write, is_of_arrow, path_of, storage_errors
 
 NUM_LISTERS = 16
 FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 100_000, 1_000_000
@@ -335,7 +335,7 @@ class Listing:
 
         def is_rewritten(key: _Key) -> bool:
             try:
-                return entry_at(locate(key[1])).version != listed[key]
+                return container_at(key[1]).version != listed[key]
             except CaprayError:
                 return False
 
