@@ -96,6 +96,9 @@ class Entry:
 Write = Callable[[Location, bytes], None]
 """Publishes bytes at a place: ``write_atomic``, or a wrapper that checks the lease first."""
 
+Excludes = Callable[[str], bool]
+"""Whether the folder at a path is left out with all in it."""
+
 
 def locate(uri: str, as_written: bool = False) -> Location:
     """The filesystem and path of ``uri``: a local path, ``file://…``, ``s3://…`` or any fsspec URI.
@@ -255,15 +258,23 @@ def uri_of(root: Location, path: str) -> str:
     return text_of(path) if root.is_local else f"{root.uri.split('://', 1)[0]}://{path}"
 
 
-def iter_files(root: Location, denied: list[str] | None = None, signs: tuple[str, ...] = (".",)) -> Iterator[Entry]:
-    """Every file below ``root``, in the order the store lists them; see ``walk`` for ``denied`` and ``signs``.
+def nothing(path: str) -> bool:
+    """Excludes no folder."""
+    return False
+
+
+def iter_files(
+    root: Location, denied: list[str] | None = None, signs: tuple[str, ...] = (".",), excludes: Excludes = nothing
+) -> Iterator[Entry]:
+    """Every file below ``root``, in the order the store lists them; see ``walk``, by which a local folder is listed, for the
+    other arguments.
 
     Raises:
         StorageError: the store cannot be reached or refuses the listing.
     """
     with storage_errors(f"listing {root.uri}"):
         if root.is_local:
-            for folder, names in walk(root.path, denied, signs):
+            for folder, names in walk(root.path, denied, signs, excludes):
                 for name in names:
                     path = os.path.join(folder, name)
                     if (about := _about(path, denied)) is not None:
@@ -276,7 +287,7 @@ def iter_files(root: Location, denied: list[str] | None = None, signs: tuple[str
             yield entry_of(root, path, info)
 
 
-def glob_files(place: Location, denied: list[str] | None = None) -> Iterator[Entry]:
+def glob_files(place: Location, denied: list[str] | None = None, excludes: Excludes = nothing) -> Iterator[Entry]:
     """The files that match the glob ``place``. On a file system links are followed, as ``iter_files`` does, and one to
     nowhere is a file, too; folders on the way that cannot be listed are added to ``denied``.
 
@@ -287,7 +298,7 @@ def glob_files(place: Location, denied: list[str] | None = None) -> Iterator[Ent
     with storage_errors(f"listing {place.uri}"):
         if place.is_local:
             _, *names = place.path.split("/")
-            for path in _matches("/", names, denied):
+            for path in _matches("/", names, denied, excludes):
                 about = _about(path, denied)
                 if about is not None and not stat.S_ISDIR(about.st_mode):
                     yield _file_entry(path, about)
@@ -312,7 +323,7 @@ def _about(path: str, denied: list[str] | None) -> os.stat_result | None:
         return None
 
 
-def _matches(folder: str, patterns: list[str], denied: list[str] | None) -> Iterator[str]:
+def _matches(folder: str, patterns: list[str], denied: list[str] | None, excludes: Excludes) -> Iterator[str]:
     """The paths below ``folder`` whose names match ``patterns`` one by one; ``**`` stands for any number of folders."""
     pattern, *rest = patterns
     if pattern == "**":
@@ -321,7 +332,7 @@ def _matches(folder: str, patterns: list[str], denied: list[str] | None) -> Iter
         except ValueError as error:
             raise ConfigError(f"{'/'.join(patterns)!r}: {error}") from error
         try:
-            for inside, names in walk(folder, denied, (".", "_")):
+            for inside, names in walk(folder, denied, (".", "_"), excludes):
                 relative = inside[len(folder.rstrip("/")) + 1 :]
                 for path, name in ((os.path.join(inside, name), name) for name in names):
                     if matches(f"{relative}/{name}" if relative else name):
@@ -355,7 +366,7 @@ def _matches(folder: str, patterns: list[str], denied: list[str] | None) -> Iter
         if not rest:
             yield from () if about is None and _is_gone(path) else (path,)
         elif about is not None and stat.S_ISDIR(about.st_mode):
-            yield from _matches(path, rest, denied)
+            yield from _matches(path, rest, denied, excludes)
         elif about is None and denied is not None and not _is_gone(path):
             denied.append(path)  # A link to a folder that is away, perhaps.
 
@@ -382,16 +393,20 @@ def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], 
 
 
 def walk(
-    root: str, denied: list[str] | None = None, signs: tuple[str, ...] = (".",)
+    root: str, denied: list[str] | None = None, signs: tuple[str, ...] = (".",), excludes: Excludes = nothing
 ) -> Iterator[tuple[str, list[str]]]:
-    """The folders from ``root`` down in the order of their names, each once, with the names of the files in it, sorted.
+    """The folders from ``root`` down in the order of their names, with the names of the files in it, sorted.
 
     Links to folders are followed, but for those with a hidden name (one that begins with a sign of ``signs``) and those to
-    what is in ``root`` anyway. A folder below ``root`` that cannot be listed is added to ``denied``; without that, OSError.
-    One that was removed is left out.
+    what is in ``root`` anyway; where several lead comes once. A folder below ``root`` that cannot be listed is added to
+    ``denied``; without that, OSError. One that was removed is left out, and so is what ``excludes`` names, which makes no
+    other name of it one too many.
     """
-    whole = os.path.realpath(root)
-    seen: set[tuple[int, int, bool]] = set()
+    above, whole = root.rstrip("/"), os.path.realpath(root)
+    seen: set[tuple[str, bool]] = set()
+
+    def is_left_out(path: str) -> bool:
+        return excludes(path) or _is_listed_elsewhere(path, whole, signs, lambda below: excludes(above + below))
 
     def note(error: OSError) -> None:
         if error.filename != root and was_removed(error.filename, root):
@@ -401,19 +416,14 @@ def walk(
         denied.append(error.filename)
 
     for folder, folders, names in os.walk(root, onerror=note, followlinks=True):
-        try:
-            here = os.stat(folder)
-        except OSError as error:
-            note(error)
-            continue
-        key = here.st_dev, here.st_ino, _is_hidden_below(folder, root, signs)
-        if key in seen:
-            folders.clear()
-            continue
-        seen.add(key)
-        folders[:] = sorted(
-            name for name in folders if not _is_listed_elsewhere(os.path.join(folder, name), whole, signs)
-        )
+        # By links alone two folders are one: bind mounts have names of their own, and numbers of inodes tell nothing on NFS.
+        if (real := os.path.realpath(folder)) != whole.rstrip("/") + folder[len(above) :]:
+            key = real, _is_hidden_below(folder, root, signs)
+            if key in seen:
+                folders.clear()
+                continue
+            seen.add(key)
+        folders[:] = sorted(name for name in folders if not is_left_out(os.path.join(folder, name)))
         yield folder, sorted(names)
 
 
@@ -441,14 +451,16 @@ def _is_gone(path: str) -> bool:
     return False
 
 
-def _is_listed_elsewhere(path: str, root: str, signs: tuple[str, ...]) -> bool:
-    """Whether ``path`` is a link to a folder that a listing of ``root`` has under another name, or with a hidden name."""
+def _is_listed_elsewhere(path: str, root: str, signs: tuple[str, ...], excludes_below: Excludes) -> bool:
+    """Whether ``path`` is a link to a folder that a listing of ``root`` has under another name, or with a hidden name.
+    ``excludes_below`` is given what goes on from ``root``."""
     if not os.path.islink(path):
         return False
     target = os.path.realpath(path)
     if os.path.basename(path).startswith(signs) or _is_below(root, target):
         return True
-    return _is_below(target, root) and not _is_hidden_below(target, root, signs)
+    is_listed = _is_below(target, root) and not _is_hidden_below(target, root, signs)
+    return is_listed and not excludes_below(target[len(root.rstrip("/")) :])
 
 
 def _is_hidden_below(path: str, root: str, signs: tuple[str, ...]) -> bool:

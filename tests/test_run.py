@@ -1290,8 +1290,8 @@ class TestMountsBelowTheInput:
             subprocess.run(["umount", "-l", mounted], check=True)
             (mounted / "NOT-MOUNTED").touch()
 
-        def leaving(root, denied):
-            for number, each in enumerate(walk(root, denied)):
+        def leaving(*of):
+            for number, each in enumerate(walk(*of)):
                 if number == 1:
                     leave()
                 yield each

@@ -147,6 +147,47 @@ class TestFolder:
         assert sorted(ids(tmp_path / "in")) == sorted([*paths, *added])
         assert sorted(ids(tmp_path / "in", exclude=("a-latest/*",))) == sorted([*paths, *added])
 
+    def test_what_a_link_leads_to_is_listed_under_a_name_that_is_wanted(self, tmp_path):
+        folder = tmp_path / "in"
+        x, deep, tops = touch(folder, "x/x.jpg", "raw/deep/a.jpg", "raw/b.jpg")
+        touch(tmp_path / "real", "c.jpg", "sub/d.jpg")
+        (tmp_path / "real" / "loop").symlink_to(tmp_path / "real")
+        (tmp_path / "real" / "sub" / "up").symlink_to(tmp_path / "real")
+        for name in ("l", "m"):
+            (folder / name).symlink_to(tmp_path / "real")
+        (folder / "pick").symlink_to("raw/deep")
+        (folder / "raw" / "up").symlink_to(folder)
+        in_l, in_m, picked = (
+            [f"{folder}/{name}" for name in names]
+            for names in (("l/c.jpg", "l/sub/d.jpg"), ("m/c.jpg", "m/sub/d.jpg"), ("pick/a.jpg",))
+        )
+        assert sorted(ids(folder)) == sorted([x, deep, tops, *in_l])
+        for glob in ("l", "l/*", "l/"):
+            assert sorted(ids(folder, exclude=(glob,))) == sorted([x, deep, tops, *in_m])
+        assert sorted(ids(folder, exclude=("raw",))) == sorted([x, *picked, *in_l])
+        assert sorted(ids(folder, exclude=("raw/deep/*", "m"))) == sorted([x, tops, *picked, *in_l])
+        assert sorted(ids(folder, include=("pick/*", "m/s*", "x/x.jpg"))) == sorted([x, *picked, in_m[1]])
+        assert ids(folder, include=("*/deep/*",)) == [deep]
+
+    def test_tars_behind_a_link_beside_one_that_is_excluded(self, tmp_path):
+        tar = write_tar(tmp_path / "in" / "x.tar", ["a.jpg"])
+        write_tar(tmp_path / "real" / "y.tar", ["a.jpg"])
+        for name in ("l", "m"):
+            (tmp_path / "in" / name).symlink_to(tmp_path / "real")
+        for source in (tmp_path / "in", tmp_path / "in" / "**" / "*.tar"):
+            assert sorted(ids(source, exclude=("l",))) == [f"{tmp_path}/in/m/y.tar", tar]
+
+    def test_folders_of_one_inode_number_are_two_where_no_link_led(self, tmp_path, monkeypatch):
+        paths = touch(tmp_path / "in", "a/a.jpg", "b/b.jpg")
+        stat = os.stat
+
+        def alike(path, **options):
+            about = stat(path, **options)
+            return os.stat_result([about[0], 7, *about[2:10]]) if str(path).endswith(("/a", "/b")) else about
+
+        monkeypatch.setattr("capray.storage.os.stat", alike)
+        assert ids(tmp_path / "in") == paths
+
     def test_a_folder_that_cannot_be_listed_is_a_unit_of_its_own(self, tmp_path, monkeypatch):
         paths = touch(tmp_path / "in", "a/b.jpg", "lost+found/c.jpg", "z.jpg")
         denied, scandir = str(tmp_path / "in" / "lost+found"), os.scandir

@@ -87,10 +87,10 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     denied: list[str] = []
     selection = Selection.of(settings, root_of(place))
     mounts = mounts_of(selection.root) if place.is_local else set()
-    files = _files(place, denied, _HIDDEN)
+    files = _files(place, denied, _HIDDEN, selection)
     sample = list(itertools.islice(files, _SAMPLE))
     if not sample:  # Hidden for tables and tars, not for images.
-        files = _files(place, denied, Images.hidden_signs)
+        files = _files(place, denied, Images.hidden_signs, selection)
         sample = list(itertools.islice(files, _SAMPLE))
     while sample and not _shown(place, sample[-_SAMPLE:], selection):
         if not (more := list(itertools.islice(files, _SAMPLE))):
@@ -100,7 +100,8 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
         raise StorageError(f"nothing can be read at {uri!r}: {closed[0]!r} cannot be listed, or does not answer")
     if not sample:
         what = "no file matches" if is_glob(place) else "there are no images at"
-        raise NothingThere(f"{what} {uri!r}" + ("" if is_glob(place) else ": it is empty, or does not exist"))
+        but = ", or all of it is excluded" if settings.exclude else ""
+        raise NothingThere(f"{what} {uri!r}" + ("" if is_glob(place) else f": it is empty, or does not exist{but}"))
     kind = settings.input_kind if settings.input_kind != "auto" else _kind_of(place, sample, selection)
     source = _source_of(kind, place, settings, keep, itertools.chain(sample, files), selection, denied)
     if kind != "images" and (closed := _wanted(place, denied, selection)):
@@ -202,16 +203,21 @@ def _others(place: Location, kind: str, files: list[Entry]) -> tuple[list[Entry]
     return others, away
 
 
-def _files(place: Location, denied: list[str], signs: tuple[str, ...]) -> Iterator[Entry]:
-    """The files the input names: itself, the matches of its glob, or all below it but for what is in folders ``denied``."""
+def _files(place: Location, denied: list[str], signs: tuple[str, ...], selection: Selection) -> Iterator[Entry]:
+    """The files the input names: itself, the matches of its glob, or all below it but for what is in folders ``denied`` or
+    excluded."""
+
+    def excludes(path: str) -> bool:
+        return selection.excludes_folder(uri_of(place, path))
+
     if is_glob(place):
-        yield from glob_files(place, denied)
+        yield from glob_files(place, denied, excludes)
     elif place.is_local and not is_there(place):
         raise NothingThere(f"there is nothing at {place.uri!r}")
     elif is_file(place):
         yield entry_at(place)
     else:
-        yield from iter_files(place, denied, signs)
+        yield from iter_files(place, denied, signs, excludes)
 
 
 def _below(place: Location, entry: Entry) -> str:

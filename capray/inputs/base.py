@@ -164,6 +164,15 @@ class Selection:
         """Whether the globs name the folder itself, or all in it."""
         return self.excludes(name) or self.excludes(f"{name}/")
 
+    def leaves_out(self, folder: str) -> bool:
+        """Whether no image can be wanted whose id is its URI and begins with ``folder``."""
+        inside = f"{folder.removeprefix(self.root)}/"
+        begins = [re.split(r"[*?[]", glob, maxsplit=1)[0] for glob in self.include]
+        is_elsewhere = self.include and not any(
+            begin.startswith(inside) or inside.startswith(begin) for begin in begins
+        )
+        return bool(is_elsewhere) or self.excludes_folder(folder)
+
     def in_shard(self, key: str) -> bool:
         """Whether ``key`` falls to this shard, by CRC-32 of its UTF-8."""
         if self.shard is None:

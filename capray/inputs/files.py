@@ -93,7 +93,9 @@ class Images(Source):
         files: list[tuple[str, int]] = []
         last = after
         denied: list[str] = []
-        for folder, names in walk(root, denied):
+        for folder, names in walk(
+            root, denied, self.hidden_signs, lambda path: self.selection.leaves_out(self._uri(path))
+        ):
             for name in names:
                 path = os.path.join(folder, name)
                 # By order, not by finding it again: what the last page ended with may be gone.
@@ -118,7 +120,7 @@ class Images(Source):
         wanted = [
             path
             for path in denied
-            if not self.selection.excludes_folder(self._uri(path))
+            if not self.selection.leaves_out(self._uri(path))
             and not is_hidden(path.removeprefix(self.place.path), self.hidden_signs)
         ]
         self.note_folders(folders)
