@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 
 from capray.config import SourceSettings
 from capray.errors import ConfigError, StorageError
+from capray.images import ENDINGS
 from capray.inputs.base import Containers, Selection, Source, is_hidden, root_of
-from capray.inputs.files import Images
+from capray.inputs.files import CONTAINERS, Images
 from capray.inputs.parquet import MANIFESTS, Inventory, Manifest, Parquet
 from capray.inputs.tars import Tars
 from capray.inputs.versions import entry_at
@@ -35,6 +36,7 @@ _BESIDE = {"manifest": (), "parquet": (".json", ".md"), "tar": (".parquet", ".js
 """What lies beside the files of a kind."""
 _NUM_WITNESSES = 4
 _HIDDEN = (".", "_")
+_IMAGES = tuple(f".{ending}" for ending in ENDINGS)
 
 __all__ = ["NothingThere", "Source", "are_containers", "open_sources"]
 
@@ -157,8 +159,8 @@ def _source_of(
     shown: list[Entry] = []
     hidden = 0
     for entry in files:
-        if is_hidden(_below(place, entry), _HIDDEN):
-            hidden += entry.path.lower().endswith(endings)
+        if _is_hidden(place, entry):
+            hidden += entry.path.lower().endswith((*endings, *CONTAINERS, *_IMAGES))
         else:
             shown.append(entry)
     there = [entry for entry in shown if entry.path.lower().endswith(endings)]
@@ -228,9 +230,16 @@ def _below(place: Location, entry: Entry) -> str:
     return entry.path[len(root) :]
 
 
+def _is_hidden(place: Location, entry: Entry) -> bool:
+    """Whether ``entry`` is no file of the input for its name, or one on the way to it. Among tables "_" begins the names of
+    what those who write them lay beside them; an image's is as good as any (cameras write ``_MG_0001.JPG``)."""
+    is_image = entry.path.lower().endswith(_IMAGES)
+    return is_hidden(_below(place, entry), Images.hidden_signs if is_image else _HIDDEN)
+
+
 def _shown(place: Location, files: list[Entry], selection: Selection) -> list[Entry]:
     """Those of ``files`` that are neither hidden nor excluded; of them those that --include names, if it names files."""
-    shown = [entry for entry in files if not is_hidden(_below(place, entry), _HIDDEN)]
+    shown = [entry for entry in files if not _is_hidden(place, entry)]
     shown = [entry for entry in shown if not selection.excludes(entry.uri)]
     return [entry for entry in shown if selection.has(entry.uri)] or shown
 

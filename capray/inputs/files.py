@@ -30,7 +30,7 @@ MAX_LEVELS = 3
 _LAST = "\U0010ffff"
 
 
-_CONTAINERS = (".tar", ".parquet")
+CONTAINERS = (".tar", ".parquet")
 """Endings of files that hold images, and are none."""
 
 
@@ -76,8 +76,8 @@ class Images(Source):
         shown = [(path, size) for path, size in files if not is_hidden(path[len(root) :], self.hidden_signs)]
         num_hidden = len(files) - len(shown)
         if self.settings.input_kind == "auto":
-            held = [path for path, _ in shown if path.lower().endswith(_CONTAINERS)]
-            shown = [(path, size) for path, size in shown if not path.lower().endswith(_CONTAINERS)]
+            held = [path for path, _ in shown if path.lower().endswith(CONTAINERS)]
+            shown = [(path, size) for path, size in shown if not path.lower().endswith(CONTAINERS)]
             found += tuple(f"container:{path}" for path in held if self.selection.has(self._uri(path)))
         uris = [self._uri(path) for path, _ in shown]
         rows = rows_of("object", {"image_id": uris, "uri": uris, "size": [size for _, size in shown]})
