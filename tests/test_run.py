@@ -1304,6 +1304,33 @@ class TestMountsBelowTheInput:
         with pytest.raises(StorageUnavailable, match=r"in/b was a mount when its images were listed.*--relist"):
             list(source.pages(unit))
 
+    @pytest.mark.parametrize(("name", "exclude"), [(".snapshot", ()), ("skip", ("skip",)), ("a/skip", ("a/s*/*",))])
+    def test_one_that_is_left_out_may_go(self, job, mount, monkeypatch, name, exclude):
+        paths = write_photos(job.input / "a", 2)
+        mounted, walk = mount(job.input / name), files.walk
+        write_photos(mounted / "deep", 2)
+        (source,) = open_sources((str(job.input),), SourceSettings(exclude=exclude))
+
+        def leaving(*of):
+            for number, each in enumerate(walk(*of)):
+                if number == 0:
+                    subprocess.run(["umount", "-l", mounted], check=True)
+                yield each
+
+        monkeypatch.setattr(files, "walk", leaving)
+        (page,) = source.pages(*source.units())
+        assert sorted(page.rows["uri"].to_pylist()) == paths
+
+    def test_one_that_is_left_out_and_asked_for_by_a_link_is_noted(self, job, mount):
+        write_photos(job.input / "a", 2)
+        mounted = mount(job.input / "disk")
+        write_photos(mounted, 2)
+        (job.input / "linked").symlink_to(mounted)
+        (source,) = open_sources((str(job.input),), SourceSettings(exclude=("disk",)))
+        assert str(mounted) not in source.mounts
+        (page,) = source.pages(*source.units())
+        assert page.rows.num_rows == 4 and str(mounted) in source.mounts
+
     def test_a_folder_that_does_not_answer_holds_up_no_listing(self, job, monkeypatch):
         monkeypatch.setattr(witnesses_module, "OPEN_SECONDS", 0.1)
         realpath = os.path.realpath

@@ -95,7 +95,7 @@ class Summary:
             notes.append(f"stopped at the limit; the same command goes on ({self.left:,} images or shards known of)")
         if self.hidden_files:
             notes.append(
-                f"{self.hidden_files:,} hidden files (names that begin with ., among tables and shards _, but for images) were left out"
+                f"{self.hidden_files:,} hidden files (names that begin with ., in tables and shards _) were left out"
             )
         notes += [f"{number:,} {LEFT_OUT[reason]} ({name})" for reason, (number, name) in self.left_out.items()]
         return "\n".join([*lines, *(f"  note: {note}" for note in notes), f"tables in {self.output}"])

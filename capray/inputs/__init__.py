@@ -16,7 +16,7 @@ from capray.inputs.files import CONTAINERS, Images
 from capray.inputs.parquet import MANIFESTS, Inventory, Manifest, Parquet
 from capray.inputs.tars import Tars
 from capray.inputs.versions import entry_at
-from capray.inputs.witnesses import mounts_of, opens
+from capray.inputs.witnesses import mount_points, opens
 from capray.storage import (
     Entry,
     Location,
@@ -88,7 +88,7 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
         )
     denied: list[str] = []
     selection = Selection.of(settings, root_of(place))
-    mounts = mounts_of(selection.root) if place.is_local else set()
+    points = mount_points() if place.is_local else set()
     files = _files(place, denied, _HIDDEN, selection)
     sample = list(itertools.islice(files, _SAMPLE))
     if not sample:  # Hidden for tables and tars, not for images.
@@ -111,7 +111,8 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
             f"{closed[0]!r} cannot be listed, or links to nowhere, and may hold files of this input: let it be read, or "
             "--exclude it"
         )
-    source.mounts |= mounts
+    if place.is_local:
+        source.note_folders((), points)
     source.check_mounts()
     if place.is_local and (kind in ("images", "tar") or source.image_column):
         source.witnesses = tuple(

@@ -25,7 +25,7 @@ from capray.images import ImageError
 from capray.inputs.places import PLACES, Kind, Row
 from capray.inputs.versions import VersionChanged
 from capray.inputs.witnesses import OR_RELIST, WAS_A_MOUNT, Known, is_mount, mounts_of
-from capray.storage import Entry, Location, is_glob, is_of_arrow, path_of, storage_errors
+from capray.storage import Entry, Location, is_glob, is_of_arrow, path_of, storage_errors, text_of
 
 MAX_FOLDERS = 1000
 """Folders named by the lists of an input whose mounts are noted."""
@@ -264,9 +264,17 @@ class Source(ABC):
         """What tells, of an input on a file system, whether that is away."""
         return Known(self.witnesses, self.selection.root, tuple(sorted(self.mounts)))
 
-    def note_folders(self, folders: Iterable[str]) -> None:
-        """Note which mounts ``folders`` of the input are on."""
-        self.mounts.update(mounts_of(self.selection.root, folders))
+    def note_folders(self, folders: Iterable[str], points: set[str] | None = None) -> None:
+        """Note which mounts ``folders`` of the input are on, and those below it, but for what is hidden or excluded;
+        ``points`` are the mounts of the machine when these were looked at."""
+        shown = [folder for folder in folders if not self._leaves_out(folder)]
+        self.mounts.update(mounts_of(self.selection.root, shown, self._leaves_out, points))
+
+    def _leaves_out(self, folder: str) -> bool:
+        """Whether ``folder`` lies in the input, and is hidden or excluded."""
+        below = folder.removeprefix(self.selection.root)
+        is_below = below != folder
+        return is_below and (is_hidden(below, self.hidden_signs) or self.selection.excludes_folder(text_of(folder)))
 
     def check_mounts(self) -> None:
         """What was listed from a folder whose mount is away is not all of it.
