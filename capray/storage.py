@@ -427,7 +427,7 @@ def walk(
         yield folder, sorted(names)
 
 
-_GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
+_GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
 
 
 def was_removed(path: str, root: str) -> bool:
@@ -445,9 +445,12 @@ def leads_nowhere(path: str) -> bool:
 
 
 def _is_gone(path: str) -> bool:
-    """Whether nothing is at ``path``: what does not answer, or may not be asked, is there."""
-    with suppress(OSError):
-        return lstat_of(path) is None
+    """Whether nothing is at ``path``: what does not answer, or may not be asked, is there. So is what is too deep to be
+    asked for by its path."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno in _GONE
     return False
 
 
@@ -498,7 +501,7 @@ def _asked(ask: Callable[[str], os.stat_result], path: str) -> os.stat_result | 
     try:
         return ask(path)
     except OSError as error:
-        if error.errno in _GONE:
+        if error.errno in (*_GONE, errno.ENAMETOOLONG):
             return None
         raise
 

@@ -209,6 +209,21 @@ class TestFolder:
         shutil.rmtree(denied)
         assert list(source.pages(unit)) == [], "it is gone"
 
+    def test_a_folder_too_deep_for_a_path_is_a_fault(self, tmp_path, monkeypatch):
+        """The system takes paths of 4,095 bytes."""
+        paths = touch(tmp_path / "in", "a.jpg", "z.jpg")
+        monkeypatch.chdir(tmp_path / "in")
+        for _ in range(21):
+            os.mkdir("d" * 200)
+            os.chdir("d" * 200)
+        Path("deep.jpg").write_bytes(b"x")
+        source = opened(tmp_path / "in")
+        pages = list(source.pages(*source.units()))
+        assert sorted(uri for page in pages for uri in page.rows["uri"].to_pylist()) == paths
+        ((unit,),) = [page.found for page in pages if page.found]
+        with pytest.raises(StorageError, match="File name too long"):
+            list(source.pages(unit))
+
     def test_a_mount_that_is_away_is_not_removed(self, tmp_path):
         (tmp_path / "in" / "disk").mkdir(parents=True)
         touch(tmp_path / "in", "a.jpg")
