@@ -269,6 +269,15 @@ class TestManifestsOfSeveralFolders:
 
 
 class TestOneBadContainer:
+    def test_or_many_before_the_first_good_one(self, job):
+        job.input.mkdir()
+        for number in range(30):
+            (job.input / f"{number:02}.parquet").write_bytes(b"damaged")
+        pq.write_table(pa.table({"image_id": ["a"], "image": [encoded("JPEG")]}), job.input / "z.parquet")
+        with pytest.raises(DataError, match="30 files or folders"):
+            job.run()
+        assert list(sha256s(job)) == ["a"]
+
     """It is named, the others are captioned, and mended it is captioned too."""
 
     @pytest.fixture

@@ -28,8 +28,6 @@ from capray.storage import Entry, Location, object_version, read_bytes
 
 _ABSOLUTE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.\-]*://")
 CSV_BLOCK_BYTES = 16 * 2**20
-_MOST_TRIED = 20
-"""Files that are tried for their schema: when so many in a row are no Parquet, the input is none."""
 _URI_NAMES = ("uri", "url", "path")
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".ndjson.gz", ".txt.gz")
 
@@ -151,8 +149,8 @@ def first_schema(files: list[Entry], used: Container[str] = ()) -> tuple[str, pa
     Raises:
         DataError, StorageError: none can be, and what is wrong with the first.
     """
-    faults: list[CaprayError] = []
-    for entry in files[:_MOST_TRIED]:
+    fault: CaprayError | None = None
+    for entry in files:
         try:
             with reading_errors(entry.uri):
                 schema = opened_parquet(Stream(entry.uri)).schema_arrow
@@ -164,8 +162,9 @@ def first_schema(files: list[Entry], used: Container[str] = ()) -> tuple[str, pa
         except TryAgain:
             raise
         except CaprayError as error:
-            faults.append(error)
-    raise faults[0]
+            fault = fault or error
+    assert fault is not None, "files"
+    raise fault
 
 
 def opened_parquet(stream: Stream) -> pq.ParquetFile:
