@@ -901,6 +901,18 @@ class TestOddInputs:
         add = lambda: manifest.write_text("uri\n" + "\n".join(photos) + "\n")  # noqa: E731
         assert job.run(at_block(1, add)).captions == 4
 
+    def test_photos_whose_names_look_like_those_of_tars_and_their_members(self, job):
+        for photo, name in zip(
+            write_photos(job.input, 4), ("x.tar#1.jpg", "x.tar.jpg", "y.tgz.PNG", "z.jpg"), strict=True
+        ):
+            os.rename(photo, job.input / name)
+        assert job.run().captions == 4
+        verified = verify(VerifyConfig(output=str(job.output), check_bytes=10))
+        assert not verified.problems and verified.counts["images_same"] == 4
+        (job.input / "x.tar#1.jpg").unlink()
+        (problem,) = verify(VerifyConfig(output=str(job.output), check_bytes=10)).problems
+        assert "x.tar#1.jpg cannot be read again" in problem
+
     def test_an_input_whose_name_is_no_utf8(self, job, tmp_path):
         with pytest.raises(ConfigError, match="no UTF-8"):
             job.run(input=os.fsdecode(bytes(tmp_path) + b"/\xff"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import posixpath
 import re
@@ -36,6 +35,7 @@ _BESIDE = {"manifest": (), "parquet": (".json", ".md"), "tar": (".parquet", ".js
 """What lies beside the files of a kind."""
 _NUM_WITNESSES = 4
 _HIDDEN = (".", "_")
+_COMPRESSED = re.compile(r"\.tgz$|\.tar\.[^/]*$")
 _IMAGES = tuple(f".{ending}" for ending in ENDINGS)
 
 __all__ = ["NothingThere", "Source", "are_containers", "open_sources"]
@@ -256,7 +256,7 @@ def _kind_of(place: Location, sample: list[Entry], selection: Selection) -> str:
             return "inventory"
     names = [entry.path.lower() for entry in shown]
     for name in names:
-        if fnmatch.fnmatch(name, "*.tar.*") or name.endswith(".tgz"):
+        if _COMPRESSED.search(name) and not name.endswith((*_IMAGES, *_BESIDE["tar"])):
             raise ConfigError(f"{name!r} is a compressed tar, which is not read: unpack the compression (gunzip) first")
     for kind in ("tar", "parquet"):
         if found := [entry for entry in shown if entry.path.lower().endswith(_ENDINGS[kind])]:

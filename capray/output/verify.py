@@ -8,7 +8,6 @@ noticed. Knows nothing of models; ids and parts are held by DuckDB, out of core.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import resource
@@ -666,7 +665,11 @@ def _read_by_uri(place: str, drawn: list[_Drawn]) -> _Digests:
         missing = error.message
     except (CaprayError, VersionChanged) as error:
         missing = str(error)
-    return digests | dict.fromkeys(itertools.chain(*members.values()), missing)
+    for name, image_ids in members.items():
+        # A file's own name may look like a member's.
+        whole = _digest(f"{place}#{name}", limit)
+        digests |= dict.fromkeys(image_ids, missing if isinstance(whole, str) else whole)
+    return digests
 
 
 def _digest(uri: str, limit: int) -> bytes | str | None:
