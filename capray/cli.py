@@ -142,7 +142,8 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
             raise CaprayError(f"{failed} of {len(paths)} photos could not be captioned")
         return
     if photos:
-        config = config.model_copy(update={"also": (*config.also, *paths[1:-1]), "output": paths[-1]})
+        given = config.model_dump(exclude_unset=True) | {"also": (*config.also, *paths[1:-1]), "output": paths[-1]}
+        config = CaptionConfig.create(given)
     if config.output is None:
         raise ConfigError(
             f"{config.input!r} is no photo: an output is needed for its tables (capray caption INPUT OUTPUT)"

@@ -19,6 +19,8 @@ from capray.errors import ConfigError
 
 T = TypeVar("T", bound="Settings")
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Place = Annotated[str, Field(min_length=1)]
+"""A path or URI; that of the current folder is "."."""
 Channels = tuple[float, float, float]
 FailureKind = Literal[
     "missing", "archived", "too_large", "not_an_image", "truncated", "unsupported_format", "decode_error", "crashed"
@@ -526,12 +528,12 @@ class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):
 
     positional: ClassVar[tuple[str, ...]] = ("input", "output")
 
-    input: str
+    input: Place
     """Images: a folder, an s3:// prefix, Parquet with an image or URI column, tar shards, a manifest of URIs, or an S3
     Inventory; a glob of such files too."""
-    output: str | None = None
+    output: Place | None = None
     """Folder or URI for the tables. Without it the arguments are photos, captioned one per line."""
-    also: tuple[str, ...] = ()
+    also: tuple[Place, ...] = ()
     """Further inputs, captioned into the same output."""
 
     keep: tuple[str, ...] = ()
@@ -659,7 +661,7 @@ class VerifyConfig(SourceSettings):
     """Folder or URI a captioning job wrote."""
     also: tuple[str, ...] = ()
     """Further outputs, the other parts of the same work."""
-    against: tuple[str, ...] = ()
+    against: tuple[Place, ...] = ()
     """Inputs, every image of which must be accounted for."""
     check_bytes: Annotated[int, Field(ge=0)] = 0
     """Read this many images again, drawn at random, and compare their SHA-256."""

@@ -677,6 +677,19 @@ def is_glob(location: Location) -> bool:
     return any(sign in location.path for sign in "*?[") and not exists(location)
 
 
+def glob_names(place: Location, path: str) -> bool:
+    """Whether a file at ``path`` of the store would match the glob ``place``."""
+    return re.fullmatch(glob_translate(place.path), path) is not None
+
+
+def file_above(place: Location) -> str | None:
+    """The file on the way to a local ``place``, which nothing can be below, or at it; None if there is none."""
+    path = place.path
+    while place.is_local and not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path if place.is_local and not os.path.isdir(path) else None
+
+
 def find_parquet(uri: str) -> list[Entry]:
     """The Parquet files ``uri`` names: one file, a glob, or every ``*.parquet`` of a folder (but not of its private
     folders, whose names begin with ``_``).

@@ -262,6 +262,35 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="lies inside the input"):
             run(tmp_path / "photos", tmp_path / "photos", model)
 
+    def test_output_where_a_glob_would_find_it(self, tmp_path, photos, model):
+        data = tmp_path / "data"
+        data.mkdir()
+        pq.write_table(pa.table({"uri": sorted(photos)[:2]}), data / "x.parquet")
+        (tmp_path / "link").symlink_to(data)
+        for glob, output in (
+            ("data/**/*.parquet", "data/captions"),
+            ("data/**", "data/a/b"),
+            ("data/*/*/part-*", "data/out"),
+            ("d[a]ta/*/*/*", "data/out"),
+            ("link/**/*.parquet", "data/out"),
+            ("data/**/*.parquet", "link/out"),
+        ):
+            with pytest.raises(ConfigError, match="lies inside the input"):
+                run(tmp_path / glob, tmp_path / output, model)
+        run(data / "*.parquet", data / "captions", model)
+        assert len(read_parts(str(data / "captions"), "captions")) == 2
+
+    def test_output_below_a_file(self, tmp_path, photos, model):
+        (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+        for output in (Path(min(photos)) / "a" / "b", tmp_path / "gone"):
+            with pytest.raises(ConfigError, match="is a file, or a link to nowhere"):
+                run(tmp_path / "photos", output, model)
+
+    def test_a_place_without_a_name(self):
+        for places in ({"input": "", "output": "x"}, {"input": "x", "output": ""}, {"input": "x", "also": ("",)}):
+            with pytest.raises(ConfigError, match="at least 1 character"):
+                CaptionConfig.create(places)
+
     def test_an_output_that_holds_other_things(self, tmp_path, photos, model):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.txt").write_text("mine")

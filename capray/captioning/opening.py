@@ -8,9 +8,21 @@ from typing import Any
 from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
 from capray.errors import CaprayError, ConfigError, DataError, OutputConflictError, TryAgain
 from capray.inputs import NothingThere, Source, open_sources
+from capray.inputs.base import root_of
 from capray.model.captioner_files import FILES, model_id_of
 from capray.output import Output
-from capray.storage import exists, is_within, list_names, locate, read_bytes
+from capray.storage import (
+    Location,
+    exists,
+    file_above,
+    glob_names,
+    identity,
+    is_glob,
+    is_within,
+    list_names,
+    locate,
+    read_bytes,
+)
 from capray.tables import SCHEMA_VERSION
 from capray.tracking.registry import find_model, find_model_of, say_model
 
@@ -140,13 +152,28 @@ def _model_id_in(folder: str) -> str | None:
 
 
 def _check_apart(config: CaptionConfig, output: Output) -> None:
-    """Raise ConfigError when the output lies inside an input."""
+    """Raise ConfigError when the output lies inside an input, or below a file."""
+    if (file := file_above(output.root)) is not None:
+        raise ConfigError(f"the output {config.output!r} cannot be made: {file!r} is a file, or a link to nowhere")
     for uri in config.inputs:
-        if is_within(output.root, locate(uri)):
+        if _would_be_read(output, locate(uri)):
             raise ConfigError(
                 f"the output {config.output!r} lies inside the input {uri!r}, where its files would be taken for images: "
                 "choose an output beside it"
             )
+
+
+def _would_be_read(output: Output, place: Location) -> bool:
+    """Whether the files of ``output`` would be among those of the input at ``place``."""
+    if not is_glob(place):
+        return is_within(output.root, place)
+    above = locate(root_of(place))
+    if not is_within(output.root, above):
+        return False
+    below = identity(output.root).removeprefix(identity(above).rstrip("/"))
+    part = output.new_part_name(output.new_run_id(), 0)
+    tables = (folder.uri.removeprefix(output.root.uri.rstrip("/")) for folder in (output.captions, output.failures))
+    return any(glob_names(place, f"{above.path.rstrip('/')}{below}{table}/{part}") for table in tables)
 
 
 def _job_of(config: CaptionConfig, model_id: str, sources: list[Source]) -> dict[str, Any]:

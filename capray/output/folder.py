@@ -63,6 +63,11 @@ class Output:
         now = datetime.now(UTC)
         return f"{now:%Y%m%dT%H%M%S}-{now.microsecond:05x}{secrets.randbelow(16**3):03x}"
 
+    @staticmethod
+    def new_part_name(run_id: str, number: int) -> str:
+        """The name of the part that a run writes after ``number`` others."""
+        return f"part-{run_id}-{number:05d}.parquet"
+
     def read_job(self) -> dict[str, Any] | None:
         """What job.json says; None when nothing was ever written here.
 
