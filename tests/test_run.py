@@ -917,6 +917,17 @@ class TestOddInputs:
         with pytest.raises(ConfigError, match="no UTF-8"):
             job.run(input=os.fsdecode(bytes(tmp_path) + b"/\xff"))
 
+    def test_a_list_named_like_a_glob_that_is_gone_is_not_another_list(self, job):
+        photos = write_photos(job.input, 4)
+        lists = [job.input.with_name(name) for name in ("list[1].txt", "list1.txt")]
+        for number, each in enumerate(lists):
+            each.write_text("\n".join(photos[2 * number :][:2]))
+        assert job.run(input=str(lists[0])).captions == 2
+        assert job.run(input=f"{job.input.parent}/list[01].txt").captions == 2, "a glob is one"
+        lists[0].unlink()
+        with pytest.raises(TryAgain, match=r"list\[1\]\.txt' was a file that a run on this output read, and is gone"):
+            job.run(input=str(lists[0]))
+
     def test_an_input_that_was_there_before(self, job):
         write_photos(job.input, 4)
         job.run(limit=2)

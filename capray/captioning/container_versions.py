@@ -8,6 +8,7 @@ files before it. Knows nothing of images and failures.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -33,18 +34,16 @@ class ContainerVersions:
     """
 
     def __init__(self, output: Output, sources: list[Source]):
-        self.folder = output.private.join("versions")
+        self.folder = _folder_of(output)
         self._now = {uri: version for source in sources for uri, version in source.versions().items()}
-        names = [match for name in list_names(self.folder, ".parquet") if (match := _FILE.fullmatch(name))]
+        names = _files_in(self.folder)
         self.runs = {match[2]: int(match[1]) for match in names}
         self._next = 1 + max(self.runs.values(), default=0)
         self.same_since = dict.fromkeys(self._now, self._next)
-        with ThreadPoolExecutor(_NUM_READERS) as pool:
-            tables = pool.map(_read, (self.folder.join(match[0]) for match in names))
-            for match, table in zip(names, tables, strict=True):
-                for uri, version in zip(table["container"].to_pylist(), table["version"].to_pylist(), strict=True):
-                    if uri in self._now:
-                        self.same_since[uri] = int(match[1]) if version == self._now[uri] else self._next
+        for match, table in zip(names, _read_all(self.folder, names), strict=True):
+            for uri, version in zip(table["container"].to_pylist(), table["version"].to_pylist(), strict=True):
+                if uri in self._now:
+                    self.same_since[uri] = int(match[1]) if version == self._now[uri] else self._next
 
     def record(self, run_id: str, write: Write) -> None:
         """Add this run's file, if there are containers."""
@@ -54,6 +53,25 @@ class ContainerVersions:
         table = pa.table([new, [self._now[uri] for uri in new]], schema=_SCHEMA)
         write(self.folder.join(f"{self._next:06d}-{run_id}.parquet"), encode_parquet(table))
         self.runs[run_id] = self._next
+
+
+def containers_read(output: Output) -> set[str]:
+    """The containers that any run on ``output`` has read."""
+    folder = _folder_of(output)
+    return {uri for table in _read_all(folder, _files_in(folder)) for uri in table["container"].to_pylist()}
+
+
+def _folder_of(output: Output) -> Location:
+    return output.private.join("versions")
+
+
+def _files_in(folder: Location) -> list[re.Match[str]]:
+    return [match for name in list_names(folder, ".parquet") if (match := _FILE.fullmatch(name))]
+
+
+def _read_all(folder: Location, names: list[re.Match[str]]) -> Iterator[pa.Table]:
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        yield from pool.map(_read, (folder.join(match[0]) for match in names))
 
 
 def _read(file: Location) -> pa.Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from capray.captioning.container_versions import containers_read
 from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
 from capray.errors import CaprayError, ConfigError, DataError, OutputConflictError, TryAgain
 from capray.inputs import NothingThere, Source, open_sources
@@ -88,6 +89,7 @@ def _open_as_before(config: CaptionConfig, output: Output) -> list[Source]:
     Raises:
         TryAgain: they could be read then, or were tables, tars or lists, and a mount that is away may be why.
     """
+    _check_globs(config, output)
     before = output.last_inputs()
     if list(before) != list(config.inputs):
         before = {}
@@ -111,6 +113,16 @@ def _open_as_before(config: CaptionConfig, output: Output) -> list[Source]:
                     "away? Else say --input-kind images"
                 )
     return sources
+
+
+def _check_globs(config: CaptionConfig, output: Output) -> None:
+    """Raise TryAgain when what would be taken for a glob is the name of a file that is gone."""
+    globs = {uri for uri in config.inputs if is_glob(locate(uri))}
+    if globs and (gone := globs & containers_read(output)):
+        raise TryAgain(
+            f"{min(gone)!r} was a file that a run on this output read, and is gone: put it back (files "
+            "that match it as a glob were not meant)"
+        )
 
 
 def _with_absolute_paths(config: CaptionConfig) -> CaptionConfig:
