@@ -10,7 +10,6 @@ import os
 import random
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import zlib
@@ -32,7 +31,7 @@ from capray.captioning.units import Unit
 from capray.config import CaptionConfig
 from capray.errors import CaprayError
 from tests.chaos_driver import EXPIRY_SECONDS, Driver, Order, short_lease
-from tests.conftest import SeaweedFS, image_bytes, make_model, write_photos
+from tests.conftest import SeaweedFS, image_bytes, make_model, tar_bytes, write_photos
 from tests.local_executor import LocalExecutor, models_loaded_once
 from tests.oracle import Digests, captions_by_bytes, check_exactly_once, digests, read_parts
 from tests.proxy import FaultyProxy
@@ -265,13 +264,8 @@ class Round:
         """Four shards; which one a photo lies in does not follow from the order."""
         tars = {}
         for number in range(4):
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as tar:
-                for name in [name for name in order if zlib.crc32(name.encode()) % 4 == number]:
-                    member = tarfile.TarInfo(name)
-                    member.size = len(photos[name])
-                    tar.addfile(member, io.BytesIO(photos[name]))
-            tars[f"{number}.tar"] = buffer.getvalue()
+            inside = [name for name in order if zlib.crc32(name.encode()) % 4 == number]
+            tars[f"{number}.tar"] = tar_bytes({name: photos[name] for name in inside})
         return tars
 
     def _manifest(self, photos: Photos, order: list[str]) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -166,6 +167,23 @@ def write_photos(folder: Path, count: int, seed: int = 0) -> list[str]:
         path.write_bytes(image_bytes(Image.fromarray(pixels), "JPEG"))
         paths.append(str(path))
     return paths
+
+
+def tar_bytes(members: dict[str, bytes], **options) -> bytes:
+    """A tar of ``members``."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes], **options) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tar_bytes(members, **options))
+    return str(path)
 
 
 @pytest.fixture

@@ -3,13 +3,11 @@
 What Ray has a part in runs on Ray; the rest with the same actor in this process (``LocalExecutor``).
 """
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from contextlib import suppress
@@ -28,7 +26,7 @@ from capray.config import CaptionConfig, EvaluateConfig
 from capray.errors import CaprayError, ConfigError, OutputConflictError, StorageError
 from capray.evaluation import evaluate
 from capray.tables import CAPTIONS, FAILURES
-from tests.conftest import image_bytes, make_model, write_photos
+from tests.conftest import image_bytes, make_model, write_photos, write_tar
 from tests.local_executor import LocalExecutor
 from tests.oracle import check_exactly_once, read_parts
 
@@ -152,12 +150,6 @@ def test_s3_in_and_out_gives_the_same_captions(tmp_path, photos, model, s3):
     assert not fs.exists(f"{s3}/out/_capray/lease.json")
 
 
-def add_to_tar(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
 def test_images_that_kill_their_process_cost_a_row_each(tmp_path, model):
     photos = set(write_photos(tmp_path / "photos", 40))
     decoding, captioning, starved = (tmp_path / "photos" / f"photo-{i:04d}-a.png" for i in (7, 23, 31))
@@ -183,11 +175,9 @@ def test_tar_shards_and_a_folder_into_one_output(tmp_path, photos, model):
     wanted = set(photos)
     for shard in range(2):
         path = shards / f"{shard:05d}.tar"
-        with tarfile.open(path, "w") as tar:
-            for i in range(6):
-                add_to_tar(tar, f"{i:03d}.jpg", Path(sorted(photos)[i]).read_bytes())
-                add_to_tar(tar, f"{i:03d}.txt", b"a caption")
-                wanted.add(f"{path}#{i:03d}.jpg")
+        images = {f"{i:03d}.jpg": Path(photo).read_bytes() for i, photo in enumerate(sorted(photos)[:6])}
+        write_tar(path, images | {name.replace("jpg", "txt"): b"a caption" for name in images})
+        wanted |= {f"{path}#{name}" for name in images}
     limited = run(shards, tmp_path / "out", model, also=(str(tmp_path / "photos"),), limit=4)
     assert limited.captions >= 4
     assert limited.left > 0
@@ -202,9 +192,7 @@ def test_tar_shards_and_a_folder_into_one_output(tmp_path, photos, model):
 
 
 def test_a_tar_that_cannot_be_read_is_a_fault_and_all_else_is_done(tmp_path, photos, model):
-    (tmp_path / "shards").mkdir()
-    with tarfile.open(tmp_path / "shards" / "a.tar", "w") as tar:
-        add_to_tar(tar, "x.jpg", image_bytes())
+    write_tar(tmp_path / "shards" / "a.tar", {"x.jpg": image_bytes()})
     (tmp_path / "shards" / "b.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(CaprayError, match=r"1 files or folders of the input cannot be read: .*b\.tar"):
         run(tmp_path / "shards", tmp_path / "out", model)

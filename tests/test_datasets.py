@@ -460,7 +460,16 @@ class TestSelection:
         assert all(row["image"] == f"bytes of {row['image_id']}".encode() for row in rows)
 
 
-class TestFlickr30k:
+class Refusing:
+    """Of tests that ``prepare`` a data set."""
+
+    def refuse(self, raw: Path, tmp_path: Path, message: str, error=DataError, **options) -> None:
+        with pytest.raises(error, match=message):
+            self.prepare(raw, tmp_path, **options)
+        assert not (tmp_path / "out").exists()
+
+
+class TestFlickr30k(Refusing):
     def raw(self, tmp_path: Path, folder: str = "flickr30k-images") -> Path:
         photos(tmp_path / "raw" / folder, LISTED)
         return tmp_path / "raw"
@@ -477,11 +486,6 @@ class TestFlickr30k:
 
     def prepare(self, raw: Path, tmp_path: Path, **options):
         return prepare_flickr30k(Flickr30kConfig.create(raw=str(raw), output=str(tmp_path / "out"), **options))
-
-    def refuse(self, raw: Path, tmp_path: Path, message: str, error=DataError, **options) -> None:
-        with pytest.raises(error, match=message):
-            self.prepare(raw, tmp_path, **options)
-        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
         "folder", ["flickr30k-images", "flickr30k_images", "Images", "flickr30k_images/flickr30k_images"]
@@ -605,14 +609,9 @@ def write_coco(folder: Path, part: str, images: list[dict], annotations: list[di
     (folder / "annotations" / f"captions_{part}.json").write_text(json.dumps(content))
 
 
-class TestCoco:
+class TestCoco(Refusing):
     def prepare(self, raw: Path, tmp_path: Path, **options):
         return prepare_coco(CocoConfig.create(raw=str(raw), output=str(tmp_path / "out"), **options))
-
-    def refuse(self, raw: Path, tmp_path: Path, message: str, error=DataError, **options) -> None:
-        with pytest.raises(error, match=message):
-            self.prepare(raw, tmp_path, **options)
-        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("images", ["", "images"])
     @pytest.mark.parametrize("year", ["2014", "2017"])
@@ -763,7 +762,7 @@ ROWS = [
 ]
 
 
-class TestFolder:
+class TestFolder(Refusing):
     def raw(self, tmp_path: Path, rows: list[dict] | None = None, name: str = "metadata.csv") -> Path:
         raw = tmp_path / "raw"
         photos(raw / "a", ["1.jpg", "3.webp"])
@@ -787,11 +786,6 @@ class TestFolder:
 
     def prepare(self, raw: Path, tmp_path: Path, **options):
         return prepare_folder(FolderConfig.create(raw=str(raw), output=str(tmp_path / "out"), **options))
-
-    def refuse(self, raw: Path, tmp_path: Path, message: str, error=DataError, **options) -> None:
-        with pytest.raises(error, match=message):
-            self.prepare(raw, tmp_path, **options)
-        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("name", ["m.csv", "m.tsv", "m.jsonl", "m.parquet", "m.csv.gz", "m.jsonl.gz"])
     def test_one_row_a_caption(self, tmp_path, name):

@@ -26,8 +26,8 @@ from capray.inputs.places import PLACES
 from capray.inputs.reader import Reader
 from capray.inputs.witnesses import Known
 from capray.tables import FINAL_FAILURES
-from tests.conftest import image_bytes, write_photos
-from tests.test_reader import alone, write_tar  # noqa: F401 (a fixture)
+from tests.conftest import image_bytes, write_photos, write_tar
+from tests.test_reader import alone  # noqa: F401 (a fixture)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def make(output: Output, *inputs, run: str = "run-2", relist: bool = False, writ
         input=str(inputs[0]), also=tuple(map(str, inputs[1:])), output=output.root.uri, model="m", **options
     )
     sources = open_sources(config.inputs, config.subset(SourceSettings), config.keep)
-    return Listing(output, run, sources, config, write, relist)
+    return Listing(output.plan, run, sources, config, write, relist)
 
 
 def finish(listing: Listing) -> Listing:
@@ -125,7 +125,9 @@ class Scripted(Source):
 
 
 def scripted(output: Output, source: Scripted, run: str = "run-2", write=write_atomic) -> Listing:
-    return Listing(output, run, [source], CaptionConfig(input="/scripted", output=output.root.uri, model="m"), write)
+    return Listing(
+        output.plan, run, [source], CaptionConfig(input="/scripted", output=output.root.uri, model="m"), write
+    )
 
 
 def killed_at(unit: str, page: int):

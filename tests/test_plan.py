@@ -81,7 +81,7 @@ def planning(output: Output, *chunks: list[str] | pa.Table, retry_failed: bool =
         manifest = Path(folder, "listed.txt")
         manifest.write_text("unused")
         config = CaptionConfig(input=str(manifest), output=output.root.uri, model="m")
-        listing = Listing(output, NOW, open_sources(config.inputs, SourceSettings()), config, write_atomic)
+        listing = Listing(output.plan, NOW, open_sources(config.inputs, SourceSettings()), config, write_atomic)
     for chunk in chunks:
         add_chunk(listing, chunk)
     with Settled(output, NOW, FINAL_FAILURES if retry_failed else ()) as settled:

@@ -24,6 +24,7 @@ from capray.training.stages.self_critical import draw, policy_sums
 from capray.training.worker import empty_batch
 from capray.vocabulary import END, PAD, START, UNK, Vocabulary, tokenise
 from tests.conftest import TINY, in_process
+from tests.test_loss import memory_of
 
 CAPTIONS = [[[4, 5, 6, 7], [4, 8, 6, 7]], [[9, 10], [9, 11, 10]], [[4, 12, 13, 14, 15]]]
 """Word ids of three images' captions."""
@@ -40,11 +41,6 @@ def captioner() -> Captioner:
         captioner.decoder.output.weight.mul_(10)
         captioner.decoder.output.bias[UNK] = 5.0
     return captioner.train()
-
-
-def memory_of(captioner, count=3):
-    pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return captioner.encode(torch.from_numpy(pixels))
 
 
 def stage(**changes) -> SelfCritical:

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-import tarfile
 import tempfile
 from collections import Counter
 from datetime import datetime
@@ -29,6 +28,7 @@ from capray.inputs.byte_reader import Stream
 from capray.inputs.files import MAX_LEVELS
 from capray.inputs.versions import entry_at, if_match
 from capray.storage import locate, object_version, was_removed
+from tests.conftest import write_tar
 
 ODD = [
     "a b.jpg",
@@ -95,14 +95,8 @@ def write_table(path: Path, columns: dict, **options) -> str:
     return str(path)
 
 
-def write_tar(path: Path, names: list[str]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name in names:
-            info = tarfile.TarInfo(name)
-            info.size = 3
-            tar.addfile(info, io.BytesIO(b"abc"))
-    return str(path)
+def make_tar(path: Path, names: list[str]) -> str:
+    return write_tar(path, dict.fromkeys(names, b"abc"))
 
 
 class TestFolder:
@@ -687,7 +681,7 @@ class TestTars:
         write_table(Path(tar.removesuffix(".tar") + ".parquet"), columns)
 
     def test_without_sidecars_a_tar_is_a_row(self, tmp_path):
-        tars = [write_tar(tmp_path / "in" / f"{i}.tar", ["a.jpg"]) for i in range(3)]
+        tars = [make_tar(tmp_path / "in" / f"{i}.tar", ["a.jpg"]) for i in range(3)]
         touch(tmp_path / "in", "0_stats.json")
         source = opened(tmp_path / "in")
         assert source.kind == "tar"
@@ -702,7 +696,7 @@ class TestTars:
 
     def test_with_sidecars_its_members_are(self, tmp_path):
         for t in range(2):
-            tar = write_tar(tmp_path / "in" / f"{t}.tar", ["000.json", "000.webp", "002.webp"])
+            tar = make_tar(tmp_path / "in" / f"{t}.tar", ["000.json", "000.webp", "002.webp"])
             self.sidecar(
                 tar,
                 key=["000", "001", "002"],
@@ -724,26 +718,21 @@ class TestTars:
     def test_ids_of_a_sidecar_end_as_the_first_image_does(self, tmp_path, monkeypatch):
         """Only headers are read for it, though what lies before the image is large."""
         monkeypatch.setattr(Stream, "_next", _counting(Stream._next, asked := []))
-        path = tmp_path / "in" / "0.tar"
-        path.parent.mkdir()
-        with tarfile.open(path, "w") as tar:
-            for name, size in (("d/000.json", 3), ("d/000.npy", 10**7), ("d/000.orig.webp", 10**7), ("d/001.jpg", 1)):
-                info = tarfile.TarInfo(name)
-                info.size = size
-                tar.addfile(info, io.BytesIO(bytes(size)))
-        self.sidecar(str(path), key=["d/000", "d/001"])
+        sizes = {"d/000.json": 3, "d/000.npy": 10**7, "d/000.orig.webp": 10**7, "d/001.jpg": 1}
+        path = write_tar(tmp_path / "in" / "0.tar", {name: bytes(size) for name, size in sizes.items()})
+        self.sidecar(path, key=["d/000", "d/001"])
         rows = listed(opened(tmp_path / "in"))
         names = ["d/000.orig.webp", "d/001.orig.webp"]
         assert some(rows, "kind", "member", "image_id") == [("name", name, f"{path}#{name}") for name in names]
         assert sum(asked) < 100_000
 
     def test_one_tar_and_a_glob_find_sidecars(self, tmp_path):
-        tar = write_tar(tmp_path / "in" / "train_0.tar", ["0.jpg"])
+        tar = make_tar(tmp_path / "in" / "train_0.tar", ["0.jpg"])
         self.sidecar(tar, key=["0"])
         assert ids(tmp_path / "in" / "*") == [f"{tar}#0.jpg"]
 
     def test_sidecars_that_do_not_fit(self, tmp_path):
-        tar = write_tar(tmp_path / "in" / "0.tar", ["0.jpg"])
+        tar = make_tar(tmp_path / "in" / "0.tar", ["0.jpg"])
         self.sidecar(tar, key=["0"], n=pa.array([None], pa.int64()))
         with pytest.raises(DataError, match="without an image id"):
             listed(opened(tmp_path / "in", id_column="n"))
@@ -754,7 +743,7 @@ class TestTars:
             opened(tmp_path / "in")
 
     def test_excluded_by_their_own_names_only(self, tmp_path):
-        tars = [write_tar(tmp_path / "in" / f"{i}.tar", ["a.jpg"]) for i in range(3)]
+        tars = [make_tar(tmp_path / "in" / f"{i}.tar", ["a.jpg"]) for i in range(3)]
         assert ids(tmp_path / "in", exclude=["1.tar"]) == [tars[0], tars[2]]
         assert ids(tmp_path / "in", include=["*#a.jpg"]) == tars, "its members are not known yet"
 
@@ -824,7 +813,7 @@ class TestKinds:
         for name, content in {"LIST.CSV.GZ": b"uri\n/x.jpg", "LIST.TXT.Gz": b"/x.jpg"}.items():
             (tmp_path / name).write_bytes(gzip.compress(content))
             assert ids(tmp_path / name) == ["/x.jpg"]
-        tar = write_tar(tmp_path / "in" / "X.TAR", ["0.jpg"])
+        tar = make_tar(tmp_path / "in" / "X.TAR", ["0.jpg"])
         assert ids(tmp_path / "in") == [tar]
         write_table(tmp_path / "in" / "X.PARQUET", {"key": ["0"]})
         assert ids(tmp_path / "in") == [f"{tar}#0.jpg"]
@@ -842,7 +831,7 @@ class TestKinds:
     def test_may_be_forced(self, tmp_path):
         touch(tmp_path / "in", "a.jpg", "b.txt")
         (tmp_path / "in" / "b.txt").write_text("/x.jpg")
-        tar = write_tar(tmp_path / "in" / "c.tar", ["x.jpg"])
+        tar = make_tar(tmp_path / "in" / "c.tar", ["x.jpg"])
         write_table(tmp_path / "in" / "d.parquet", {"uri": ["/y.jpg"]})
         assert ids(tmp_path / "in", input_kind="manifest") == ["/x.jpg"]
         assert ids(tmp_path / "in", input_kind="tar") == [tar]
@@ -904,7 +893,7 @@ class TestSelection:
         whole = ids(folder)
         assert sorted(name for i in (1, 2, 3) for name in ids(folder, shard=f"{i}/3")) == sorted(whole)
         with tempfile.TemporaryDirectory() as other:
-            tars = [write_tar(Path(other, f"{i}.tar"), ["0.jpg", "1.jpg"]) for i in range(8)]
+            tars = [make_tar(Path(other, f"{i}.tar"), ["0.jpg", "1.jpg"]) for i in range(8)]
             without = [ids(other, shard=f"{i}/3") for i in (1, 2, 3)]
             assert sorted(name for part in without for name in part) == tars
             for tar in tars:
@@ -924,8 +913,8 @@ class TestVersions:
         images = {"image_id": names, "image": [b"x"] * self.ROWS}
         table = write_table(folder / "images" / "x.parquet", images, row_group_size=10)
         uris = write_table(folder / "uris" / "x.parquet", {"uri": names}, row_group_size=10)
-        tar = write_tar(folder / "tars" / "x.tar", ["0.jpg"])
-        known = write_tar(folder / "known" / "x.tar", ["0.jpg"])
+        tar = make_tar(folder / "tars" / "x.tar", ["0.jpg"])
+        known = make_tar(folder / "known" / "x.tar", ["0.jpg"])
         sidecar = write_table(folder / "known" / "x.parquet", {"key": ["0"]})
         (folder / "x.txt").write_text("\n".join(names))
         (folder / "x.csv").write_text("\n".join(["uri", *names]))

@@ -46,15 +46,9 @@ _BYTES_PER_PIXEL = 24
 Decode = Callable[[bytes], tuple[np.ndarray, int, int]]
 
 
-@dataclass(frozen=True)
-class Loader:
+def loader(preprocessing: Preprocessing, limits: ImageLimits) -> Decode:
     """``images.load`` with its settings."""
-
-    preprocessing: Preprocessing
-    limits: ImageLimits
-
-    def __call__(self, data: bytes) -> tuple[np.ndarray, int, int]:
-        return load(data, self.preprocessing, self.limits)
+    return lambda data: load(data, preprocessing, limits)
 
 
 @dataclass(frozen=True)
@@ -141,13 +135,12 @@ class Fetcher:
     @contextmanager
     def _decoder(self, careful: bool) -> Generator[Decode]:
         limits = self.reader.limits
-        loader = Loader(self.preprocessing, limits)
         if not careful:
-            with _Watchdog(self.decode_seconds) as watch:
-                yield lambda data: watch.over(loader, data)
+            with _Watchdog(loader(self.preprocessing, limits), self.decode_seconds) as watch:
+                yield watch
             return
         memory = _SPARE_BYTES + _BYTES_PER_PIXEL * limits.max_image_pixels + 4 * limits.max_image_bytes
-        with Isolated(Loader, (self.preprocessing, limits), self.decode_seconds, memory) as child:
+        with Isolated(loader, (self.preprocessing, limits), self.decode_seconds, memory) as child:
 
             def decode(data: bytes) -> tuple[np.ndarray, int, int]:
                 try:
@@ -223,15 +216,15 @@ def _is_proof(kind: str, place: Row) -> bool:
 class _Watchdog:
     """Ends this process when one image takes too long: the next attempt will be careful with it."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self, decode: Decode, seconds: float) -> None:
+        self._decode, self._seconds = decode, seconds
         self._since: float | None = None
         self._done = threading.Event()
 
-    def over(self, loader: Loader, data: bytes) -> tuple[np.ndarray, int, int]:
+    def __call__(self, data: bytes) -> tuple[np.ndarray, int, int]:
         self._since = time.monotonic()
         try:
-            return loader(data)
+            return self._decode(data)
         finally:
             self._since = None
 
@@ -254,11 +247,6 @@ def expand(batch: pa.Table) -> Iterator[pa.Table]:
     (file,) = batch["file"].to_pylist()
     for unit in read_units(locate(file)):
         yield unit_row(unit.places, unit.skipped)
-
-
-def look_again(fetcher: Fetcher, places: list[Row]) -> list[Look]:
-    """Ray's task of second looks."""
-    return fetcher.look(places)
 
 
 def fetch_unit(batch: pa.Table, fetcher: Fetcher) -> Iterator[pa.Table]:

@@ -20,7 +20,7 @@ from capray.captioning.container_versions import ContainerVersions
 from capray.captioning.settled import ID, TAR, Settled, insert
 from capray.captioning.units import UnitFiles, Work
 from capray.errors import ConfigError, StorageError
-from capray.inputs.base import names_uris
+from capray.inputs.base import lists_uris, names_uris
 from capray.inputs.listing import ALL_ROWS, Listing
 from capray.output import Output, duckdb_errors, first_row, parquet_files
 from capray.storage import Location, Write, read_bytes
@@ -81,8 +81,7 @@ class Plan:
         self._chunks: dict[str, _Chunk] = {}
         self._containers: dict[tuple[int, str], int] = {}
         self._manifests: set[tuple[int, str]] = set()
-        of_uris = [s for s in listing.sources if s.kind in ("manifest", "parquet") and s.image_column is None]
-        lists = [uri for source in of_uris for uri in source.units()]
+        lists = [uri for source in listing.sources if lists_uris(source) for uri in source.units()]
         folders = sorted({posixpath.dirname(uri) for uri in lists})
         self._folders = folders if len(folders) > 1 else []
         self._has_uris = any(names_uris(source) for source in listing.sources)

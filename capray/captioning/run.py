@@ -76,7 +76,7 @@ class Run:
         self.write = FencedWrites(output, lease)
         self.summary = Summary(output.root.uri, run_id, job.model_id)
         self.source_type = sources[0].source_type
-        self.listing = Listing(output, run_id, sources, config, self.write, config.relist)
+        self.listing = Listing(output.plan, run_id, sources, config, self.write, config.relist)
         self.reader = Reader.of(sources, config.subset(ImageLimits), config.fetch_concurrency, config.patience_seconds)
         self.settled = Settled(output, run_id, retried_kinds(config))
         self.plan = Plan(output, run_id, self.listing, self.settled, self.write)

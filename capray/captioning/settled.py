@@ -14,11 +14,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +25,7 @@ import pyarrow.parquet as pq
 
 from capray.errors import StorageError
 from capray.output import MEND_PART, Output, first_row, open_duckdb
-from capray.storage import Location, Write, read_bytes, storage_errors
+from capray.storage import Location, Write, read_ahead, read_bytes, storage_errors
 from capray.tables import FAILURES, FINAL_FAILURES, encode_parquet
 
 if TYPE_CHECKING:
@@ -145,11 +142,10 @@ class Settled:
         schema = pa.schema([*(FAILURES.field(name) for name in names), ("part", pa.int32())])
         for begin in range(0, len(parts), _PARTS_AT_ONCE):
             numbered = dict(enumerate(parts[begin : begin + _PARTS_AT_ONCE], self._num_parts))
-            with ThreadPoolExecutor(_NUM_READERS) as pool:
-                tables = _ahead(pool, [partial(_numbered, *item, names) for item in numbered.items()])
-                batches = (batch for table in tables for batch in table.cast(schema).to_batches())
-                sql = f"INSERT INTO {table} SELECT {columns} FROM incoming ORDER BY id"
-                num_ids = insert(self.connection, sql, schema, batches)
+            tables = read_ahead(lambda item: _numbered(*item, names), numbered.items(), _NUM_READERS)
+            batches = (batch for table in tables for batch in table.cast(schema).to_batches())
+            sql = f"INSERT INTO {table} SELECT {columns} FROM incoming ORDER BY id"
+            num_ids = insert(self.connection, sql, schema, batches)
             self._parts |= numbered
             self._num_parts += len(numbered)
             self.check_room(num_ids * (len(parts) - begin - len(numbered)) // len(numbered))
@@ -233,17 +229,6 @@ def _numbered(number: int, part: Location, names: tuple[str, ...]) -> pa.Table:
         except pa.ArrowInvalid as error:
             raise StorageError(f"{part.uri!r} is damaged ({error}): {MEND_PART}") from error
     return table.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), table.num_rows))
-
-
-def _ahead(pool: ThreadPoolExecutor, calls: list[Callable[[], pa.Table]]) -> Iterator[pa.Table]:
-    """What ``calls`` return, in order, as many being made at once as the pool has threads."""
-    running: deque[Future[pa.Table]] = deque()
-    for call in calls:
-        running.append(pool.submit(call))
-        if len(running) == _NUM_READERS:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
 
 
 def insert(

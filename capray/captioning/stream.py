@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from capray import cluster
 from capray.captioning.actor import CaptioningActor, CaptioningSettings
-from capray.captioning.fetching import Fetcher, Look, expand, fetch_unit, look_again
+from capray.captioning.fetching import Fetcher, Look, expand, fetch_unit
 from capray.captioning.model_transfer import ModelTransfer, transfer_model
 from capray.captioning.units import Work
 from capray.config import GPU_BATCH, CaptionConfig
@@ -178,7 +178,7 @@ class RayExecutor:
 
         others = sorted(cluster.alive_nodes() - {node})
         strategy = NodeAffinitySchedulingStrategy(random.choice(others), soft=True) if others else "DEFAULT"
-        task = ray.remote(look_again).options(num_cpus=FETCH_CPUS, scheduling_strategy=strategy)
+        task = ray.remote(Fetcher.look).options(num_cpus=FETCH_CPUS, scheduling_strategy=strategy)
         self._looks.append(task.remote(fetcher, places))
 
     def looks(self) -> list[Look]:

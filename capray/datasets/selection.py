@@ -6,16 +6,14 @@ Knows no data set's layout: each of them makes a ``RawDataset``, and ``prepare_d
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from capray.datasets.samples import Prepared, Sample, write_samples
 from capray.datasets.settings import PrepareSettings
 from capray.errors import DataError
 from capray.progress import ProgressDisplay
-from capray.storage import Location, check_empty, read_bytes
+from capray.storage import Location, check_empty, read_ahead, read_bytes
 
 NUM_READERS = 16
 NUM_READ_AHEAD = 64
@@ -129,22 +127,7 @@ def _samples(
 ) -> Iterator[Sample]:
     rows = [(name, split) for split, names in splits.items() for name in names]
     with ProgressDisplay(f"preparing {dataset}", total=len(rows)) as display:
-        contents = _read_ahead(images[name] for name, _ in rows)
+        contents = read_ahead(read_bytes, (images[name] for name, _ in rows), NUM_READERS, NUM_READ_AHEAD)
         for done, ((name, split), content) in enumerate(zip(rows, contents, strict=True), start=1):
             yield Sample(name, content, captions[name], split)
             display.update(done, f"{done:,} of {len(rows):,} images")
-
-
-def _read_ahead(places: Iterable[Location]) -> Iterator[bytes]:
-    """The contents of ``places`` in their order, several of which are read at once."""
-    pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="prepare")
-    waiting: deque[Future[bytes]] = deque()
-    try:
-        for place in places:
-            waiting.append(pool.submit(read_bytes, place))
-            if len(waiting) > NUM_READ_AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)

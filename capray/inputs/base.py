@@ -230,24 +230,15 @@ class Source(ABC):
     def __init__(self, place: Location, settings: SourceSettings, keep: tuple[str, ...] = ()):
         self.place, self.settings, self.keep = place, settings, keep
         self.selection = Selection.of(settings, root_of(place))
+        self.source_type: pa.DataType | None = None
+        """The type of the carried columns."""
+        self.image_column: str | None = None
+        """The column that holds the images, of a Parquet source that does."""
+        self.id_column: str | None = None
+        """The column of the ids beside ``image_column``."""
         self.witnesses: tuple[str, ...] = ()
         self.mounts: set[str] = set()
         """What threads add to while they list; see Known."""
-
-    @property
-    def source_type(self) -> pa.DataType | None:
-        """The type of the carried columns."""
-        return None
-
-    @property
-    def image_column(self) -> str | None:
-        """The column that holds the images, of a Parquet source that does."""
-        return None
-
-    @property
-    def id_column(self) -> str | None:
-        """The column of the ids beside ``image_column``."""
-        return None
 
     @property
     def read_as(self) -> list[str | None]:
@@ -327,10 +318,15 @@ def root_of(place: Location) -> str:
     return posixpath.dirname(re.split(r"[*?[]", place.uri)[0]) if is_glob(place) else place.uri
 
 
+def lists_uris(source: Source) -> bool:
+    """Whether ``source`` is lists or tables of URIs."""
+    return source.kind in ("manifest", "parquet") and source.image_column is None
+
+
 def names_uris(source: Source) -> bool:
     """Whether images of ``source`` may have other ids than their URIs: those of lists and tables of URIs, and with a column
     of ids."""
-    return source.image_column is None and (source.kind in ("manifest", "parquet") or bool(source.settings.id_column))
+    return lists_uris(source) or (source.image_column is None and bool(source.settings.id_column))
 
 
 class Containers(Source):

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from capray.model.attention import SearchKeys
@@ -187,4 +186,4 @@ def _aligned(weight_VX: torch.Tensor, bias_V: torch.Tensor) -> tuple[torch.Tenso
 def pooling(height: int, width: int, pool: int) -> torch.Tensor:
     """Adaptive average pooling of a grid to ``pool`` x ``pool`` as a matrix (P, Q)."""
     cells = torch.eye(height * width).unflatten(1, (height, width))
-    return nn.functional.adaptive_avg_pool2d(cells, pool).flatten(1).T.contiguous()
+    return functional.adaptive_avg_pool2d(cells, pool).flatten(1).T.contiguous()

@@ -206,10 +206,8 @@ class _Verifier:
             decoding, others = first.get("decoding") or {}, other.get("decoding") or {}
             pairs |= {name: (decoding.get(name), others.get(name)) for name in sorted({*decoding, *others})}
             for name, (one, two) in pairs.items():
-                is_unknown = name == "precision" and None in (
-                    one,
-                    two,
-                )  # Of an empty shard, where nothing was captioned.
+                # Of an empty shard, where nothing was captioned, it is not known.
+                is_unknown = name == "precision" and None in (one, two)
                 if one != two and (one or two) and not is_unknown:
                     self._problem(f"{name} of {output.root.uri} is {two!r}, of {known[0][0].root.uri} {one!r}")
         self.result.checked.append("that the outputs have one model and one set of settings")
