@@ -58,7 +58,4 @@ def record(
     rows = sorted([*(other for other in rows if other["name"] != name), row], key=lambda row: row["name"])
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     verdict = "" if bar is None else f"; bar {bar:g}: {'met' if quotient >= bar else 'NOT met'}"
-    print(
-        f"{name}: {value:.2f} {unit} beside {reference:.2f}, ratio {quotient:.2f}{verdict} ({row['machine']})",
-        flush=True,
-    )
+    print(f"{name}: {value:.2f} {unit} beside {reference:.2f}, ratio {quotient:.2f}{verdict} ({row['machine']})", flush=True)

@@ -40,10 +40,7 @@ class BlankFetcher:
 
     def fetch(self, places: pa.Table, skipped: object, careful: bool) -> Iterator[pa.Table]:
         number = places.num_rows
-        columns = {
-            "image_id": places["image_id"],
-            "pixels": pa.array([bytes(3 * self.side**2)] * number, pa.binary()),
-        }
+        columns = {"image_id": places["image_id"], "pixels": pa.array([bytes(3 * self.side**2)] * number, pa.binary())}
         table = pa.table([columns.get(field.name, pa.nulls(number, field.type)) for field in FETCHED], schema=FETCHED)
         yield block_of(table)
 
@@ -68,8 +65,7 @@ def plan(folder: Location, num_images: int, block_rows: int) -> Work:
     same = {"position": np.arange(num_images), "image_id": names, "uri": names}
     same |= {"kind": ["object"] * num_images, "input": np.zeros(num_images, np.int16)}
     places = pa.table(
-        [pa.array(same[f.name], f.type) if f.name in same else pa.nulls(num_images, f.type) for f in PLACES],
-        schema=PLACES,
+        [pa.array(same[f.name], f.type) if f.name in same else pa.nulls(num_images, f.type) for f in PLACES], schema=PLACES
     )
     with UnitFiles(folder, 0, PLACES, block_rows, write_atomic) as files:
         for begin in range(0, num_images, 50_000):

@@ -178,9 +178,7 @@ def storage_errors(doing: str) -> Generator[None]:
         raise StorageError(f"{doing}: not found ({error})") from error
     except PermissionError as error:
         if s3_answer(error)[1] in EXPIRED_CODES:
-            raise StorageUnavailable(
-                f"{doing}: {error}: renew the credentials and run the same command again"
-            ) from error
+            raise StorageUnavailable(f"{doing}: {error}: renew the credentials and run the same command again") from error
         raise StorageError(f"{doing}: permission denied ({error})") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -36,12 +36,7 @@ EXPIRY_SECONDS = 2.0
 def short_lease(is_shared: bool = False) -> Generator[None]:
     """A lease that expires soon; with ``is_shared`` as on a shared file system, without the kernel's lock."""
     with ExitStack() as patches:
-        times = {
-            "renew_seconds": 0.2,
-            "publish_seconds": 0.6,
-            "expiry_seconds": EXPIRY_SECONDS,
-            "patience_seconds": 20.0,
-        }
+        times = {"renew_seconds": 0.2, "publish_seconds": 0.6, "expiry_seconds": EXPIRY_SECONDS, "patience_seconds": 20.0}
         patches.enter_context(mock.patch.object(job, "Lease", partial(job.Lease, **times)))
         if is_shared:
             patches.enter_context(mock.patch.object(lease, "is_on_local_disk", return_value=False))

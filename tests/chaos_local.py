@@ -163,9 +163,7 @@ class Round:
                 driver.kill()
                 self.num_captioned += driver.num_captioned
         assert self.struck is not None, "the strike never landed"
-        captions = check_exactly_once(
-            self.output, self.wanted, self.world.undisturbed, self.failed, self.world.endpoint
-        )
+        captions = check_exactly_once(self.output, self.wanted, self.world.undisturbed, self.failed, self.world.endpoint)
         self.redone = self.num_captioned - len(captions)
 
     # What a round is made of.
@@ -317,9 +315,7 @@ for _layout in LAYOUTS:
     for _moment in ("between", "during"):
         _name = f"{_layout.rstrip('s')}-{_moment}"
         _when = "between two runs" if _moment == "between" else "while it is read"
-        kind(_name, f"{_layout.rstrip('s')} rewritten, in another order, {_when}")(
-            _rewritten(_layout, _moment == "during")
-        )
+        kind(_name, f"{_layout.rstrip('s')} rewritten, in another order, {_when}")(_rewritten(_layout, _moment == "during"))
 
 
 @kind("shard-mended", "a corrupt shard, mended after a run that said so")
@@ -517,9 +513,7 @@ def _frozen(stop_at: str) -> Play:
 
 
 for _name, _stop_at in {"listing": r"/plan/.*chunk-", "planning": r"/plan/.*units-", "put": "/captions/part-"}.items():
-    kind(f"frozen-{_name}", f"the driver frozen past its lease: {_name}", "bucket", "shared", "folder")(
-        _frozen(_stop_at)
-    )
+    kind(f"frozen-{_name}", f"the driver frozen past its lease: {_name}", "bucket", "shared", "folder")(_frozen(_stop_at))
 
 
 def _signalled(round: Round, number: int, is_at_once: bool = False) -> None:

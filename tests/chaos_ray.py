@@ -108,8 +108,7 @@ class World:
         self.fs.put(str(folder / "photos"), f"{self.bucket}/", recursive=True)
         self.wanted = digests(f"{self.bucket}/photos", endpoint=self.endpoint)
         self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 2, "include_dashboard": False, "gcs_server_port": free_port()},
+            initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "gcs_server_port": free_port()}
         )
         self.node = self.cluster.add_node(num_cpus=2)
         os.environ["RAY_ADDRESS"] = self.cluster.address

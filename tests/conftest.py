@@ -112,9 +112,7 @@ def ray_processes(name: str) -> list[int]:
     def is_ours(pid: int | None) -> bool:
         return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
 
-    return [
-        pid for pid, found in names.items() if found.startswith(b"ray::") and name.encode() in found and is_ours(pid)
-    ]
+    return [pid for pid, found in names.items() if found.startswith(b"ray::") and name.encode() in found and is_ours(pid)]
 
 
 @pytest.fixture(scope="session")

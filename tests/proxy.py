@@ -37,11 +37,7 @@ _ERRORS = {
     "500": (500, "InternalError", "We encountered an internal error. Please try again."),
     "denied": (403, "AccessDenied", "Access Denied"),
     "archived": (403, "InvalidObjectState", "The operation is not valid for the object's storage class."),
-    "skewed": (
-        403,
-        "RequestTimeTooSkewed",
-        "The difference between the request time and the current time is too large.",
-    ),
+    "skewed": (403, "RequestTimeTooSkewed", "The difference between the request time and the current time is too large."),
     "expired": (400, "ExpiredToken", "The provided token has expired."),
     "expired_403": (403, "ExpiredToken", "The provided token has expired."),
 }

@@ -83,16 +83,7 @@ def loaded(model):
 @pytest.fixture
 def settings(model, loaded) -> CaptioningSettings:
     return CaptioningSettings(
-        model,
-        loaded[1],
-        Decoding(beam_size=2, max_length=6),
-        "fp32",
-        False,
-        4,
-        False,
-        1,
-        run_id="run",
-        patience_seconds=0,
+        model, loaded[1], Decoding(beam_size=2, max_length=6), "fp32", False, 4, False, 1, run_id="run", patience_seconds=0
     )
 
 
@@ -143,11 +134,7 @@ class TestABlock:
         for row, name in ((first, "a"), (third, "bb")):
             pixels = np.frombuffer(photo(name)["pixels"], np.uint8).reshape(32, 32, 3)
             ((best, other),) = captioner.caption(captioner.encode_all([pixels]), settings.decoding)
-            assert (row["caption"], row["num_tokens"], row["finished"]) == (
-                best.caption,
-                best.num_tokens,
-                best.finished,
-            )
+            assert (row["caption"], row["num_tokens"], row["finished"]) == (best.caption, best.num_tokens, best.finished)
             assert row["log_prob"] == pytest.approx(best.log_prob, abs=1e-4)
             assert [found["caption"] for found in row["alternatives"]] == [other.caption]
             assert (row["width"], row["height"], row["sha256"], row["model_id"]) == (40, 30, SHA, model_id)
@@ -213,11 +200,7 @@ class TestOneImagesFault:
             ("Unexpected error from cudaGetDeviceCount()", True, False),
             ("Torch not compiled with CUDA enabled", True, False),
             ("GET was unable to find an engine to execute this computation", False, True),
-            (
-                "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear with a non-contiguous input",
-                False,
-                False,
-            ),
+            ("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear with a non-contiguous input", False, False),
             ("CUDA error: out of memory", False, True),
             ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False, True),
             ("Calculated padded input size per channel: (2 x 2)", False, False),
@@ -247,9 +230,7 @@ class TestAnImageThatKillsItsProcess:
         caption(actor, photo("a"))
         assert actor._child._child is None and len(ended) == 1
 
-    def test_is_taken_care_of_in_a_healthy_one_and_proven_by_a_second_time(
-        self, settings, device, monkeypatch, tmp_path
-    ):
+    def test_is_taken_care_of_in_a_healthy_one_and_proven_by_a_second_time(self, settings, device, monkeypatch, tmp_path):
         """Only the marked image is captioned apart."""
         actor = CaptioningActor(settings)
         log = tmp_path / "log"
@@ -359,9 +340,7 @@ class TestASickDevice:
         device.write_text("nan")
         actor = CaptioningActor(settings)
         for _ in range(2):
-            with pytest.raises(
-                TryAgain, match="the device does not work.*no finite.*nothing was recorded against images"
-            ):
+            with pytest.raises(TryAgain, match="the device does not work.*no finite.*nothing was recorded against images"):
                 caption(actor, photo("a"))
 
     def test_an_actor_that_dies_again_and_again_stops_the_job(self, settings, monkeypatch):

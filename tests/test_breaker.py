@@ -62,18 +62,8 @@ def test_final_failures_since_the_last_healthy_window_are_taken_back():
     breaker.add(results(("unsure", "missing"), certain=False), is_healthy=False)
     breaker.add_finals([{"image_id": "looked", "uri": None, "error_type": "missing"}])
     assert breaker.taken_back("the disk is gone") == [
-        {
-            "image_id": "new",
-            "uri": "/new",
-            "error_type": "unreadable_storage",
-            "message": "truncated, but the disk is gone",
-        },
-        {
-            "image_id": "looked",
-            "uri": None,
-            "error_type": "unreadable_storage",
-            "message": "missing, but the disk is gone",
-        },
+        {"image_id": "new", "uri": "/new", "error_type": "unreadable_storage", "message": "truncated, but the disk is gone"},
+        {"image_id": "looked", "uri": None, "error_type": "unreadable_storage", "message": "missing, but the disk is gone"},
     ]
 
 

@@ -116,15 +116,11 @@ def test_the_samples_of_a_split_and_columns_of_a_table(tmp_path, samples, model)
     assert summary.images == 6
 
     photos = write_photos(tmp_path / "photos", 3)
-    table = pa.table(
-        {"url": [*photos, photos[0], str(tmp_path / "gone.jpg"), None], "key": ["a", "b", "c", "a", "d", "e"]}
-    )
+    table = pa.table({"url": [*photos, photos[0], str(tmp_path / "gone.jpg"), None], "key": ["a", "b", "c", "a", "d", "e"]})
     pq.write_table(table, tmp_path / "list.parquet")
     summary = run(tmp_path / "list.parquet", tmp_path / "uris", model, id_column="key")
     assert summary.duplicates == 1
-    assert set(check_exactly_once(str(tmp_path / "uris"), set("abcde"), failed=dict.fromkeys("de", "missing"))) == set(
-        "abc"
-    )
+    assert set(check_exactly_once(str(tmp_path / "uris"), set("abcde"), failed=dict.fromkeys("de", "missing"))) == set("abc")
     assert summary.current_failures == {"missing": 2}
 
 
@@ -391,9 +387,7 @@ def test_samples_captioned_and_scored_on_s3(samples, model, s3):
     for file in Path(samples).iterdir():
         fs.put_file(str(file), f"{s3}/scored/samples/{file.name}")
     run(f"{s3}/scored/samples", f"{s3}/scored/out", model, split="dev")
-    config = EvaluateConfig(
-        output=f"{s3}/scored/out", references=f"{s3}/scored/samples", split="dev", metrics=("bleu",)
-    )
+    config = EvaluateConfig(output=f"{s3}/scored/out", references=f"{s3}/scored/samples", split="dev", metrics=("bleu",))
     evaluation = evaluate(config)
     assert (evaluation.matched, evaluation.references, evaluation.withheld) == (6, 30, None)
 

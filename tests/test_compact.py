@@ -75,11 +75,7 @@ def test_the_copy_holds_the_same_rows_sorted_in_larger_parts(tmp_path: Path) -> 
 def test_optional_columns_are_copied_too(tmp_path: Path) -> None:
     old = Output(str(tmp_path / "old"))
     kept = pa.struct(
-        [
-            ("n", pa.int64()),
-            ("tags", pa.list_(pa.field("element", pa.string()))),
-            ("kind", pa.dictionary("int32", "utf8")),
-        ]
+        [("n", pa.int64()), ("tags", pa.list_(pa.field("element", pa.string()))), ("kind", pa.dictionary("int32", "utf8"))]
     )
     write_captions(old, ["b", "a", "c"])
     (part,) = old.parts(old.captions)
@@ -91,9 +87,7 @@ def test_optional_columns_are_copied_too(tmp_path: Path) -> None:
     }
     schema = captions_schema(kept, attention=True)
     columns = {name: table[name] if name in table.column_names else extra[name] for name in schema.names}
-    table = pa.table(
-        [pa.array(v, f.type) if isinstance(v, list) else v for f, v in zip(schema, columns.values())], schema
-    )
+    table = pa.table([pa.array(v, f.type) if isinstance(v, list) else v for f, v in zip(schema, columns.values())], schema)
     write_atomic(part, encode_parquet(table))
     write_atomic(old.job, json.dumps(JOB).encode())
     compact(CompactConfig(output=str(tmp_path / "old"), new=str(tmp_path / "new")))

@@ -227,12 +227,7 @@ def karpathys_images(images: list[tuple[str, str]], dataset: str) -> list[dict]:
     entries = []
     for number, (name, split) in enumerate(images):
         sentences = [
-            {
-                "tokens": ["caption", str(k)],
-                "raw": f"Caption {k} of {name}. ",
-                "imgid": number,
-                "sentid": 2 * number + k,
-            }
+            {"tokens": ["caption", str(k)], "raw": f"Caption {k} of {name}. ", "imgid": number, "sentid": 2 * number + k}
             for k in range(2)
         ]
         entry = {"sentids": [2 * number, 2 * number + 1], "imgid": number, "sentences": sentences, "split": split}
@@ -243,9 +238,7 @@ def karpathys_images(images: list[tuple[str, str]], dataset: str) -> list[dict]:
     return entries
 
 
-def write_karpathy(
-    folder: Path, dataset: str, images: list[tuple[str, str]], entries: list[dict] | None = None
-) -> Path:
+def write_karpathy(folder: Path, dataset: str, images: list[tuple[str, str]], entries: list[dict] | None = None) -> Path:
     path = folder / f"dataset_{dataset}.json"
     path.write_text(json.dumps({"images": entries or karpathys_images(images, dataset), "dataset": dataset}))
     return path
@@ -264,12 +257,7 @@ class TestKarpathy:
 
     def test_captions_and_splits(self, tmp_path):
         prepared = prepare(self.raw(tmp_path), tmp_path / "out")
-        assert splits_of(tmp_path / "out") == {
-            "1_a.jpg": "train",
-            "2_b.jpg": "test",
-            "3_c.jpg": "dev",
-            "4_d.jpg": "train",
-        }
+        assert splits_of(tmp_path / "out") == {"1_a.jpg": "train", "2_b.jpg": "test", "3_c.jpg": "dev", "4_d.jpg": "train"}
         row = read_samples(tmp_path / "out")[0]
         assert row["captions"] == [f"Caption {k} of {row['image_id']}." for k in range(2)]
         assert prepared.notes == []
@@ -308,22 +296,16 @@ class TestKarpathy:
     def test_an_image_lacks_a_part(self, tmp_path, part):
         entries = karpathys_images(KARPATHYS, "flickr8k")
         del entries[2][part]
-        self.refuse(
-            self.raw(tmp_path, entries), tmp_path, f"flickr8k.json', image 2: expected filename, split.*'{part}'"
-        )
+        self.refuse(self.raw(tmp_path, entries), tmp_path, f"flickr8k.json', image 2: expected filename, split.*'{part}'")
 
     def test_a_sentence_without_its_text(self, tmp_path):
         entries = karpathys_images(KARPATHYS, "flickr8k")
         entries[1]["sentences"][0]["raw"] = 7
-        self.refuse(
-            self.raw(tmp_path, entries), tmp_path, "image 1: expected filename, split and sentences with their raw"
-        )
+        self.refuse(self.raw(tmp_path, entries), tmp_path, "image 1: expected filename, split and sentences with their raw")
 
     def test_an_unknown_split(self, tmp_path):
         entries = karpathys_images([("1_a.jpg", "validation")], "flickr8k")
-        self.refuse(
-            self.raw(tmp_path, entries), tmp_path, "unknown split 'validation': expected train, restval, val, test"
-        )
+        self.refuse(self.raw(tmp_path, entries), tmp_path, "unknown split 'validation': expected train, restval, val, test")
 
     def test_an_image_in_two_splits(self, tmp_path):
         entries = karpathys_images([*KARPATHYS, ("1_a.jpg", "test")], "flickr8k")
@@ -550,9 +532,7 @@ class TestFlickr30k(Refusing):
         self.refuse(self.tokens(self.raw(tmp_path)), tmp_path, message)
 
     def test_no_captions(self, tmp_path):
-        self.refuse(
-            self.raw(tmp_path), tmp_path, "has no captions: expected dataset_flickr30k.json, results_20130124.token"
-        )
+        self.refuse(self.raw(tmp_path), tmp_path, "has no captions: expected dataset_flickr30k.json, results_20130124.token")
 
     def test_no_images(self, tmp_path):
         (tmp_path / "raw").mkdir()
@@ -597,9 +577,7 @@ def coco_folder(folder: Path, year: str = "2014", images: str = "") -> Path:
 
 def coco_content(names: dict[int, str]) -> tuple[list[dict], list[dict]]:
     images = [{"license": 1, "file_name": name, "height": 3, "width": 4, "id": i} for i, name in sorted(names.items())]
-    annotations = [
-        {"image_id": i, "id": 10 * i + k, "caption": f"Caption {k} of {i}.\n"} for k in range(2) for i in names
-    ]
+    annotations = [{"image_id": i, "id": 10 * i + k, "caption": f"Caption {k} of {i}.\n"} for k in range(2) for i in names]
     return images, annotations
 
 
@@ -703,16 +681,12 @@ class TestCoco(Refusing):
 
     def test_captions_of_another_year(self, tmp_path):
         raw = coco_folder(tmp_path / "raw")
-        self.refuse(
-            raw, tmp_path, "has no annotations/captions_train2017.json nor captions_val2017.json", splits="2017"
-        )
+        self.refuse(raw, tmp_path, "has no annotations/captions_train2017.json nor captions_val2017.json", splits="2017")
 
     def test_no_folder_of_images(self, tmp_path):
         raw = coco_folder(tmp_path / "raw")
         (raw / "val2014").rename(raw / "validation")
-        self.refuse(
-            raw, tmp_path, "has no folder val2014, nor images/val2014, whose images captions_val2014.json names"
-        )
+        self.refuse(raw, tmp_path, "has no folder val2014, nor images/val2014, whose images captions_val2014.json names")
 
     def test_no_folder(self, tmp_path):
         self.refuse(tmp_path / "nowhere", tmp_path, r"no folder at .*\(--fetch downloads COCO there\)")
@@ -749,9 +723,7 @@ class TestCoco(Refusing):
         self.refuse(raw, tmp_path, f"unknown filepath '{folder}': expected train2014 or val2014", splits="karpathy")
 
     def test_fetching_needs_a_choice(self, tmp_path):
-        self.refuse(
-            tmp_path / "raw", tmp_path, r"which COCO to download \(2014, 2017, karpathy\)", ConfigError, fetch=True
-        )
+        self.refuse(tmp_path / "raw", tmp_path, r"which COCO to download \(2014, 2017, karpathy\)", ConfigError, fetch=True)
 
 
 ROWS = [
@@ -846,9 +818,7 @@ class TestFolder(Refusing):
     def test_several_manifests(self, tmp_path):
         raw = self.raw(tmp_path)
         self.write(raw / "other.jsonl", ROWS)
-        self.refuse(
-            raw, tmp_path, r"several tables \(metadata\.csv, other\.jsonl\): choose with --manifest", ConfigError
-        )
+        self.refuse(raw, tmp_path, r"several tables \(metadata\.csv, other\.jsonl\): choose with --manifest", ConfigError)
 
     def test_a_manifest_that_is_not_there(self, tmp_path):
         self.refuse(self.raw(tmp_path), tmp_path, "no manifest at 'other.csv'", manifest="other.csv")
@@ -866,11 +836,7 @@ class TestFolder(Refusing):
     @pytest.mark.parametrize(
         ("rows", "options", "message"),
         [
-            (
-                [{"url": "a", "caption": "b"}],
-                {},
-                "has the columns url, caption, but no file_name, filename.*--image-column",
-            ),
+            ([{"url": "a", "caption": "b"}], {}, "has the columns url, caption, but no file_name, filename.*--image-column"),
             ([{"file": "a", "image": "b", "text": "c"}], {}, "has the columns image, file: choose with --image-column"),
             ([{"file": "a", "alt": "b"}], {}, "but no caption, captions, text: name it with --caption-column"),
             (ROWS, {"caption_column": "de"}, "has the columns file_name, caption, split, but no 'de'"),
@@ -901,9 +867,7 @@ class TestFolder(Refusing):
 
     def test_an_image_in_two_splits(self, tmp_path):
         rows = [*ROWS, {"file_name": "a/1.jpg", "caption": "One .", "split": "test"}]
-        self.refuse(
-            self.raw(tmp_path, rows), tmp_path, "'a/1.jpg' is in the test split here, and in the train split before"
-        )
+        self.refuse(self.raw(tmp_path, rows), tmp_path, "'a/1.jpg' is in the test split here, and in the train split before")
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),
@@ -1018,16 +982,13 @@ class TestShapes:
 
     @pytest.mark.parametrize(("num_images", "expected"), [(10, (8, 1, 1)), (25, (21, 2, 2)), (100, (80, 10, 10))])
     def test_splits(self, num_images, expected):
-        splits = [
-            scene.split for scene in draw_scenes(ShapesConfig(output="unused", num_images=num_images, image_size=32))
-        ]
+        splits = [scene.split for scene in draw_scenes(ShapesConfig(output="unused", num_images=num_images, image_size=32))]
         assert tuple(splits.count(split) for split in ("train", "dev", "test")) == expected
         assert splits == sorted(splits, key=["train", "dev", "test"].index)
 
     def test_the_same_table_twice_has_the_same_digest(self, tmp_path):
         digests = {
-            prepare_shapes(ShapesConfig(output=str(tmp_path / name), num_images=10, image_size=32)).digest
-            for name in "ab"
+            prepare_shapes(ShapesConfig(output=str(tmp_path / name), num_images=10, image_size=32)).digest for name in "ab"
         }
         assert len(digests) == 1
 

@@ -117,8 +117,7 @@ def test_each_format_is_known_by_its_beginning(name):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [b"", b"BMW parked", b"P5 Piccadilly", b"Pyramid", b"II.", b"\nA dog", b"RIFF0000WAVE", b"\x93NUMPY", b"GIF"],
+    "text", [b"", b"BMW parked", b"P5 Piccadilly", b"Pyramid", b"II.", b"\nA dog", b"RIFF0000WAVE", b"\x93NUMPY", b"GIF"]
 )
 def test_what_begins_with_the_letters_of_a_format_is_no_image(text):
     assert not begins_like_image(text)

@@ -58,9 +58,7 @@ def rows(listing: Listing) -> list[dict]:
 def ids(listing: Listing) -> list[str]:
     """The ids of the rows that count."""
     since = listing.superseded
-    return [
-        row["image_id"] for row in rows(listing) if row["position"] >= since.get((row["input"], row["container"]), 0)
-    ]
+    return [row["image_id"] for row in rows(listing) if row["position"] >= since.get((row["input"], row["container"]), 0)]
 
 
 def plan_files(output: Output) -> set[str]:
@@ -111,9 +109,7 @@ class Scripted(Source):
             version = self.versions_.get(unit, "")
             same = {"container": unit, "version": version} if version else {}
             names = [f"{unit}/{page}/{i}{version}" for i in range(3)]
-            yield Page(
-                rows_of("object", {"image_id": names}, **same), page, (self.found,) if self.found else (), 1, version
-            )
+            yield Page(rows_of("object", {"image_id": names}, **same), page, (self.found,) if self.found else (), 1, version)
 
     def whole(self) -> list[str]:
         return [
@@ -125,9 +121,7 @@ class Scripted(Source):
 
 
 def scripted(output: Output, source: Scripted, run: str = "run-2", write=write_atomic) -> Listing:
-    return Listing(
-        output.plan, run, [source], CaptionConfig(input="/scripted", output=output.root.uri, model="m"), write
-    )
+    return Listing(output.plan, run, [source], CaptionConfig(input="/scripted", output=output.root.uri, model="m"), write)
 
 
 def killed_at(unit: str, page: int):

@@ -176,13 +176,7 @@ class TestSummary:
         text = ask(output, format="csv")
         lines = list(csv.reader(io.StringIO(text)))
         counts = dict(zip(lines[0], lines[1], strict=True))
-        assert counts == {
-            "captions": "3",
-            "failures": "2",
-            "runs": "2",
-            "mean_tokens": "3.3",
-            "images_per_second": "3.0",
-        }
+        assert counts == {"captions": "3", "failures": "2", "runs": "2", "mean_tokens": "3.3", "images_per_second": "3.0"}
         assert lines[2] == ["error_type", "images", "example"]
         assert sorted(lines[3:5]) == [["missing", "1", "d missing"], ["truncated", "1", "c truncated"]]
         assert [line[0] for line in lines[5:]] == ["image_id", "a", "b", "e"]
@@ -256,9 +250,7 @@ class TestMistakes:
 
         place = Location("denying://part.parquet", Denying(), "part.parquet")
         with (
-            pytest.raises(
-                StorageError, match=r"reading denying://part\.parquet: PermissionError: Access Denied"
-            ) as error,
+            pytest.raises(StorageError, match=r"reading denying://part\.parquet: PermissionError: Access Denied") as error,
             open_duckdb(str(tmp_path), place) as connection,
         ):
             connection.execute("FROM read_parquet('denying://part.parquet')").fetchall()
@@ -352,10 +344,7 @@ class TestViewsOfCommonQuestions:
 
     def test_runs(self, local):
         rows = records(local, "SELECT run_id, captions, failures FROM runs")
-        assert rows == [
-            {"run_id": "run-1", "captions": 2, "failures": 2},
-            {"run_id": "run-2", "captions": 1, "failures": 2},
-        ]
+        assert rows == [{"run_id": "run-1", "captions": 2, "failures": 2}, {"run_id": "run-2", "captions": 1, "failures": 2}]
 
     @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "folder"])
     def test_a_table_is_joined_by_image_id(self, output, tmp_path, kind):
@@ -373,9 +362,7 @@ class TestViewsOfCommonQuestions:
             (path / "1.parquet").write_bytes(encode_parquet(table.slice(1)))
         text = ask(output, "SELECT image_id, shop FROM joined ORDER BY 1", join=str(path), format="json")
         assert json.loads(text) == [{"image_id": "a", "shop": "one's"}, {"image_id": "b", "shop": "two"}]
-        assert "x" in ask(
-            output, "SELECT image_id FROM source_table ANTI JOIN captions USING (image_id)", join=str(path)
-        )
+        assert "x" in ask(output, "SELECT image_id FROM source_table ANTI JOIN captions USING (image_id)", join=str(path))
 
     def test_a_table_without_ids(self, local, tmp_path):
         (tmp_path / "t.csv").write_text("id,shop\na,1\n")

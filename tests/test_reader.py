@@ -318,8 +318,7 @@ class TestTars:
         unseen(tar, lambda: write_tar(Path(tar), dict(reversed(FILES.items()))))
         assert read(reader, members) == ({}, [Changed(0, tar)])
         unseen(
-            tar,
-            lambda: Path(tar).write_bytes(b"no tar" * (os.path.getsize(tar) // 6) + b"  "[: os.path.getsize(tar) % 6]),
+            tar, lambda: Path(tar).write_bytes(b"no tar" * (os.path.getsize(tar) // 6) + b"  "[: os.path.getsize(tar) % 6])
         )
         assert read(reader, members) == ({}, [Changed(0, tar)])
         ((event,),) = (read(reader, rows)[1],)
@@ -483,9 +482,7 @@ class TestReadsThatDoNotReturn:
 
         def hanging(path, flags, *options, **others):
             return (
-                open_file(pipe, os.O_RDONLY)
-                if str(path).endswith("b.jpg")
-                else open_file(path, flags, *options, **others)
+                open_file(pipe, os.O_RDONLY) if str(path).endswith("b.jpg") else open_file(path, flags, *options, **others)
             )
 
         monkeypatch.setattr(byte_reader.os, "open", hanging)

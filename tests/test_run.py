@@ -238,9 +238,8 @@ class TestManifestsOfSeveralFolders:
         assert (first.elsewhere, second.captions, second.elsewhere) == (0, 0, 3)
         where = [str(each.with_name("photo-0000.jpg")) for each in lists]
         assert second.first_elsewhere == ("photo-0000.jpg", *where)
-        assert (
-            f"3 captions under these ids are of images at other URIs, first: photo-0000.jpg is of {where[0]}, not"
-            in (second.text())
+        assert f"3 captions under these ids are of images at other URIs, first: photo-0000.jpg is of {where[0]}, not" in (
+            second.text()
         )
         for each, number in zip(lists, (0, 3), strict=True):
             result = verify(VerifyConfig(output=str(job.output), against=(str(each),)))
@@ -501,10 +500,7 @@ def test_what_failed_at_a_place_that_is_listed_no_longer_is_read_from_where_it_i
 class TestIdsOfJsonLines:
     @pytest.mark.parametrize(
         "lines",
-        [
-            '{"image_id": "", "uri": "/a.jpg"}\n{"image_id": "", "uri": "/b.jpg"}',
-            '{"path": "/a.jpg"}\n{"uri": "/b.jpg"}',
-        ],
+        ['{"image_id": "", "uri": "/a.jpg"}\n{"image_id": "", "uri": "/b.jpg"}', '{"path": "/a.jpg"}\n{"uri": "/b.jpg"}'],
     )
     def test_without_an_id_or_under_another_name(self, job, lines):
         job.input.mkdir()
@@ -537,16 +533,7 @@ class TestIdsOfJsonLines:
 class TestWhatOfATarIsAnImage:
     @pytest.fixture(scope="class")
     def files(self) -> dict[str, bytes]:
-        formats = (
-            "a.tga TGA",
-            "b.ico ICO",
-            "c.pcx PCX",
-            "d.sgi SGI",
-            "e.dib BMP",
-            "f.jpf JPEG2000",
-            "g BMP",
-            "h/i.x PPM",
-        )
+        formats = ("a.tga TGA", "b.ico ICO", "c.pcx PCX", "d.sgi SGI", "e.dib BMP", "f.jpf JPEG2000", "g BMP", "h/i.x PPM")
         rgb = {name: encoded(kind) for name, kind in map(str.split, formats)}
         return rgb | {"grey.pgm": encoded("PPM", mode="L"), "bits.pbm": encoded("PPM", mode="1")}
 
@@ -562,13 +549,7 @@ class TestWhatOfATarIsAnImage:
         assert {name.removeprefix(prefix) for name in sha256s(job)} == set(files)
 
     def test_what_is_none_is_counted_but_for_what_lies_beside_images(self, job):
-        others = {
-            "x.dat": b"BM is no bitmap",
-            "notes": b"P5 Piccadilly",
-            "readme.txt": b"BMW",
-            "0.cls": b"3",
-            "empty": b"",
-        }
+        others = {"x.dat": b"BM is no bitmap", "notes": b"P5 Piccadilly", "readme.txt": b"BMW", "0.cls": b"3", "empty": b""}
         for number in range(2):
             write_tar(job.input / f"{number}.tar", {"0.png": encoded("PNG", number), **others})
         first = job.run(limit=1)
@@ -886,9 +867,7 @@ class TestOddInputs:
         assert job.run(at_block(1, add)).captions == 4
 
     def test_photos_whose_names_look_like_those_of_tars_and_their_members(self, job):
-        for photo, name in zip(
-            write_photos(job.input, 4), ("x.tar#1.jpg", "x.tar.jpg", "y.tgz.PNG", "z.jpg"), strict=True
-        ):
+        for photo, name in zip(write_photos(job.input, 4), ("x.tar#1.jpg", "x.tar.jpg", "y.tgz.PNG", "z.jpg"), strict=True):
             os.rename(photo, job.input / name)
         assert job.run().captions == 4
         verified = verify(VerifyConfig(output=str(job.output), check_bytes=10))
@@ -1250,18 +1229,11 @@ class TestMountsBelowTheInput:
         assert len(sha256s(job)) == 12
 
     @pytest.mark.parametrize(
-        "where",
-        ["below", "linked", "the input", "above the input", "a list's", "a list's top", "a list's file://", "bound"],
+        "where", ["below", "linked", "the input", "above the input", "a list's", "a list's top", "a list's file://", "bound"]
     )
-    def test_away_from_a_mountpoint_that_holds_something_when_another_process_goes_on(
-        self, job, mount, monkeypatch, where
-    ):
+    def test_away_from_a_mountpoint_that_holds_something_when_another_process_goes_on(self, job, mount, monkeypatch, where):
         is_linked = where == "linked"
-        places = {
-            "linked": job.input.with_name("disk"),
-            "the input": job.input,
-            "above the input": job.input.parent / "m",
-        }
+        places = {"linked": job.input.with_name("disk"), "the input": job.input, "above the input": job.input.parent / "m"}
         mounted = places.get(where, job.input / "b")
         job.input.with_name("real").mkdir()
         monkeypatch.setattr("capray.inputs._SAMPLE", 4)
@@ -1507,9 +1479,7 @@ class TestWhatChanges:
                 images = [Path(path).read_bytes() if whole or i != 1 else None for i, path in enumerate(paths)]
                 pq.write_table(pa.table({"image_id": [*"abc"], "image": images}), job.input / source)
             elif kind == "list":
-                rows = [
-                    {"image_id": "abc"[i], "uri": path if whole or i != 1 else None} for i, path in enumerate(paths)
-                ]
+                rows = [{"image_id": "abc"[i], "uri": path if whole or i != 1 else None} for i, path in enumerate(paths)]
                 (job.input / source).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
             else:
                 bad = tmp_path / "bad.jpg"

@@ -196,9 +196,7 @@ class TestTheStage:
             sums = stage().loss(captioner, memory_of(captioner), BATCH, 0)
         sums.objective.backward()
         for name, parameter in captioner.decoder.named_parameters():
-            assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) or name == "attention.energy.bias", (
-                name
-            )
+            assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) or name == "attention.energy.bias", name
 
     def test_rewards_are_of_the_images_own_captions(self, captioner):
         found = stage().rewards(BATCH, BATCH)
@@ -268,8 +266,6 @@ def test_a_captioner_is_trained_from_cached_features(samples, tmp_path):
         assert "train_loss" not in epoch and 0 <= epoch["cider_d"] <= 10
     trained, _ = load_captioner(str(tmp_path / "out" / "last"))
     changed = {name: not torch.equal(value, first.state_dict()[name]) for name, value in trained.state_dict().items()}
-    assert changed["decoder.output.weight"] and not any(
-        changed[name] for name in changed if name.startswith("encoder.")
-    )
+    assert changed["decoder.output.weight"] and not any(changed[name] for name in changed if name.startswith("encoder."))
     said = report_training(ReportConfig(training=config.output, html=str(tmp_path / "report.html")))
     assert said.endswith("2 epochs, 6 samples")

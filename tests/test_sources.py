@@ -258,9 +258,7 @@ class TestFolder:
         with pytest.raises(ConfigError, match="empty|nothing at"):
             opened(tmp_path / "in")
 
-    @pytest.mark.parametrize(
-        "option", [{"split": "test"}, {"id_column": "a"}, {"uri_column": "u"}, {"image_column": "i"}]
-    )
+    @pytest.mark.parametrize("option", [{"split": "test"}, {"id_column": "a"}, {"uri_column": "u"}, {"image_column": "i"}])
     def test_settings_of_tables_mean_nothing(self, tmp_path, option):
         touch(tmp_path / "in", "a.jpg")
         with pytest.raises(ConfigError, match="does not apply"):
@@ -307,9 +305,7 @@ class TestPrefix:
         assert Counter(row["image_id"] for row in listed(source)) == Counter(uris)
         assert any("StartAfter" in arguments for arguments in calls)
         deep = [arguments for arguments in calls if "Delimiter" not in arguments]
-        assert all(
-            arguments["Prefix"].removeprefix(root.split("/", 3)[3]).count("/") > MAX_LEVELS for arguments in deep
-        )
+        assert all(arguments["Prefix"].removeprefix(root.split("/", 3)[3]).count("/") > MAX_LEVELS for arguments in deep)
 
     def test_many_keys(self, s3, tmp_path):
         from concurrent.futures import ThreadPoolExecutor
@@ -378,9 +374,7 @@ class TestParquet:
         }
         path = write_table(tmp_path / "x.parquet", columns, row_group_size=3)
         source = opened(path, ["tags", "n"], id_column="n", image_column="jpg", split="test")
-        assert source.source_type == pa.struct(
-            [("tags", pa.list_(pa.field("element", pa.string()))), ("n", pa.int64())]
-        )
+        assert source.source_type == pa.struct([("tags", pa.list_(pa.field("element", pa.string()))), ("n", pa.int64())])
         assert some(listed(source), "kind", "image_id", "row_group", "row", "source") == [
             ("row", "4", 0, 1, {"tags": None, "n": 4}),
             ("row", "6", 1, 0, {"tags": ["u", "v"], "n": 6}),
@@ -442,9 +436,7 @@ class TestParquet:
         write_table(tmp_path / "in" / "1.parquet", {"path": ["a"]})
         touch(tmp_path / "in", "2.parquet")
         source = opened(tmp_path / "in")
-        for unit, message in zip(
-            source.units(), ["without an image id", "has no column 'uri'", "2.parquet"], strict=True
-        ):
+        for unit, message in zip(source.units(), ["without an image id", "has no column 'uri'", "2.parquet"], strict=True):
             with pytest.raises(DataError, match=message):
                 list(source.pages(unit))
         with pytest.raises(DataError, match=r"2\.parquet"):
@@ -529,11 +521,7 @@ class TestManifests:
     def test_values_are_not_interpreted(self, tmp_path):
         (tmp_path / "x.csv").write_text("uri,image_id,n\n/a,007,NA\n/b,1e5,\n/c,true,null\n")
         rows = listed(opened(tmp_path / "x.csv", ["n"]))
-        assert [(row["image_id"], row["source"]["n"]) for row in rows] == [
-            ("007", "NA"),
-            ("1e5", None),
-            ("true", "null"),
-        ]
+        assert [(row["image_id"], row["source"]["n"]) for row in rows] == [("007", "NA"), ("1e5", None), ("true", "null")]
 
     def test_json_values_that_are_not_text(self, tmp_path):
         (tmp_path / "x.jsonl").write_text(
@@ -546,11 +534,7 @@ class TestManifests:
         ("name", "content", "message"),
         [
             ("x.csv", b"uri,image_id\n/a,\n", "without a value"),
-            (
-                "x.tsv",
-                b'uri\tnote\n/a\t"Stop\n/b\tx\n/c\tgo"\n',
-                "lines 2 to 4: a quoted value spans what could be rows",
-            ),
+            ("x.tsv", b'uri\tnote\n/a\t"Stop\n/b\tx\n/c\tgo"\n', "lines 2 to 4: a quoted value spans what could be rows"),
             ("x.csv", b'uri,note\n/a,"unclosed\n/b,x\n', "unexpected end of data"),
             ("x.csv", b"uri,image_id\n/a\n", "x.csv"),
             ("x.csv", b"", "is empty"),
@@ -640,9 +624,7 @@ class TestInventory:
         assert source.kind == "inventory"
         rows = listed(source)
         assert (
-            [row["image_id"] for row in rows]
-            == [row["uri"] for row in rows]
-            == [f"s3://photos/{key}" for key in self.KEYS]
+            [row["image_id"] for row in rows] == [row["uri"] for row in rows] == [f"s3://photos/{key}" for key in self.KEYS]
         )
         assert [row["size"] for row in rows] == [10, 11, 12, 13]
         assert ids(uri, include=["p/a*"]) == [f"s3://photos/{key}" for key in self.KEYS[:2]]
@@ -685,9 +667,7 @@ class TestTars:
         touch(tmp_path / "in", "0_stats.json")
         source = opened(tmp_path / "in")
         assert source.kind == "tar"
-        assert some(listed(source), "kind", "image_id", "container", "size") == [
-            ("tar", tar, tar, 10240) for tar in tars
-        ]
+        assert some(listed(source), "kind", "image_id", "container", "size") == [("tar", tar, tar, 10240) for tar in tars]
         assert ids(tmp_path / "in" / "*.tar") == tars
         assert ids(tars[1]) == tars[1:2]
         for keep, options in ((["caption"], {}), ([], {"id_column": "n"})):
@@ -801,9 +781,7 @@ class TestKinds:
     def test_tables_or_tars_among_other_files_have_to_be_named(self, tmp_path, name, kind):
         """Whatever is dropped into a folder of theirs makes no images of them."""
         touch(tmp_path / "in", "a.jpg", name)
-        with pytest.raises(
-            ConfigError, match=f"holds {kind} files .*{name}.* other kinds .*a.jpg.*--input-kind {kind}"
-        ):
+        with pytest.raises(ConfigError, match=f"holds {kind} files .*{name}.* other kinds .*a.jpg.*--input-kind {kind}"):
             opened(tmp_path / "in")
         assert opened(tmp_path / "in", input_kind="images").kind == "images"
         assert opened(tmp_path / "in", exclude=(f"*{name}",)).kind == "images"

@@ -11,29 +11,10 @@ import s3fs
 
 from capray.deadlines import now
 from capray.errors import CaprayError, DataError, StorageError, WriteUnanswered
-from capray.storage import (
-    exists,
-    find_parquet,
-    is_file,
-    is_folder,
-    iter_files,
-    list_names,
-    locate,
-    read_bytes,
-    write_atomic,
-)
+from capray.storage import exists, find_parquet, is_file, is_folder, iter_files, list_names, locate, read_bytes, write_atomic
 from tests.proxy import FaultyProxy
 
-NAMES = [
-    "a b.jpg",
-    "gro\u00df.jpg",
-    "x#1.jpg",
-    "y%2Fz.jpg",
-    "new\nline.jpg",
-    "+plus.jpg",
-    "\u00e4?.jpg",
-    "sub/deep/c.jpg",
-]
+NAMES = ["a b.jpg", "gro\u00df.jpg", "x#1.jpg", "y%2Fz.jpg", "new\nline.jpg", "+plus.jpg", "\u00e4?.jpg", "sub/deep/c.jpg"]
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -55,11 +36,7 @@ class TestLocate:
         monkeypatch.setenv("HOME", str(tmp_path))
         for uri in ("a/b.jpg", "./a//b.jpg", f"file://{tmp_path}/a/b.jpg", "~/a/b.jpg", tmp_path / "a" / "b.jpg"):
             location = locate(uri)
-            assert (location.is_local, location.uri, location.path) == (
-                True,
-                f"{tmp_path}/a/b.jpg",
-                f"{tmp_path}/a/b.jpg",
-            )
+            assert (location.is_local, location.uri, location.path) == (True, f"{tmp_path}/a/b.jpg", f"{tmp_path}/a/b.jpg")
 
     def test_s3_keys_are_taken_literally(self, s3):
         location = locate(f"{s3}/a b/c#d%2Fe?.jpg")
@@ -323,8 +300,7 @@ class TestFindParquet:
     @pytest.fixture
     def table(self, root) -> str:
         fill(
-            root,
-            ["b.parquet", "a.parquet", "sub/c.parquet", "_capray/plan/d.parquet", "sub/_x/e.parquet", "_dataset.json"],
+            root, ["b.parquet", "a.parquet", "sub/c.parquet", "_capray/plan/d.parquet", "sub/_x/e.parquet", "_dataset.json"]
         )
         return root
 

@@ -92,8 +92,7 @@ def test_two_workers_give_the_gradient_of_one_with_the_same_global_batch(tmp_pat
     code = "import sys, json; from tests.test_training import worker; a = json.loads(sys.argv[1]); worker(*a)"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps([rank, divisions, counts, str(tmp_path)])],
-            cwd=Path(__file__).parents[1],
+            [sys.executable, "-c", code, json.dumps([rank, divisions, counts, str(tmp_path)])], cwd=Path(__file__).parents[1]
         )
         for rank in range(2)
     ]
@@ -165,14 +164,7 @@ class TestAnEpochOfPairs:
     def table(self):
         captions = [[[4], [5], [6]], [[], [7]], [[]], [[8], [8]], [[9], [10]]]
         rows = [
-            {
-                "image_id": str(i),
-                "pixels": b"x",
-                "height": None if i == 4 else 1,
-                "width": 1,
-                "captions": [],
-                "words": w,
-            }
+            {"image_id": str(i), "pixels": b"x", "height": None if i == 4 else 1, "width": 1, "captions": [], "words": w}
             for i, w in enumerate(captions)
         ]
         return pa.Table.from_pylist(rows, DECODED)
@@ -204,9 +196,7 @@ class TestAnEpochOfPairs:
         odd = with_oddities(samples, tmp_path / "odd")
         settings = {"captions_per_image": "1", "epoch": "pairs", "batch_size": 8, "schedule": "cosine", "flip": 0.5}
         with in_process():
-            (metrics,) = run(
-                odd, tmp_path / "out", epochs=1, select_by="cider_d", tracking_uri="none", **settings
-            ).metrics
+            (metrics,) = run(odd, tmp_path / "out", epochs=1, select_by="cider_d", tracking_uri="none", **settings).metrics
         captions = [image for image in read_captions(odd, "train").captions if any(tokenise(c) for c in image)]
         assert metrics["train_images"] == sum(map(len, captions[1:])), "the first image is damaged"
         assert 0 <= metrics["cider_d"] <= 10

@@ -204,10 +204,7 @@ def _job(out: Path) -> None:
     ("spoil", "message"),
     [
         (_dropped, "3 ids of the source have neither a caption nor a failure: .*photos/001.jpg, .*004.jpg, .*007.jpg$"),
-        (
-            _doubled,
-            "3 ids have more than one caption: .*001.jpg .*part-run-1-00001.parquet and .*part-run-2-00000.parquet",
-        ),
+        (_doubled, "3 ids have more than one caption: .*001.jpg .*part-run-1-00001.parquet and .*part-run-2-00000.parquet"),
         (_truncated, "part-run-1-00001.parquet cannot be read"),
         (_spoilt_page, "part-run-1-00001.parquet cannot be read"),
         (_not_utf8, "part-run-1-00001.parquet cannot be read: .*UTF8"),
@@ -260,9 +257,7 @@ def test_examples_are_few(tmp_path: Path) -> None:
     add_captions(output, paths[:2], 0)
     write_job(output)
     (problem,) = run(tmp_path / "out").problems
-    assert (
-        problem.startswith("38 ids") and problem.endswith(" …") and problem.count(".jpg") == verification.NUM_EXAMPLES
-    )
+    assert problem.startswith("38 ids") and problem.endswith(" …") and problem.count(".jpg") == verification.NUM_EXAMPLES
 
 
 def shards(tmp_path: Path) -> tuple[Path, Path]:

@@ -130,9 +130,7 @@ class Captioning:
 
     def __call__(self, rows: list[Row]) -> list[Outcome]:
         """The outcome of each row, all of which have pixels."""
-        images = [
-            np.frombuffer(row["pixels"], np.uint8).reshape(row["input_height"], row["input_width"], 3) for row in rows
-        ]
+        images = [np.frombuffer(row["pixels"], np.uint8).reshape(row["input_height"], row["input_width"], 3) for row in rows]
         found = self.inference(images, self.settings.decoding, self.settings.attention)
         return [each if each.error is None else NotCaptioned("captioning_error", each.error) for each in found]
 
@@ -256,9 +254,7 @@ class CaptioningActor:
         others = [row for row, risky in zip(rows, is_risky, strict=True) if not risky]
         with deadline(CAPTION_SECONDS * (1 + len(others) / IMAGES_PER_DEADLINE), self._late("a batch")):
             together = iter(self.captioning(others))
-        outcomes = [
-            self._carefully(row) if risky else next(together) for row, risky in zip(rows, is_risky, strict=True)
-        ]
+        outcomes = [self._carefully(row) if risky else next(together) for row, risky in zip(rows, is_risky, strict=True)]
         self.careful_blocks = max(0, self.careful_blocks - 1)
         if not self.careful_blocks:
             self._child.close()

@@ -257,9 +257,7 @@ def fetch_unit(batch: pa.Table, fetcher: Fetcher) -> Iterator[pa.Table]:
     """
     attempt = cluster.task_attempt()
     if attempt:
-        cluster.post_notice(
-            fetcher.run_id, f"a fetching process died; attempt {attempt + 1}, each image in a child process"
-        )
+        cluster.post_notice(fetcher.run_id, f"a fetching process died; attempt {attempt + 1}, each image in a child process")
     if attempt >= MAX_ATTEMPTS:
         raise TryAgain(
             f"a fetching task died {attempt} times with its process, most likely for want of memory on its node: give the "

@@ -37,10 +37,7 @@ def caption(config: CaptionConfig, executor: Executor | None = None) -> Summary:
 
     run_id = job.output.new_run_id()
     lease = Lease(
-        job.output.private,
-        steal=config.steal_lease,
-        enforce=not config.unsafe_no_lease,
-        is_job_terminal=ray_job_is_terminal,
+        job.output.private, steal=config.steal_lease, enforce=not config.unsafe_no_lease, is_job_terminal=ray_job_is_terminal
     )
     with ProgressDisplay("listing") as display:
         lease.say = display.say

@@ -180,9 +180,7 @@ class Plan:
     def current_failures(self) -> dict[str, int]:
         """How many images have failed, by the kind of their latest failure."""
         with self._updated([]):
-            rows = self._connection.execute(
-                "SELECT error_type, count(*) FROM current_failures GROUP BY ALL ORDER BY ALL"
-            )
+            rows = self._connection.execute("SELECT error_type, count(*) FROM current_failures GROUP BY ALL ORDER BY ALL")
             return dict(rows.fetchall())
 
     # What is listed.
@@ -291,9 +289,7 @@ class Plan:
 
     def _update_containers(self, given_up: frozenset[str]) -> None:
         listing = self.listing
-        failed_at, run_ids = self._ask(
-            "SELECT coalesce(epoch(min(failed_at)), 'inf'), list(DISTINCT run_id) FROM failed"
-        )
+        failed_at, run_ids = self._ask("SELECT coalesce(epoch(min(failed_at)), 'inf'), list(DISTINCT run_id) FROM failed")
         runs = self.versions.runs
         first_run = min((runs[run_id] for run_id in run_ids or () if run_id in runs), default=ALL_ROWS)
         noticed = {key: at for key, at in listing.changed.items() if at > failed_at}

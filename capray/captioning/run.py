@@ -61,13 +61,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        job: OpenedJob,
-        run_id: str,
-        lease: Lease,
-        signals: Signals,
-        display: ProgressDisplay,
-        executor: Executor,
+        self, job: OpenedJob, run_id: str, lease: Lease, signals: Signals, display: ProgressDisplay, executor: Executor
     ):
         self.job, self.signals, self.display, self.executor = job, signals, display, executor
         self.config, self.output = config, output = job.config, job.output

@@ -115,9 +115,7 @@ class Settled:
     def num_captions_of(self, run_id: str) -> int:
         """Those in the parts of a run."""
         own = [number for number, part in self._parts.items() if f"/part-{run_id}-" in part.path]
-        return first_row(
-            self.connection, f"SELECT count(*) FROM captioned WHERE list_contains({own}::INTEGER[], part)"
-        )[0]
+        return first_row(self.connection, f"SELECT count(*) FROM captioned WHERE list_contains({own}::INTEGER[], part)")[0]
 
     def refresh(self) -> None:
         """Read the parts that were published since the last time.
@@ -130,9 +128,7 @@ class Settled:
         self._forget([number for number, part in self._parts.items() if part.path not in there])
         self._read("captioned", [part for part in captions if part.path not in known])
         self._read(
-            "failed",
-            [part for part in failures if part.path not in known],
-            ("error_type", "failed_at", "run_id", "uri"),
+            "failed", [part for part in failures if part.path not in known], ("error_type", "failed_at", "run_id", "uri")
         )
 
     def _read(self, table: str, parts: list[Location], others: tuple[str, ...] = ()) -> None:
@@ -231,9 +227,7 @@ def _numbered(number: int, part: Location, names: tuple[str, ...]) -> pa.Table:
     return table.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), table.num_rows))
 
 
-def insert(
-    connection: duckdb.DuckDBPyConnection, sql: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
-) -> int:
+def insert(connection: duckdb.DuckDBPyConnection, sql: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> int:
     """Run an INSERT from the table ``incoming`` of ``batches``, and raise what they raise as it is, not in DuckDB's words;
     how many rows it was."""
     errors = []

@@ -118,9 +118,7 @@ class RayExecutor:
         return Pool(number, number * GROWTH if can_grow else number, each, config.threads_per_actor)
 
     @contextmanager
-    def tables(
-        self, work: Work, fetcher: Fetcher, settings: CaptioningSettings
-    ) -> Generator[Iterator[pa.Table | None]]:
+    def tables(self, work: Work, fetcher: Fetcher, settings: CaptioningSettings) -> Generator[Iterator[pa.Table | None]]:
         nodes = cluster.alive_nodes()
         with _streamed(self._dataset(work, fetcher, settings)) as stream:
 
@@ -145,18 +143,10 @@ class RayExecutor:
         # A block of this job is one Ray row: each is to leave its task by itself.
         data.context.target_max_block_size = 1
         units = data.map_batches(
-            expand,
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=EXPAND_CPUS,
-            compute=ray.data.TaskPoolStrategy(2),
+            expand, batch_size=1, batch_format="pyarrow", num_cpus=EXPAND_CPUS, compute=ray.data.TaskPoolStrategy(2)
         )
         fetched = units.map_batches(
-            fetch_unit,
-            batch_size=1,
-            batch_format="pyarrow",
-            fn_kwargs={"fetcher": fetcher},
-            num_cpus=FETCH_CPUS,
+            fetch_unit, batch_size=1, batch_format="pyarrow", fn_kwargs={"fetcher": fetcher}, num_cpus=FETCH_CPUS
         )
         on_gpu = pool.gpus_per_actor > 0
         together = BATCHES_TOGETHER * max(1, GPU_BATCH // fetcher.block_rows) if on_gpu and not config.batch_size else 1
@@ -273,12 +263,5 @@ def _told(error: BaseException) -> CaprayError:
     return kind(f"captioning failed: {what}")
 
 
-_PASSING = (
-    "OutOfMemoryError",
-    "OutOfDiskError",
-    "NodeDiedError",
-    "ObjectLostError",
-    "WorkerCrashedError",
-    "ActorDiedError",
-)
+_PASSING = ("OutOfMemoryError", "OutOfDiskError", "NodeDiedError", "ObjectLostError", "WorkerCrashedError", "ActorDiedError")
 """In the names of Ray's errors: faults of the cluster, not of the job."""

@@ -68,9 +68,7 @@ def prepare_dataset(listing: RawDataset, settings: PrepareSettings, dataset: str
         if len(usable) < settings.first:
             notes.append(f"there are {len(usable)} images with captions, fewer than the first {settings.first}")
         elif len(usable) > settings.first:
-            notes.append(
-                f"{len(usable) - settings.first} images come after the first {settings.first} and are left out"
-            )
+            notes.append(f"{len(usable) - settings.first} images come after the first {settings.first} and are left out")
     samples = _samples(listing.images, captions, splits, dataset)
     return write_samples(samples, settings.output, dataset, notes)
 

@@ -80,8 +80,7 @@ def draw_scenes(config: ShapesConfig) -> Iterator[Sample]:
 def _scene(rng: random.Random, side: int) -> tuple[bytes, list[str]]:
     colours = rng.sample(sorted(COLOURS), 2)
     groups = [
-        Group(rng.choice((1, 1, 2, 3)), rng.choice(sorted(SIZES)), colour, rng.choice(sorted(SHAPES)))
-        for colour in colours
+        Group(rng.choice((1, 1, 2, 3)), rng.choice(sorted(SIZES)), colour, rng.choice(sorted(SHAPES))) for colour in colours
     ]
     relation = rng.choice(sorted(RELATIONS))
     background = rng.choice(sorted(BACKGROUNDS))
@@ -126,10 +125,7 @@ def _draw_object(draw, group: Group, x: float, y: float, radius: float, turn: fl
     radii = [radius * 1.25, radius * 0.5] * corners if group.shape == "star" else [radius * 1.2] * corners
     offset = turn - math.pi / 2 + (math.pi / 4 if group.shape == "square" else 0)
     points = [
-        (
-            x + r * math.cos(offset + 2 * math.pi * i / len(radii)),
-            y + r * math.sin(offset + 2 * math.pi * i / len(radii)),
-        )
+        (x + r * math.cos(offset + 2 * math.pi * i / len(radii)), y + r * math.sin(offset + 2 * math.pi * i / len(radii)))
         for i, r in enumerate(radii)
     ]
     draw.polygon(points, fill=fill)

@@ -16,18 +16,7 @@ from capray.inputs.parquet import MANIFESTS, Inventory, Manifest, Parquet
 from capray.inputs.tars import Tars
 from capray.inputs.versions import entry_at
 from capray.inputs.witnesses import mount_points, opens
-from capray.storage import (
-    Entry,
-    Location,
-    glob_files,
-    is_file,
-    is_glob,
-    is_there,
-    iter_files,
-    leads_nowhere,
-    locate,
-    uri_of,
-)
+from capray.storage import Entry, Location, glob_files, is_file, is_glob, is_there, iter_files, leads_nowhere, locate, uri_of
 
 _SAMPLE = 1000
 _ENDINGS = {"manifest": MANIFESTS, "parquet": (".parquet",), "tar": (".tar",)}
@@ -78,9 +67,7 @@ def _name_once(sources: list[Source]) -> None:
 def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     scheme = uri.split("://", 1)[0].lower() if "://" in uri else ""
     if scheme in ("http", "https"):
-        raise ConfigError(
-            f"{uri!r}: http(s) URIs are not read; fetch them into tar shards or a bucket first (img2dataset)"
-        )
+        raise ConfigError(f"{uri!r}: http(s) URIs are not read; fetch them into tar shards or a bucket first (img2dataset)")
     place = locate(uri)
     if place.is_local and not _is_utf8(place.path):
         raise ConfigError(
@@ -115,9 +102,7 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
         source.note_folders((), points)
     source.check_mounts()
     if place.is_local and (kind in ("images", "tar") or source.image_column):
-        source.witnesses = tuple(
-            itertools.islice((entry.path for entry in sample if opens(entry.path)), _NUM_WITNESSES)
-        )
+        source.witnesses = tuple(itertools.islice((entry.path for entry in sample if opens(entry.path)), _NUM_WITNESSES))
     return source
 
 

@@ -168,9 +168,7 @@ class Selection:
         """Whether no image can be wanted whose id is its URI and begins with ``folder``."""
         inside = f"{folder.removeprefix(self.root)}/"
         begins = [re.split(r"[*?[]", glob, maxsplit=1)[0] for glob in self.include]
-        is_elsewhere = self.include and not any(
-            begin.startswith(inside) or inside.startswith(begin) for begin in begins
-        )
+        is_elsewhere = self.include and not any(begin.startswith(inside) or inside.startswith(begin) for begin in begins)
         return bool(is_elsewhere) or self.excludes_folder(folder)
 
     def in_shard(self, key: str) -> bool:
@@ -308,9 +306,7 @@ class Source(ABC):
         for name in names:
             value = self.keep if name == "keep" else getattr(self.settings, name)
             if value:
-                raise ConfigError(
-                    f"{name} {value!r} does not apply to {self.place.uri!r}, which is {_KINDS[self.kind]}"
-                )
+                raise ConfigError(f"{name} {value!r} does not apply to {self.place.uri!r}, which is {_KINDS[self.kind]}")
 
 
 def root_of(place: Location) -> str:
@@ -413,9 +409,7 @@ def rows_of(kind: Kind, columns: dict[str, Any], **same: Any) -> pa.Table:
     return pa.table(
         {name: pa.repeat(pa.scalar(value, PLACES.field(name).type), number) for name, value in same.items()}
         | {
-            name: values
-            if isinstance(values, (pa.Array, pa.ChunkedArray))
-            else pa.array(values, PLACES.field(name).type)
+            name: values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values, PLACES.field(name).type)
             for name, values in columns.items()
         }
     )

@@ -12,17 +12,7 @@ from typing import Any, ClassVar
 
 from capray.errors import DataError
 from capray.inputs.base import ROWS_PER_PAGE, Page, Source, is_hidden, rows_of
-from capray.storage import (
-    Location,
-    is_file,
-    is_unanswered,
-    s3_pages,
-    stat_of,
-    storage_errors,
-    uri_of,
-    walk,
-    was_removed,
-)
+from capray.storage import Location, is_file, is_unanswered, s3_pages, stat_of, storage_errors, uri_of, walk, was_removed
 
 MAX_LEVELS = 3
 """Levels below the input that are looked into for prefixes to list side by side."""
@@ -93,9 +83,7 @@ class Images(Source):
         files: list[tuple[str, int]] = []
         last = after
         denied: list[str] = []
-        for folder, names in walk(
-            root, denied, self.hidden_signs, lambda path: self.selection.leaves_out(self._uri(path))
-        ):
+        for folder, names in walk(root, denied, self.hidden_signs, lambda path: self.selection.leaves_out(self._uri(path))):
             for name in names:
                 path = os.path.join(folder, name)
                 # By order, not by finding it again: what the last page ended with may be gone.

@@ -89,13 +89,7 @@ class Listing:
     """
 
     def __init__(
-        self,
-        plan: Location,
-        run_id: str,
-        sources: list[Source],
-        config: CaptionConfig,
-        write: Write,
-        relist: bool = False,
+        self, plan: Location, run_id: str, sources: list[Source], config: CaptionConfig, write: Write, relist: bool = False
     ):
         self.plan, self.sources, self.write = plan, sources, write
         self.schema = places_schema(sources[0].source_type)
@@ -517,9 +511,7 @@ class Listing:
         columns["position"] = pa.repeat(pa.scalar(0, pa.int64()), rows.num_rows)
         columns |= {name: rows[name] for name in rows.column_names}
         nothing = pa.nulls(rows.num_rows)
-        return pa.table(
-            [columns.get(field.name, nothing).cast(field.type) for field in self.schema], schema=self.schema
-        )
+        return pa.table([columns.get(field.name, nothing).cast(field.type) for field in self.schema], schema=self.schema)
 
     # Files.
 

@@ -72,9 +72,7 @@ class Parquet(Containers):
                 f"its columns: {', '.join(names)}"
             )
         if image is not None and not _is_binary(schema.field(image).type):
-            raise ConfigError(
-                f"column {image!r} of {first!r} holds {schema.field(image).type}, not encoded image bytes"
-            )
+            raise ConfigError(f"column {image!r} of {first!r} holds {schema.field(image).type}, not encoded image bytes")
         image_id = _choose(settings.id_column, ("image_id",), names, first) or uri
         if image_id is None:
             raise ConfigError(
@@ -143,9 +141,7 @@ def first_schema(files: list[Entry], used: Container[str] = ()) -> tuple[str, pa
         try:
             with reading_errors(entry.uri):
                 schema = opened_parquet(Stream(entry.uri)).schema_arrow
-                if twice := next(
-                    (name for name in schema.names if name in used and schema.names.count(name) > 1), None
-                ):
+                if twice := next((name for name in schema.names if name in used and schema.names.count(name) > 1), None):
                     raise DataError(f"{entry.uri!r} has several columns {twice!r}: rename all but one")
                 return entry.uri, schema
         except TryAgain:
@@ -253,9 +249,7 @@ class Manifest(Containers):
                 self._check_names(numbered, *columns, uri)
                 records = [record for _, record in numbered]
                 wanted = dict.fromkeys((*columns, *self.keep))
-                table = {
-                    name: pa.array([_text_of(record.get(name)) for record in records], pa.string()) for name in wanted
-                }
+                table = {name: pa.array([_text_of(record.get(name)) for record in records], pa.string()) for name in wanted}
                 yield self._table(pa.table(table), *columns, uri)
 
     def _text(self, uri: str, stream: Stream) -> Iterator[pa.Table]:
@@ -268,9 +262,7 @@ class Manifest(Containers):
                     raise DataError(f"{uri!r} is not UTF-8: {error}") from error
                 yield pa.table({"image_id": names, "uri": names})
 
-    def _check_names(
-        self, records: list[tuple[int, dict[str, Any]]], id_column: str, uri_column: str, uri: str
-    ) -> None:
+    def _check_names(self, records: list[tuple[int, dict[str, Any]]], id_column: str, uri_column: str, uri: str) -> None:
         """Raise DataError at the first of JSON ``records``, each with its line, whose id or URI is not where the first one's
         is."""
         may_be_elsewhere = self.settings.id_column is None and id_column != "image_id"
@@ -384,9 +376,7 @@ class Inventory(Containers):
 
     def _parquet(self, stream: Stream) -> Iterator[dict[str, list[str]]]:
         file = opened_parquet(stream)
-        wanted = [
-            n for n in file.schema_arrow.names if _plain(n) in ("bucket", "key", "size", "islatest", "isdeletemarker")
-        ]
+        wanted = [n for n in file.schema_arrow.names if _plain(n) in ("bucket", "key", "size", "islatest", "isdeletemarker")]
         for batch in file.iter_batches(ROWS_PER_PAGE, columns=wanted):
             yield {_plain(name): batch[name].to_pylist() for name in wanted}
 

@@ -293,10 +293,7 @@ class Reader:
                     continue
                 row = _as_member(tar_row | {"image_id": image_id, "uri": image_id}, member, stream.version)
                 members.append({name: row[name] for name in MEMBERS.names})
-                if (
-                    image_id not in seen
-                    and hashlib.md5(image_id.encode(), usedforsecurity=False).digest() not in skipped
-                ):
+                if image_id not in seen and hashlib.md5(image_id.encode(), usedforsecurity=False).digest() not in skipped:
                     yield self._of_member(row, member, data, whole)
                 seen.add(image_id)
         yield from _left_out(tar_row, "no_image", [name for name in others if selection.has(f"{uri}#{name}")])

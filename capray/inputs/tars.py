@@ -244,9 +244,7 @@ def _check_end(tar: tarfile.TarFile) -> None:
     if any(zeros[: tarfile.BLOCKSIZE]):
         raise tarfile.ReadError(f"there is no member's header at byte {tar.offset}")
     if any(zeros):
-        raise tarfile.ReadError(
-            f"something follows its end at byte {tar.offset}: damaged, or two tars one behind the other"
-        )
+        raise tarfile.ReadError(f"something follows its end at byte {tar.offset}: damaged, or two tars one behind the other")
     if len(zeros) > _MAX_PADDING:
         raise tarfile.ReadError(f"nothing but zeros from byte {tar.offset} on: only a part of it was written")
 

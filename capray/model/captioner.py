@@ -159,9 +159,7 @@ def search(
     decoder: PreparedDecoder, memory: SearchMemory, vocabulary: Vocabulary, decoding: Decoding
 ) -> list[list[Hypothesis]]:
     """As ``Captioner.caption``, with a decoder that was prepared once for many batches."""
-    beams = beam_search(
-        decoder.next_scores, decoder.start(memory), len(memory.grid_BQD), decoding, memory.grid_BQD.device
-    )
+    beams = beam_search(decoder.next_scores, decoder.start(memory), len(memory.grid_BQD), decoding, memory.grid_BQD.device)
     return hypotheses_of(beams, vocabulary)
 
 

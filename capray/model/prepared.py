@@ -95,9 +95,7 @@ class PreparedDecoder:
             assert pool is not None, "grids of several sizes need pooling"
             spreads = [self._pooling(*grid.shape[2:], pool) for grid in grids_BDhw]
             pairs = zip(spreads, memories, strict=True)
-            return self.search_memory(
-                Memory.cat([Memory(*(spread @ part for part in memory)) for spread, memory in pairs])
-            )
+            return self.search_memory(Memory.cat([Memory(*(spread @ part for part in memory)) for spread, memory in pairs]))
         ((height, width),) = sizes
         memory = memories[0] if len(memories) == 1 else Memory.cat(memories)
         if pool is None or (pool % height == 0 and pool % width == 0):

@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 Table = Literal["captions", "failures", "failure_log"]
 
 MEMORY_LIMIT = "2GB"
-MEND_PART = (
-    "put it back from a copy, or delete it and give the same command of capray caption, which does its images anew"
-)
+MEND_PART = "put it back from a copy, or delete it and give the same command of capray caption, which does its images anew"
 """What to do about a damaged part."""
 _PART = re.compile(r"/part-[^/]*\.parquet")
 _CURRENT_FAILURES = """
@@ -153,11 +151,7 @@ def open_duckdb(temporary: str, *places: Location, database: str = ":memory:") -
     }
     remote = {type(place.fs): place.fs for place in places if not place.is_local}
     reading = f"reading {', '.join(place.uri for place in places)}"
-    with (
-        duckdb.connect(database, config=settings) as connection,
-        _stopped_by_signals(connection),
-        duckdb_errors(reading),
-    ):
+    with duckdb.connect(database, config=settings) as connection, _stopped_by_signals(connection), duckdb_errors(reading):
         for fs in remote.values():
             connection.register_filesystem(fs)
         yield connection

@@ -54,10 +54,7 @@ _BATCH_ROWS = 65_536
 _OPTIONAL = ("source", "tokens", "attention")
 _BOUND_BY = ("model_id", "precision", "schema_version", "attention", "kept_columns")
 """What job.json says besides the decoding settings that must be the same for all outputs of one work."""
-_QUERIED = {
-    "captions": ("image_id", "uri", "sha256", "model_id"),
-    "failures": ("image_id", "error_type"),
-}
+_QUERIED = {"captions": ("image_id", "uri", "sha256", "model_id"), "failures": ("image_id", "error_type")}
 
 _Digests = dict[str, bytes | str | None]
 """By image id: the SHA-256 of its bytes, or why they cannot be had; None for an image that is too large."""
@@ -174,9 +171,7 @@ class _Verifier:
     def _problem(self, text: str, count: int = 0, examples: Iterable[str] = ()) -> None:
         """Add a problem with its ``examples``, of ``count``."""
         shown = list(examples)[:NUM_EXAMPLES]
-        self.result.problems.append(
-            f"{text}: {', '.join(shown)}{' …' if count > len(shown) else ''}" if shown else text
-        )
+        self.result.problems.append(f"{text}: {', '.join(shown)}{' …' if count > len(shown) else ''}" if shown else text)
 
     def _open(self) -> None:
         seen: dict[str, str] = {}
@@ -296,9 +291,7 @@ class _Verifier:
             self._problem(f"{part.file.uri} carries the columns {kept}, job.json says {promised}")
         for name in ("tokens", "attention"):
             if (name in schema.names) != bool(job.get("attention")):
-                self._problem(
-                    f"{part.file.uri}: column {name!r} is not as job.json says (attention {job.get('attention')})"
-                )
+                self._problem(f"{part.file.uri}: column {name!r} is not as job.json says (attention {job.get('attention')})")
 
     def _list_sources(
         self, connection: duckdb.DuckDBPyConnection, folder: str, sought: _Sought, display: ProgressDisplay
@@ -413,9 +406,7 @@ class _Verifier:
                 f"ORDER BY image_id LIMIT {NUM_EXAMPLES}"
             ).fetchall()
             self._problem(
-                f"{missing:,} ids of the source have neither a caption nor a failure",
-                missing,
-                [name for (name,) in rows],
+                f"{missing:,} ids of the source have neither a caption nor a failure", missing, [name for (name,) in rows]
             )
         if unwanted:
             self.result.notes.append(f"{unwanted:,} ids of the outputs are not in the source")
@@ -469,9 +460,7 @@ class _Verifier:
                     self._compare(expected[image_id], digest, read)
                 display.update(read["all"], f"{read['same']:,} same", "reading images", len(drawn))
         self.result.counts |= {"images_read_again": read["all"], "images_same": read["same"]}
-        self.result.checked.append(
-            f"the bytes of {read['all']:,} images drawn at random: {read['same']:,} are the same"
-        )
+        self.result.checked.append(f"the bytes of {read['all']:,} images drawn at random: {read['same']:,} are the same")
 
     def _compare(self, drawn: _Drawn, digest: bytes | str | None, read: dict[str, int]) -> None:
         read["all"] += 1
@@ -601,9 +590,7 @@ def _read_by_id(reader: Reader, rows: list[Row], sought: _Sought) -> _Digests:
                 digests[outcome.row["image_id"]] = hashlib.sha256(outcome.data).digest()
             elif isinstance(outcome, Failed):
                 error = outcome.error
-                digests[outcome.row["image_id"]] = (
-                    None if error.kind == "too_large" else f"{error.kind}: {error.message}"
-                )
+                digests[outcome.row["image_id"]] = None if error.kind == "too_large" else f"{error.kind}: {error.message}"
             elif isinstance(outcome, TarUnreadable):
                 missing = outcome.message
             elif isinstance(outcome, Changed):
@@ -628,9 +615,7 @@ def _read_part(table: str, output: int, file: Location) -> _Part:
                     if name in batch.schema.names:
                         nulls[name] += batch[name].null_count
             if rows != part.metadata.num_rows:
-                return _Part(
-                    table, output, file, problems=(f"{file.uri} has {rows:,} rows, its footer says otherwise",)
-                )
+                return _Part(table, output, file, problems=(f"{file.uri} has {rows:,} rows, its footer says otherwise",))
             schema = part.schema_arrow
     except (pa.ArrowException, OSError, CaprayError) as error:
         return _Part(table, output, file, problems=(f"{file.uri} cannot be read: {error}",))

@@ -52,10 +52,7 @@ def report_training(config: ReportConfig) -> str:
         best=history["best_epoch"],
         epochs=epochs,
         curves=[
-            (
-                title,
-                lines({label: [epoch[name] for epoch in epochs] for name, label in curves.items()}, numbers, "epoch"),
-            )
+            (title, lines({label: [epoch[name] for epoch in epochs] for name, label in curves.items()}, numbers, "epoch"))
             for title, curves in CURVES
             if all(name in epoch for name in curves for epoch in epochs)
         ],

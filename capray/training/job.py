@@ -403,9 +403,7 @@ def _check_output(config: TrainConfig) -> dict[str, Any]:
     defaults = {name: field.default for name, field in TrainConfig.model_fields.items() if not field.is_required()}
     # What an older version did not know had its default.
     then = json.loads(json.dumps(defaults)) | previous["settings"]
-    changed = [
-        f"{name}: {then.get(name)!r} -> {now!r}" for name, now in _identity(config).items() if now != then.get(name)
-    ]
+    changed = [f"{name}: {then.get(name)!r} -> {now!r}" for name, now in _identity(config).items() if now != then.get(name)]
     if changed:
         raise OutputConflictError(
             f"{config.output!r} holds a training with other settings ({'; '.join(changed)}): choose another output, or "

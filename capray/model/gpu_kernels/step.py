@@ -112,17 +112,7 @@ def _gated_context(
 
 @triton.jit
 def _lstm(
-    words,
-    last,
-    state,
-    context,
-    cell,
-    new_hidden,
-    new_cell,
-    dim,
-    state_stride,
-    HAS_CONTEXT: tl.constexpr,
-    DIM: tl.constexpr,
+    words, last, state, context, cell, new_hidden, new_cell, dim, state_stride, HAS_CONTEXT: tl.constexpr, DIM: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * DIM + tl.arange(0, DIM)
@@ -132,9 +122,7 @@ def _lstm(
     context = context + row * 4 * dim + h
     keep_in = tl.load(word, mask=inside).to(tl.float32) + tl.load(state, mask=inside).to(tl.float32)
     forget = tl.load(word + dim, mask=inside).to(tl.float32) + tl.load(state + dim, mask=inside).to(tl.float32)
-    candidate = tl.load(word + 2 * dim, mask=inside).to(tl.float32) + tl.load(state + 2 * dim, mask=inside).to(
-        tl.float32
-    )
+    candidate = tl.load(word + 2 * dim, mask=inside).to(tl.float32) + tl.load(state + 2 * dim, mask=inside).to(tl.float32)
     out = tl.load(word + 3 * dim, mask=inside).to(tl.float32) + tl.load(state + 3 * dim, mask=inside).to(tl.float32)
     if HAS_CONTEXT:
         keep_in += tl.load(context, mask=inside).to(tl.float32)
