@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from capray.config import CaptionConfig, SourceSettings
 from capray.errors import CaprayError, ConfigError, StorageUnavailable
 from capray.inputs.base import ContainerChanged, LeftOut, Page, Source, TarMembers, lists_uris
-from capray.inputs.places import encode_places, places_schema
+from capray.inputs.places import PLACES, encode_places, with_source
 from capray.inputs.versions import entry_at
 from capray.inputs.witnesses import witnesses
 from capray.storage import Location, Write, is_of_arrow, locate, path_of, storage_errors
@@ -98,7 +98,7 @@ class Listing:
         relist: bool = False,
     ):
         self.plan, self.sources, self.write = plan, sources, write
-        self.schema = places_schema(sources[0].source_type)
+        self.schema = with_source(PLACES, sources[0].source_type)
         self.superseded: dict[_Key, int] = {}
         self.changed: dict[_Key, float] = {}
         self.known_tars: set[_Key] = set()
