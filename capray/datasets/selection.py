@@ -13,7 +13,7 @@ from capray.datasets.samples import Prepared, Sample, write_samples
 from capray.datasets.settings import PrepareSettings
 from capray.errors import DataError
 from capray.progress import ProgressDisplay
-from capray.storage import Location, check_empty, read_ahead, read_bytes
+from capray.storage import Location, read_ahead, read_bytes
 
 NUM_READERS = 16
 NUM_READ_AHEAD = 64
@@ -45,7 +45,6 @@ def prepare_dataset(listing: RawDataset, settings: PrepareSettings, dataset: str
         ConfigError: the output is not empty.
         DataError: an image is in two splits, or no image can be used.
     """
-    check_empty(settings.output)
     notes = listing.notes
     captions = {name: [text for text in texts if text.strip()] for name, texts in listing.captions.items()}
     num_empty = sum(map(len, listing.captions.values())) - sum(map(len, captions.values()))
