@@ -44,9 +44,7 @@ def main() -> None:
         page = f"{folder}/report.html"
         seconds = timed(lambda: report_output(ReportConfig(output=f"{folder}/out", html=page, pictures=0)))
         size = os.path.getsize(page) / 2**20
-        print(
-            f"report: {arguments.ids:,} captions in {seconds:.1f} s ({seconds / reference:.0f} times), {size:.1f} MiB"
-        )
+        print(f"report: {arguments.ids:,} captions in {seconds:.1f} s ({seconds / reference:.0f} times), {size:.1f} MiB")
         question = QueryConfig(output=f"{folder}/out", search="photo of thing 123")
         seconds = timed(lambda: run_query(question, io.StringIO()))
         print(f"search: {arguments.ids:,} captions in {seconds:.1f} s ({seconds / reference:.0f} times)")

@@ -109,9 +109,7 @@ def compare(encoder: str, precision: str, rounds: int, with_tutorial: bool) -> N
         steps = live_steps(ending, pixels, wanted)
         value = NUM_IMAGES / interleaved({"ours": lambda e=ending, w=wanted: ours(e, w)}, rounds)["ours"]
         about = {"n_best": n_best or wanted.beam_size, "live_image_steps_per_caption": steps}
-        record(
-            f"{name}/captions that end/n_best {n_best or 5}", value, unit, best, None, quotient=value / best, **about
-        )
+        record(f"{name}/captions that end/n_best {n_best or 5}", value, unit, best, None, quotient=value / best, **about)
 
 
 def live_steps(inference: Inference, pixels: list[np.ndarray], decoding: Decoding) -> float:

@@ -113,14 +113,10 @@ class Bench:
                 self.row(f"captions as on the CPU in fp32/{name}/{way}", same, f"of {len(wanted)}", **difference)
                 assert len(found) == len(wanted) and same >= len(wanted) - 1 and worst < 1e-3, (name, way, same, worst)
             if self.on_gpu:
-                assert inference._graphs is not None and inference._graphs._graphed is not None, (
-                    "no graphs were recorded"
-                )
+                assert inference._graphs is not None and inference._graphs._graphed is not None, "no graphs were recorded"
                 self.check_bfloat16(name, captioner, images, [outcome.hypotheses[0] for outcome in expected])
 
-    def check_bfloat16(
-        self, name: str, captioner: Captioner, images: list[np.ndarray], expected: list[Hypothesis]
-    ) -> None:
+    def check_bfloat16(self, name: str, captioner: Captioner, images: list[np.ndarray], expected: list[Hypothesis]) -> None:
         """Where the captions in bf16 are the same, so are their log-probabilities but for its rounding."""
         found = [outcome.hypotheses[0] for outcome in Inference(captioner, "bf16", NUM_CHECKED)(images, Decoding())]
         pairs = [(mine, its) for mine, its in zip(found, expected, strict=True) if mine.token_ids == its.token_ids]
@@ -212,9 +208,7 @@ class Bench:
             if way == "graphs":
                 times = self.seconds(lambda i=inference: [i(block * 2, decoding) for _ in range(num_blocks // 2)])
                 by_two = num_blocks * batch / median(times)
-                self.row(
-                    f"captions/{encoder}/{size}/batch {batch}/two batches a call, as an actor", by_two, "captions/s"
-                )
+                self.row(f"captions/{encoder}/{size}/batch {batch}/two batches a call, as an actor", by_two, "captions/s")
 
     def phases(self, inference: Inference, block: list[np.ndarray], decoding: Decoding, name: str) -> dict[str, float]:
         """Milliseconds of each phase by itself, nothing beside it."""
@@ -249,13 +243,7 @@ class Bench:
             graphed._lanes.put(lane)
         step = found["search"] / decoding.max_length
         bar = {"bar": STEP_BAR_MS, "ratio": STEP_BAR_MS / step} if len(block) == 512 else {}
-        self.row(
-            f"beam step/{name}",
-            step,
-            "ms",
-            kernels=self.kernels(searched, decoding),
-            **bar,
-        )
+        self.row(f"beam step/{name}", step, "ms", kernels=self.kernels(searched, decoding), **bar)
         return found
 
     @staticmethod

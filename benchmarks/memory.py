@@ -102,9 +102,7 @@ def main() -> None:
     for kind in ("driver", "fetching", "actor"):
         peaks = [max((watch.samples[i].get(kind, 0.0) for i in part), default=0.0) for part in fifths]
         shown = " ".join(f"{peak:7,.0f}" for peak in peaks)
-        print(
-            f"{kind:>9}: peak of each fifth of the run {shown} MiB; the last is {peaks[-1] / peaks[1]:.2f} of the second"
-        )
+        print(f"{kind:>9}: peak of each fifth of the run {shown} MiB; the last is {peaks[-1] / peaks[1]:.2f} of the second")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def plan_all(source: str, output: Output, figures: Figures) -> None:
             next(iter(read_units(work.files[0])))
             figures.first_unit = time.perf_counter() - started
 
-    listing = Listing(output, "run", open_sources(config.inputs, config.subset(SourceSettings)), config, write_atomic)
+    listing = Listing(output.plan, "run", open_sources(config.inputs, config.subset(SourceSettings)), config, write_atomic)
     with Settled(output, "run") as settled, listing, watched(settled.folder, figures):
         plan = Plan(output, "run", listing, settled, write_atomic)
         settled.remove_duplicates(write_atomic)

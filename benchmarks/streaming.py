@@ -40,10 +40,7 @@ class BlankFetcher:
 
     def fetch(self, places: pa.Table, skipped: object, careful: bool) -> Iterator[pa.Table]:
         number = places.num_rows
-        columns = {
-            "image_id": places["image_id"],
-            "pixels": pa.array([bytes(3 * self.side**2)] * number, pa.binary()),
-        }
+        columns = {"image_id": places["image_id"], "pixels": pa.array([bytes(3 * self.side**2)] * number, pa.binary())}
         table = pa.table([columns.get(field.name, pa.nulls(number, field.type)) for field in FETCHED], schema=FETCHED)
         yield block_of(table)
 

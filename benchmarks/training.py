@@ -89,9 +89,7 @@ def draw_captions(num_images: int, vocabulary_size: int, seed: int) -> list[list
     return sorted(images, key=lambda image: -max(map(len, image)))
 
 
-def training_step(
-    optimizer: torch.optim.Optimizer, loss: Callable[[], torch.Tensor], precision: str
-) -> Callable[[], None]:
+def training_step(optimizer: torch.optim.Optimizer, loss: Callable[[], torch.Tensor], precision: str) -> Callable[[], None]:
     """A whole step: forward, backward, clipping, Adam."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -154,9 +152,7 @@ def main() -> None:
     print(f"tutorial's decoder, fp32: {1e3 * reference / batch.num_captions:.2f} ms per pair")
     pairs = arguments.images * CAPTIONS_PER_IMAGE
     for precision in ("fp32", "bf16"):
-        seconds = seconds_of(
-            training_step(build_optimizer(captioner, Optimisation()), ours, precision), arguments.repeats
-        )
+        seconds = seconds_of(training_step(build_optimizer(captioner, Optimisation()), ours, precision), arguments.repeats)
         with torch.no_grad(), autocast("cpu", precision):
             encoding = seconds_of(lambda: captioner.encode(pixels), max(2, arguments.repeats // 2))
         cached, uncached = (value / batch.num_captions * pairs for value in (seconds, seconds + encoding))

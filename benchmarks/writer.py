@@ -38,9 +38,7 @@ def results(first: int, attention: bool) -> pa.Table:
             "score": -0.9 - i / 10_000,
             "num_tokens": 13,
             "finished": True,
-            "alternatives": [
-                {"caption": f"{caption} {k} {i}", "log_prob": -10.0 - k, "score": -1.0 - k} for k in range(4)
-            ],
+            "alternatives": [{"caption": f"{caption} {k} {i}", "log_prob": -10.0 - k, "score": -1.0 - k} for k in range(4)],
             "width": 640,
             "height": 480,
             "sha256": (first + i).to_bytes(32, "little"),

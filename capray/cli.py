@@ -144,9 +144,7 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
     if photos:
         config = config.model_copy(update={"also": (*config.also, *paths[1:-1]), "output": paths[-1]})
     if config.output is None:
-        raise ConfigError(
-            f"{config.input!r} is no photo: an output is needed for its tables (capray caption INPUT OUTPUT)"
-        )
+        raise ConfigError(f"{config.input!r} is no photo: an output is needed for its tables (capray caption INPUT OUTPUT)")
     if config.dry_run:
         from capray.captioning.dry_run import dry_run
 
@@ -329,9 +327,7 @@ def _describe(error: cyclopts.CycloptsError) -> str:
     if model and error.argument and error.argument.name in map(_flag, needed):
         places = [name.upper() for name in model.positional if name in needed]
         flags = [f"{_flag(name)} …" for name in needed if name not in model.positional]
-        return (
-            f"something is missing: capray {' '.join([*command, *places, *flags])} (capray {' '.join(command)} --help)"
-        )
+        return f"something is missing: capray {' '.join([*command, *places, *flags])} (capray {' '.join(command)} --help)"
     return str(error)
 
 

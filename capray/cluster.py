@@ -273,9 +273,7 @@ def _worker():
     return module.global_worker.core_worker if module and module.global_worker.connected else None
 
 
-def share_cpus(
-    num_workers: int, cpus_per_worker: float | None, gpus_per_worker: float, say: Callable[[str], None]
-) -> float:
+def share_cpus(num_workers: int, cpus_per_worker: float | None, gpus_per_worker: float, say: Callable[[str], None]) -> float:
     """CPUs for each of ``num_workers``, one CPU being left to reading.
 
     A cluster may grow, so one that is too small now is only spoken of; Ray started here cannot.

@@ -287,9 +287,7 @@ class Optimisation(Settings):
     @model_validator(mode="after")
     def _fits_the_optimizer_and_schedule(self) -> Self:
         if self.momentum and self.optimizer not in ("rmsprop", "sgd"):
-            raise ValueError(
-                f"momentum is of rmsprop and sgd, not of {self.optimizer}: leave it out or choose one of them"
-            )
+            raise ValueError(f"momentum is of rmsprop and sgd, not of {self.optimizer}: leave it out or choose one of them")
         if self.ema_decay is not None and self.average_epochs is not None:
             raise ValueError("ema_decay and average_epochs are two averages of the weights: choose one")
         if self.warmup_steps and self.schedule != "cosine":
@@ -461,9 +459,7 @@ class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, Ima
         if self.init_from is not None:
             for name in ("weights", "word_vectors", "min_word_count", "max_vocabulary"):
                 if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                    raise ValueError(
-                        f"{name} {value!r} has no use with init_from, whose captioner brings it: leave one out"
-                    )
+                    raise ValueError(f"{name} {value!r} has no use with init_from, whose captioner brings it: leave one out")
         if self.freeze_word_vectors and self.init_from is None and self.word_vectors is None:
             raise ValueError("freeze_word_vectors would freeze random vectors: give word_vectors or init_from")
         return self

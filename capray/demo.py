@@ -93,9 +93,7 @@ def demo(config: DemoConfig) -> None:
     _say_where(config.out, samples, result.best, tables, time.monotonic() - started)
     captioner, *controls = scores.values()
     if any(captioner - control < MARGIN for control in controls):
-        raise CaprayError(
-            f"the captioner's BLEU-4 does not beat both controls by {MARGIN:.2f}: it did not learn to look"
-        )
+        raise CaprayError(f"the captioner's BLEU-4 does not beat both controls by {MARGIN:.2f}: it did not learn to look")
 
 
 def _scores(samples: str, tables: str) -> dict[str, float]:

@@ -76,8 +76,7 @@ class Evaluation:
         stream = io.StringIO()
         console = Console(file=stream, width=160, highlight=False, markup=False, emoji=False, soft_wrap=True)
         console.print(
-            f"split {self.split}: {self.matched:,} of {self.images:,} images have a caption; "
-            f"{self.references:,} references"
+            f"split {self.split}: {self.matched:,} of {self.images:,} images have a caption; {self.references:,} references"
         )
         if self.figures:
             table = Table("figure")
@@ -167,9 +166,7 @@ def _score(corpora: list[Corpus], config: EvaluateConfig, training: list[str], e
         evaluation.notes.append(f"CIDEr-D: idf from the references of these {len(corpus.references):,} images")
 
 
-def _statistics(
-    corpus: Corpus, config: EvaluateConfig, training: list[str], evaluation: Evaluation
-) -> list[Statistics]:
+def _statistics(corpus: Corpus, config: EvaluateConfig, training: list[str], evaluation: Evaluation) -> list[Statistics]:
     """Of the metrics that are wanted and can be computed; the others are noted as left out."""
     wanted = config.metrics or ALL_METRICS
     statistics: list[Statistics] = []
@@ -234,9 +231,7 @@ def _score_captioner(config: EvaluateConfig, model: str, model_ids: set[str], ev
         raise DataError(f"no image of split {config.split!r} of {config.references!r} can be decoded")
     statistics = Statistics(np.concatenate(sums), accuracy_figures)
     evaluation.figures.update(bootstrap([statistics], config.resamples, config.seed))
-    evaluation.notes.append(
-        f"perplexity and accuracy: captioner {model_id[:12]} over {num_images:,} images, <end> included"
-    )
+    evaluation.notes.append(f"perplexity and accuracy: captioner {model_id[:12]} over {num_images:,} images, <end> included")
     if undecodable:
         evaluation.notes.append(f"{undecodable:,} images cannot be decoded and are not among those")
 

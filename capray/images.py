@@ -228,9 +228,7 @@ def _refuse_costly(data: bytes, limits: ImageLimits) -> None:
             if data.count(sign or bytes((0xFF, marker))) > _MAX_JPEG_REPEATS:
                 found = [at for kind, at in _jpeg_markers(data) if kind == marker and data.startswith(sign, at + 2)]
                 if len(found) > _MAX_JPEG_REPEATS:
-                    raise ImageError(
-                        "too_large", f"a JPEG of {len(found)} {what}, over the limit of {_MAX_JPEG_REPEATS}"
-                    )
+                    raise ImageError("too_large", f"a JPEG of {len(found)} {what}, over the limit of {_MAX_JPEG_REPEATS}")
 
 
 def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
@@ -273,9 +271,7 @@ def _check_png(data: bytes) -> None:
         checksum = data[end : end + 4]
         kind = data[position + 4 : position + 8]
         if kind == b"IDAT" and len(checksum) == 4 and zlib.crc32(data[position + 4 : end]) != int.from_bytes(checksum):
-            raise ImageError(
-                "truncated" if _ends_in_zeros(data) else "decode_error", f"damaged PNG data at byte {position}"
-            )
+            raise ImageError("truncated" if _ends_in_zeros(data) else "decode_error", f"damaged PNG data at byte {position}")
         position = end + 4
 
 

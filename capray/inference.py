@@ -63,13 +63,7 @@ class Inference:
     On a GPU the second of two large batches of one kind, and those after it, run as CUDA graphs (``model.graphs``).
     """
 
-    def __init__(
-        self,
-        captioner: Captioner,
-        precision: str = "fp32",
-        batch_size: int | None = None,
-        model_id: str = "",
-    ):
+    def __init__(self, captioner: Captioner, precision: str = "fp32", batch_size: int | None = None, model_id: str = ""):
         assert not captioner.training, "inference needs the captioner in evaluation mode"
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -111,9 +105,7 @@ class Inference:
             # Graphs are recorded while nothing else is under way.
             count = sum(1 for _ in takewhile(partial(self._is_recorded, decoding, attention), batches))
             if count:
-                captioned = self._threads.map(
-                    lambda batch: self._carefully(batch, decoding, attention), batches[:count]
-                )
+                captioned = self._threads.map(lambda batch: self._carefully(batch, decoding, attention), batches[:count])
             else:
                 captioned = iter([self._carefully(batches[0], decoding, attention)])
             outcomes += [outcome for part in captioned for outcome in part]

@@ -47,17 +47,13 @@ class ProgressDisplay:
         if self._console.is_terminal:
             self._bar.stop()
 
-    def update(
-        self, completed: float, figures: str, description: str | None = None, total: float | None = None
-    ) -> None:
+    def update(self, completed: float, figures: str, description: str | None = None, total: float | None = None) -> None:
         """Show ``completed`` of the total and ``figures`` beside it."""
         self._bar.update(self._task, completed=completed, figures=figures, description=description, total=total)
         if not self._console.is_terminal and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             task = self._bar.tasks[0]
-            self._console.print(
-                f"{task.description}  {figures}  time left {duration(task.time_remaining)}", markup=False
-            )
+            self._console.print(f"{task.description}  {figures}  time left {duration(task.time_remaining)}", markup=False)
 
     def say(self, line: str) -> None:
         self._console.print(line, markup=False)

@@ -14,10 +14,12 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import sync
@@ -27,6 +29,9 @@ from fsspec.utils import glob_translate
 
 from capray.deadlines import now, within
 from capray.errors import CaprayError, ConfigError, DataError, StorageError, StorageUnavailable, WriteUnanswered
+
+T = TypeVar("T")
+Result = TypeVar("Result")
 
 S3_OPTIONS = {
     "use_listings_cache": False,
@@ -170,9 +175,7 @@ def storage_errors(doing: str) -> Generator[None]:
         raise StorageError(f"{doing}: not found ({error})") from error
     except PermissionError as error:
         if s3_answer(error)[1] in EXPIRED_CODES:
-            raise StorageUnavailable(
-                f"{doing}: {error}: renew the credentials and run the same command again"
-            ) from error
+            raise StorageUnavailable(f"{doing}: {error}: renew the credentials and run the same command again") from error
         raise StorageError(f"{doing}: permission denied ({error})") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -380,9 +383,7 @@ def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], 
         arguments["ContinuationToken"] = answer["NextContinuationToken"]
 
 
-def walk(
-    root: str, denied: list[str] | None = None, signs: tuple[str, ...] = (".",)
-) -> Iterator[tuple[str, list[str]]]:
+def walk(root: str, denied: list[str] | None = None, signs: tuple[str, ...] = (".",)) -> Iterator[tuple[str, list[str]]]:
     """The folders from ``root`` down in the order of their names, each once, with the names of the files in it, sorted.
 
     Links to folders are followed, but for those with a hidden name (one that begins with a sign of ``signs``) and those to
@@ -410,9 +411,7 @@ def walk(
             folders.clear()
             continue
         seen.add(key)
-        folders[:] = sorted(
-            name for name in folders if not _is_listed_elsewhere(os.path.join(folder, name), whole, signs)
-        )
+        folders[:] = sorted(name for name in folders if not _is_listed_elsewhere(os.path.join(folder, name), whole, signs))
         yield folder, sorted(names)
 
 
@@ -548,6 +547,24 @@ def read_bytes(location: Location) -> bytes:
         # In one request, unlike s3fs's parallel ranges: an object that is replaced meanwhile must not come in two halves.
         options = {"max_concurrency": 1} if is_s3(location) else {}
         return location.fs.cat_file(location.path, **options)
+
+
+def read_ahead(
+    read: Callable[[T], Result], items: Iterable[T], num_threads: int, most_ahead: int | None = None
+) -> Generator[Result]:
+    """What ``read`` gives for each of ``items``, in their order; so many are read at once, and no more than ``most_ahead``
+    (as many as there are threads, when not given) before they are asked for."""
+    ahead: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(num_threads, "read")
+    try:
+        for item in items:
+            ahead.append(pool.submit(read, item))
+            if len(ahead) >= (most_ahead or num_threads):
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def write_atomic(

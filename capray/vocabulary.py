@@ -46,9 +46,7 @@ class Vocabulary:
             raise ValueError("a vocabulary's words must be distinct and none of the special tokens")
 
     @classmethod
-    def build(
-        cls, captions: Iterable[Sequence[str]], min_word_count: int = 1, max_words: int | None = None
-    ) -> Vocabulary:
+    def build(cls, captions: Iterable[Sequence[str]], min_word_count: int = 1, max_words: int | None = None) -> Vocabulary:
         """The words of tokenised ``captions`` seen at least ``min_word_count`` times, most frequent first, and at most
         ``max_words`` of them."""
         counts = Counter(word for caption in captions for word in caption)

@@ -64,9 +64,7 @@ def span(numbers: list[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="how many of each kind")
-    parser.add_argument(
-        "--kinds", nargs="+", default=["local", "ray"], help=f"local, ray, or of {ALL}; Ray's joined by +"
-    )
+    parser.add_argument("--kinds", nargs="+", default=["local", "ray"], help=f"local, ray, or of {ALL}; Ray's joined by +")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     kinds = [kind for name in arguments.kinds for kind in ALL.get(name, [name])]

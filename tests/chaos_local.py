@@ -10,7 +10,6 @@ import os
 import random
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import zlib
@@ -32,7 +31,7 @@ from capray.captioning.units import Unit
 from capray.config import CaptionConfig
 from capray.errors import CaprayError
 from tests.chaos_driver import EXPIRY_SECONDS, Driver, Order, short_lease
-from tests.conftest import SeaweedFS, image_bytes, make_model, write_photos
+from tests.conftest import SeaweedFS, image_bytes, make_model, tar_bytes, write_photos
 from tests.local_executor import LocalExecutor, models_loaded_once
 from tests.oracle import Digests, captions_by_bytes, check_exactly_once, digests, read_parts
 from tests.proxy import FaultyProxy
@@ -164,9 +163,7 @@ class Round:
                 driver.kill()
                 self.num_captioned += driver.num_captioned
         assert self.struck is not None, "the strike never landed"
-        captions = check_exactly_once(
-            self.output, self.wanted, self.world.undisturbed, self.failed, self.world.endpoint
-        )
+        captions = check_exactly_once(self.output, self.wanted, self.world.undisturbed, self.failed, self.world.endpoint)
         self.redone = self.num_captioned - len(captions)
 
     # What a round is made of.
@@ -265,13 +262,8 @@ class Round:
         """Four shards; which one a photo lies in does not follow from the order."""
         tars = {}
         for number in range(4):
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as tar:
-                for name in [name for name in order if zlib.crc32(name.encode()) % 4 == number]:
-                    member = tarfile.TarInfo(name)
-                    member.size = len(photos[name])
-                    tar.addfile(member, io.BytesIO(photos[name]))
-            tars[f"{number}.tar"] = buffer.getvalue()
+            inside = [name for name in order if zlib.crc32(name.encode()) % 4 == number]
+            tars[f"{number}.tar"] = tar_bytes({name: photos[name] for name in inside})
         return tars
 
     def _manifest(self, photos: Photos, order: list[str]) -> dict[str, bytes]:
@@ -323,9 +315,7 @@ for _layout in LAYOUTS:
     for _moment in ("between", "during"):
         _name = f"{_layout.rstrip('s')}-{_moment}"
         _when = "between two runs" if _moment == "between" else "while it is read"
-        kind(_name, f"{_layout.rstrip('s')} rewritten, in another order, {_when}")(
-            _rewritten(_layout, _moment == "during")
-        )
+        kind(_name, f"{_layout.rstrip('s')} rewritten, in another order, {_when}")(_rewritten(_layout, _moment == "during"))
 
 
 @kind("shard-mended", "a corrupt shard, mended after a run that said so")
@@ -523,9 +513,7 @@ def _frozen(stop_at: str) -> Play:
 
 
 for _name, _stop_at in {"listing": r"/plan/.*chunk-", "planning": r"/plan/.*units-", "put": "/captions/part-"}.items():
-    kind(f"frozen-{_name}", f"the driver frozen past its lease: {_name}", "bucket", "shared", "folder")(
-        _frozen(_stop_at)
-    )
+    kind(f"frozen-{_name}", f"the driver frozen past its lease: {_name}", "bucket", "shared", "folder")(_frozen(_stop_at))
 
 
 def _signalled(round: Round, number: int, is_at_once: bool = False) -> None:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -111,9 +112,7 @@ def ray_processes(name: str) -> list[int]:
     def is_ours(pid: int | None) -> bool:
         return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
 
-    return [
-        pid for pid, found in names.items() if found.startswith(b"ray::") and name.encode() in found and is_ours(pid)
-    ]
+    return [pid for pid, found in names.items() if found.startswith(b"ray::") and name.encode() in found and is_ours(pid)]
 
 
 @pytest.fixture(scope="session")
@@ -166,6 +165,23 @@ def write_photos(folder: Path, count: int, seed: int = 0) -> list[str]:
         path.write_bytes(image_bytes(Image.fromarray(pixels), "JPEG"))
         paths.append(str(path))
     return paths
+
+
+def tar_bytes(members: dict[str, bytes], **options) -> bytes:
+    """A tar of ``members``."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes], **options) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tar_bytes(members, **options))
+    return str(path)
 
 
 @pytest.fixture
@@ -232,7 +248,19 @@ class SeaweedFS:
         self._server.wait()
 
     def make_bucket(self, name: str) -> str:
-        return _make_bucket(name)
+        import s3fs
+
+        fs = s3fs.S3FileSystem()
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                fs.mkdir(name)
+                fs.pipe_file(f"{name}/probe", b"1")
+                return f"s3://{name}"
+            except Exception:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
 
 @pytest.fixture(scope="session")
@@ -265,19 +293,3 @@ def _wait_for(endpoint: str, server: subprocess.Popen, log: Path) -> None:
         except OSError:
             time.sleep(0.3)
     raise AssertionError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
-
-
-def _make_bucket(name: str) -> str:
-    import s3fs
-
-    fs = s3fs.S3FileSystem()
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            fs.mkdir(name)
-            fs.pipe_file(f"{name}/probe", b"1")
-            return f"s3://{name}"
-        except Exception:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)

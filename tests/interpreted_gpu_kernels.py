@@ -61,9 +61,7 @@ def test_the_context_is_torchs(num_positions, dim, gated):
     gate_ND = torch.randn(10, dim + 3)[:, 3:] if gated else None
     expected = (scores_BKP.softmax(-1) @ grid_BPD).flatten(0, 1)
     found = kernels.gated_context(scores_BKP, grid_BPD, gate_ND)
-    torch.testing.assert_close(
-        found, expected if gate_ND is None else expected * gate_ND.sigmoid(), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(found, expected if gate_ND is None else expected * gate_ND.sigmoid(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["additive", "multiplicative", "none"])

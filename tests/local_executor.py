@@ -84,9 +84,7 @@ class LocalExecutor:
         return Pool(1, 1, 0.0, 1)
 
     @contextmanager
-    def tables(
-        self, work: Work, fetcher: Fetcher, settings: CaptioningSettings
-    ) -> Generator[Iterator[pa.Table | None]]:
+    def tables(self, work: Work, fetcher: Fetcher, settings: CaptioningSettings) -> Generator[Iterator[pa.Table | None]]:
         with mock.patch.object(cluster, "post_notice", self._take_notice):
             yield self._blocks(work, self._adapted(fetcher), self.captioner(settings))
 

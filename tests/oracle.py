@@ -51,13 +51,9 @@ def check_exactly_once(
         if isinstance(wanted, Mapping):
             assert digest in wanted[image_id], f"captioned from bytes it never had: {image_id}"
         elif row["uri"] is not None and os.path.isfile(row["uri"]):
-            assert digest == _digest(Path(row["uri"]).read_bytes()), (
-                f"captioned from bytes it does not have: {image_id}"
-            )
+            assert digest == _digest(Path(row["uri"]).read_bytes()), f"captioned from bytes it does not have: {image_id}"
         if undisturbed is not None:
-            assert row["caption"] == undisturbed.get(digest), (
-                f"captioned otherwise than in an undisturbed run: {image_id}"
-            )
+            assert row["caption"] == undisturbed.get(digest), f"captioned otherwise than in an undisturbed run: {image_id}"
     return found
 
 

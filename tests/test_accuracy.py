@@ -22,14 +22,14 @@ def talkative(captioner):  # noqa: F811
 
 
 def test_the_likelihood_is_that_of_the_loss(talkative):
-    memory, batch = memory_of(talkative, 3), collate(RAGGED, 10)
+    memory, batch = memory_of(talkative), collate(RAGGED, 10)
     sums = accuracy_sums(talkative, memory, batch)
     assert float(sums.nll_B.sum()) == pytest.approx(float(loss_sums(talkative, memory, batch).nll), rel=1e-5)
     assert sums.num_tokens_B.tolist() == [12, 2, 7]
 
 
 def test_an_image_alone_and_among_others(talkative):
-    memory = memory_of(talkative, 3)
+    memory = memory_of(talkative)
     together = accuracy_sums(talkative, memory, collate(RAGGED, 10))
     for i, captions in enumerate(RAGGED):
         alone = accuracy_sums(talkative, memory.select(torch.tensor([i])), collate([captions], 10))

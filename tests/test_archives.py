@@ -266,9 +266,7 @@ class TestWhatIsThereAlready:
 
     def test_another_file_is_not_written_over(self, server, tmp_path):
         (tmp_path / "readme.txt").write_bytes(b"my own notes")
-        with pytest.raises(
-            StorageError, match=r"readme\.txt is there and is not the archive's 'readme\.txt': move it away"
-        ):
+        with pytest.raises(StorageError, match=r"readme\.txt is there and is not the archive's 'readme\.txt': move it away"):
             fetch([archive_of(server)], str(tmp_path))
         assert (tmp_path / "readme.txt").read_bytes() == b"my own notes"
 

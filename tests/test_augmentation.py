@@ -35,9 +35,7 @@ def test_or_their_words_are_swapped_with_the_image():
 
 
 def test_some_images_are_mirrored_and_some_not():
-    mirrored = [
-        not np.array_equal(augment(PIXELS, PLAIN, Augmentation(flip=0.3), str(i))[0], PIXELS) for i in range(200)
-    ]
+    mirrored = [not np.array_equal(augment(PIXELS, PLAIN, Augmentation(flip=0.3), str(i))[0], PIXELS) for i in range(200)]
     assert 0.2 < np.mean(mirrored) < 0.4
 
 

@@ -17,9 +17,7 @@ WORDS = ("a", "dog", "runs")
 
 def saved(folder, seed: int, words=WORDS, **changes) -> str:
     torch.manual_seed(seed)
-    save_captioner(
-        Captioner(Architecture(**TINY | {"encoder": "mobilenet_v2"} | changes), Vocabulary(words)), str(folder)
-    )
+    save_captioner(Captioner(Architecture(**TINY | {"encoder": "mobilenet_v2"} | changes), Vocabulary(words)), str(folder))
     return str(folder)
 
 

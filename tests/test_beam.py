@@ -95,9 +95,7 @@ def plain_search(model, search, decoding, vocabulary_size):
             allowed = [w for w in range(vocabulary_size) if may_follow(tokens, w, decoding)] or [END]
             for token in allowed:
                 total = log_prob + log_probs[token]
-                candidates.append(
-                    (-score(total, t + 1, decoding), token, parent, (*tokens, token), total, token == END)
-                )
+                candidates.append((-score(total, t + 1, decoding), token, parent, (*tokens, token), total, token == END))
         candidates.sort(key=lambda c: c[:3])
         beams = [(c[3], c[4], -c[0], c[5]) for c in candidates[: decoding.beam_size]]
         if all(beam[3] for beam in beams):
@@ -162,9 +160,7 @@ def test_narrow_beam_equals_plain_search(
         expected = plain_search(model, search, decoding, vocabulary_size)
         found = hypotheses(beams, search)
         scores = [h[2] for h in expected]
-        assume(
-            all(better - worse > 1e-5 for better, worse in itertools.pairwise(scores))
-        )  # Either of a tie may be first.
+        assume(all(better - worse > 1e-5 for better, worse in itertools.pairwise(scores)))  # Either of a tie may be first.
         assert [h[0] for h in found] == [h[0] for h in expected]
         assert [h[1] for h in found] == pytest.approx([h[1] for h in expected], abs=1e-4)
         assert [h[3] for h in found] == [h[3] for h in expected]

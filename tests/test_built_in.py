@@ -134,9 +134,7 @@ class TestAnOutputKeepsItsModel:
         before = tmp_path / "before"
         shutil.copytree(in_the_box, before)
         make_model(in_the_box, seed=1)
-        with pytest.raises(
-            OutputConflictError, match=r"not by the one that comes with this capray: give it with --model"
-        ):
+        with pytest.raises(OutputConflictError, match=r"not by the one that comes with this capray: give it with --model"):
             job()
         assert job(model=str(before)).model_id == first.model_id
         assert job().model_id == first.model_id, "the last run says where it is"

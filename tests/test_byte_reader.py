@@ -36,6 +36,7 @@ from capray.inputs.byte_reader import Patience, Stream, read_image
 from capray.inputs.throttle import Throttle
 from capray.inputs.versions import VersionChanged
 from capray.storage import locate, read_bytes, write_atomic
+from tests.conftest import tar_bytes
 from tests.proxy import FaultyProxy
 
 KIB, MIB = 2**10, 2**20
@@ -495,13 +496,8 @@ class TestStream:
     def test_a_tar_through_faults(self, member_kib, put, proxy, configure):
         rng = random.Random(3)
         members = {f"{i}.jpg": rng.randbytes(member_kib * KIB + i) for i in range(6000 // member_kib)}
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as tar:
-            for name, data in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        uri = put("x.tar", buffer.getvalue())
+        content = tar_bytes(members)
+        uri = put("x.tar", content)
         configure()
         proxy.set_rates({"read.503": 0.05, "read.reset": 0.05, "read.reset_body": 0.05, "read.truncate": 0.05})
         stream = open_stream(uri, chunk_bytes=256 * KIB)
@@ -509,7 +505,7 @@ class TestStream:
             read = {member.name: digest(tar.extractfile(member).read()) for member in tar}
         assert read == {name: digest(data) for name, data in members.items()}
         assert proxy.injected.total() > 0
-        num_chunks = len(buffer.getvalue()) / (256 * KIB)
+        num_chunks = len(content) / (256 * KIB)
         # A member larger than a chunk ends within one, and the next begins with another.
         allowed = num_chunks + 1 + (2 * len(members) if member_kib > 256 else 0)
         assert num_chunks <= proxy.requests["GET"] - proxy.injected.total() <= allowed

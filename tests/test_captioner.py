@@ -93,9 +93,7 @@ def test_a_step_is_that_of_torchs_cell(variant):
             energy = torch.relu(energy) if variant == "relu" else torch.tanh(energy)
             alpha = decoder.attention.energy(energy).softmax(1)
             context = (alpha * memory.grid_BPD).sum(1)
-            inputs = torch.cat(
-                [words, context if decoder.gate is None else decoder.gate(hidden).sigmoid() * context], 1
-            )
+            inputs = torch.cat([words, context if decoder.gate is None else decoder.gate(hidden).sigmoid() * context], 1)
         expected = decoder.cell(inputs, (hidden, cell) if decoder.is_lstm else hidden)
         found, _ = decoder.step(words[:, None], state, memory)
     expected = expected if decoder.is_lstm else (expected, expected)

@@ -3,13 +3,11 @@
 What Ray has a part in runs on Ray; the rest with the same actor in this process (``LocalExecutor``).
 """
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from contextlib import suppress
@@ -28,7 +26,7 @@ from capray.config import CaptionConfig, EvaluateConfig
 from capray.errors import CaprayError, ConfigError, OutputConflictError, StorageError
 from capray.evaluation import evaluate
 from capray.tables import CAPTIONS, FAILURES
-from tests.conftest import image_bytes, make_model, write_photos
+from tests.conftest import image_bytes, make_model, write_photos, write_tar
 from tests.local_executor import LocalExecutor
 from tests.oracle import check_exactly_once, read_parts
 
@@ -118,15 +116,11 @@ def test_the_samples_of_a_split_and_columns_of_a_table(tmp_path, samples, model)
     assert summary.images == 6
 
     photos = write_photos(tmp_path / "photos", 3)
-    table = pa.table(
-        {"url": [*photos, photos[0], str(tmp_path / "gone.jpg"), None], "key": ["a", "b", "c", "a", "d", "e"]}
-    )
+    table = pa.table({"url": [*photos, photos[0], str(tmp_path / "gone.jpg"), None], "key": ["a", "b", "c", "a", "d", "e"]})
     pq.write_table(table, tmp_path / "list.parquet")
     summary = run(tmp_path / "list.parquet", tmp_path / "uris", model, id_column="key")
     assert summary.duplicates == 1
-    assert set(check_exactly_once(str(tmp_path / "uris"), set("abcde"), failed=dict.fromkeys("de", "missing"))) == set(
-        "abc"
-    )
+    assert set(check_exactly_once(str(tmp_path / "uris"), set("abcde"), failed=dict.fromkeys("de", "missing"))) == set("abc")
     assert summary.current_failures == {"missing": 2}
 
 
@@ -150,12 +144,6 @@ def test_s3_in_and_out_gives_the_same_captions(tmp_path, photos, model, s3):
     again = run(f"{s3}/photos", f"{s3}/out", f"{s3}/model")
     assert (again.captions, again.captioned_before) == (0, 11)
     assert not fs.exists(f"{s3}/out/_capray/lease.json")
-
-
-def add_to_tar(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
 
 
 def test_images_that_kill_their_process_cost_a_row_each(tmp_path, model):
@@ -183,11 +171,9 @@ def test_tar_shards_and_a_folder_into_one_output(tmp_path, photos, model):
     wanted = set(photos)
     for shard in range(2):
         path = shards / f"{shard:05d}.tar"
-        with tarfile.open(path, "w") as tar:
-            for i in range(6):
-                add_to_tar(tar, f"{i:03d}.jpg", Path(sorted(photos)[i]).read_bytes())
-                add_to_tar(tar, f"{i:03d}.txt", b"a caption")
-                wanted.add(f"{path}#{i:03d}.jpg")
+        images = {f"{i:03d}.jpg": Path(photo).read_bytes() for i, photo in enumerate(sorted(photos)[:6])}
+        write_tar(path, images | {name.replace("jpg", "txt"): b"a caption" for name in images})
+        wanted |= {f"{path}#{name}" for name in images}
     limited = run(shards, tmp_path / "out", model, also=(str(tmp_path / "photos"),), limit=4)
     assert limited.captions >= 4
     assert limited.left > 0
@@ -202,9 +188,7 @@ def test_tar_shards_and_a_folder_into_one_output(tmp_path, photos, model):
 
 
 def test_a_tar_that_cannot_be_read_is_a_fault_and_all_else_is_done(tmp_path, photos, model):
-    (tmp_path / "shards").mkdir()
-    with tarfile.open(tmp_path / "shards" / "a.tar", "w") as tar:
-        add_to_tar(tar, "x.jpg", image_bytes())
+    write_tar(tmp_path / "shards" / "a.tar", {"x.jpg": image_bytes()})
     (tmp_path / "shards" / "b.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(CaprayError, match=r"1 files or folders of the input cannot be read: .*b\.tar"):
         run(tmp_path / "shards", tmp_path / "out", model)
@@ -374,9 +358,7 @@ def test_samples_captioned_and_scored_on_s3(samples, model, s3):
     for file in Path(samples).iterdir():
         fs.put_file(str(file), f"{s3}/scored/samples/{file.name}")
     run(f"{s3}/scored/samples", f"{s3}/scored/out", model, split="dev")
-    config = EvaluateConfig(
-        output=f"{s3}/scored/out", references=f"{s3}/scored/samples", split="dev", metrics=("bleu",)
-    )
+    config = EvaluateConfig(output=f"{s3}/scored/out", references=f"{s3}/scored/samples", split="dev", metrics=("bleu",))
     evaluation = evaluate(config)
     assert (evaluation.matched, evaluation.references, evaluation.withheld) == (6, 30, None)
 

@@ -86,9 +86,7 @@ def test_damaged(folder, name):
         load_captioner(str(folder))
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", '{"schema_version": 1, "architecture": {"encoder": 3}, "sha256": {}}']
-)
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"schema_version": 1, "architecture": {"encoder": 3}, "sha256": {}}'])
 def test_a_config_that_is_none(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):

@@ -127,10 +127,7 @@ class TestMistakes:
             (["caption", ".", "--model", "m"], "is no photo: an output is needed"),
             (["query", "nowhere"], "'nowhere' is no captioning output"),
             (["evaluate", "nowhere", "--references", "r"], "--split is required"),
-            (
-                ["prepare", "shapes"],
-                "something is missing: capray prepare shapes OUTPUT",
-            ),
+            (["prepare", "shapes"], "something is missing: capray prepare shapes OUTPUT"),
             (["prepare", "shapes", "o", "--num-images", "9"], "--num-images: .* 10, not '9'"),
             (["--config", "x.yaml"], "a configuration file needs a job"),
             (["train", "--config", "x.yaml"], "cannot read the configuration 'x.yaml'"),
@@ -204,9 +201,7 @@ class TestEnds:
         mark = tmp_path / "mark.csv"
         endless = "SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE (a.range * b.range) % 7 = 3"
         sql = f"COPY (SELECT 1) TO '{mark}'; {endless}"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "capray", "query", str(tmp_path), sql], stderr=subprocess.PIPE
-        )
+        process = subprocess.Popen([sys.executable, "-m", "capray", "query", str(tmp_path), sql], stderr=subprocess.PIPE)
         while not mark.exists() and process.poll() is None:
             time.sleep(0.05)
         time.sleep(0.5)
@@ -342,9 +337,7 @@ class TestPhotos:
         assert code == 0
         assert out.startswith(f"{photo}\t")
 
-    @pytest.mark.parametrize(
-        "name", ["list.csv", "LIST.TXT.GZ", "shard.tar", "SHARD.TAR", "a.parquet", "manifest.json"]
-    )
+    @pytest.mark.parametrize("name", ["list.csv", "LIST.TXT.GZ", "shard.tar", "SHARD.TAR", "a.parquet", "manifest.json"])
     def test_tables_tars_and_lists_are_no_photos(self, call, model, tmp_path, name):
         (tmp_path / name).write_bytes(b"")
         code, out, err = call("caption", tmp_path / name, "--model", model)
@@ -442,9 +435,7 @@ class TestTables:
         assert (code, out.splitlines()[:2]) == (0, [" train: 2 images, 4 captions", "   dev: 1 images, 2 captions"])
         recipe = tmp_path / "coco.yaml"
         recipe.write_text("splits: 2017\n")
-        code, out, _ = call(
-            "prepare", "coco", coco_folder(tmp_path / "c", "2017"), tmp_path / "coco", "--config", recipe
-        )
+        code, out, _ = call("prepare", "coco", coco_folder(tmp_path / "c", "2017"), tmp_path / "coco", "--config", recipe)
         assert (code, out.splitlines()[0]) == (0, " train: 2 images, 4 captions")
         code, _, err = call("prepare", "folder", raw, tmp_path / "folder")
         assert code == 1 and "has no manifest" in err

@@ -91,9 +91,7 @@ def test_optional_columns_are_copied_too(tmp_path: Path) -> None:
     }
     schema = captions_schema(kept, attention=True)
     columns = {name: table[name] if name in table.column_names else extra[name] for name in schema.names}
-    table = pa.table(
-        [pa.array(v, f.type) if isinstance(v, list) else v for f, v in zip(schema, columns.values())], schema
-    )
+    table = pa.table([pa.array(v, f.type) if isinstance(v, list) else v for f, v in zip(schema, columns.values())], schema)
     write_atomic(part, encode_parquet(table))
     write_atomic(old.job, json.dumps(JOB).encode())
     compact(CompactConfig(output=str(tmp_path / "old"), new=str(tmp_path / "new")))

@@ -170,9 +170,7 @@ def test_every_kind_of_write_in_a_folder(world, tmp_path, monkeypatch):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", [Fault.FAILS, Fault.ANSWER_LOST])
-@pytest.mark.parametrize(
-    "name", ["chunk-", "units-", "members-", "job.json", "captions/part-", "failures/part-", "runs/"]
-)
+@pytest.mark.parametrize("name", ["chunk-", "units-", "members-", "job.json", "captions/part-", "failures/part-", "runs/"])
 def test_a_write_that_is_refused_or_goes_unanswered(world, tmp_path, name, fault):
     store = bucket()
     store.write_fault = (name, fault)

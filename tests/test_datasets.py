@@ -243,9 +243,7 @@ def karpathys_images(images: list[tuple[str, str]], dataset: str) -> list[dict]:
     return entries
 
 
-def write_karpathy(
-    folder: Path, dataset: str, images: list[tuple[str, str]], entries: list[dict] | None = None
-) -> Path:
+def write_karpathy(folder: Path, dataset: str, images: list[tuple[str, str]], entries: list[dict] | None = None) -> Path:
     path = folder / f"dataset_{dataset}.json"
     path.write_text(json.dumps({"images": entries or karpathys_images(images, dataset), "dataset": dataset}))
     return path
@@ -308,22 +306,16 @@ class TestKarpathy:
     def test_an_image_lacks_a_part(self, tmp_path, part):
         entries = karpathys_images(KARPATHYS, "flickr8k")
         del entries[2][part]
-        self.refuse(
-            self.raw(tmp_path, entries), tmp_path, f"flickr8k.json', image 2: expected filename, split.*'{part}'"
-        )
+        self.refuse(self.raw(tmp_path, entries), tmp_path, f"flickr8k.json', image 2: expected filename, split.*'{part}'")
 
     def test_a_sentence_without_its_text(self, tmp_path):
         entries = karpathys_images(KARPATHYS, "flickr8k")
         entries[1]["sentences"][0]["raw"] = 7
-        self.refuse(
-            self.raw(tmp_path, entries), tmp_path, "image 1: expected filename, split and sentences with their raw"
-        )
+        self.refuse(self.raw(tmp_path, entries), tmp_path, "image 1: expected filename, split and sentences with their raw")
 
     def test_an_unknown_split(self, tmp_path):
         entries = karpathys_images([("1_a.jpg", "validation")], "flickr8k")
-        self.refuse(
-            self.raw(tmp_path, entries), tmp_path, "unknown split 'validation': expected train, restval, val, test"
-        )
+        self.refuse(self.raw(tmp_path, entries), tmp_path, "unknown split 'validation': expected train, restval, val, test")
 
     def test_an_image_in_two_splits(self, tmp_path):
         entries = karpathys_images([*KARPATHYS, ("1_a.jpg", "test")], "flickr8k")
@@ -460,7 +452,16 @@ class TestSelection:
         assert all(row["image"] == f"bytes of {row['image_id']}".encode() for row in rows)
 
 
-class TestFlickr30k:
+class Refusing:
+    """Of tests that ``prepare`` a data set."""
+
+    def refuse(self, raw: Path, tmp_path: Path, message: str, error=DataError, **options) -> None:
+        with pytest.raises(error, match=message):
+            self.prepare(raw, tmp_path, **options)
+        assert not (tmp_path / "out").exists()
+
+
+class TestFlickr30k(Refusing):
     def raw(self, tmp_path: Path, folder: str = "flickr30k-images") -> Path:
         photos(tmp_path / "raw" / folder, LISTED)
         return tmp_path / "raw"
@@ -477,11 +478,6 @@ class TestFlickr30k:
 
     def prepare(self, raw: Path, tmp_path: Path, **options):
         return prepare_flickr30k(Flickr30kConfig.create(raw=str(raw), output=str(tmp_path / "out"), **options))
-
-    def refuse(self, raw: Path, tmp_path: Path, message: str, error=DataError, **options) -> None:
-        with pytest.raises(error, match=message):
-            self.prepare(raw, tmp_path, **options)
-        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
         "folder", ["flickr30k-images", "flickr30k_images", "Images", "flickr30k_images/flickr30k_images"]
@@ -546,9 +542,7 @@ class TestFlickr30k:
         self.refuse(self.tokens(self.raw(tmp_path)), tmp_path, message)
 
     def test_no_captions(self, tmp_path):
-        self.refuse(
-            self.raw(tmp_path), tmp_path, "has no captions: expected dataset_flickr30k.json, results_20130124.token"
-        )
+        self.refuse(self.raw(tmp_path), tmp_path, "has no captions: expected dataset_flickr30k.json, results_20130124.token")
 
     def test_no_images(self, tmp_path):
         (tmp_path / "raw").mkdir()
@@ -593,9 +587,7 @@ def coco_folder(folder: Path, year: str = "2014", images: str = "") -> Path:
 
 def coco_content(names: dict[int, str]) -> tuple[list[dict], list[dict]]:
     images = [{"license": 1, "file_name": name, "height": 3, "width": 4, "id": i} for i, name in sorted(names.items())]
-    annotations = [
-        {"image_id": i, "id": 10 * i + k, "caption": f"Caption {k} of {i}.\n"} for k in range(2) for i in names
-    ]
+    annotations = [{"image_id": i, "id": 10 * i + k, "caption": f"Caption {k} of {i}.\n"} for k in range(2) for i in names]
     return images, annotations
 
 
@@ -605,14 +597,9 @@ def write_coco(folder: Path, part: str, images: list[dict], annotations: list[di
     (folder / "annotations" / f"captions_{part}.json").write_text(json.dumps(content))
 
 
-class TestCoco:
+class TestCoco(Refusing):
     def prepare(self, raw: Path, tmp_path: Path, **options):
         return prepare_coco(CocoConfig.create(raw=str(raw), output=str(tmp_path / "out"), **options))
-
-    def refuse(self, raw: Path, tmp_path: Path, message: str, error=DataError, **options) -> None:
-        with pytest.raises(error, match=message):
-            self.prepare(raw, tmp_path, **options)
-        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("images", ["", "images"])
     @pytest.mark.parametrize("year", ["2014", "2017"])
@@ -704,16 +691,12 @@ class TestCoco:
 
     def test_captions_of_another_year(self, tmp_path):
         raw = coco_folder(tmp_path / "raw")
-        self.refuse(
-            raw, tmp_path, "has no annotations/captions_train2017.json nor captions_val2017.json", splits="2017"
-        )
+        self.refuse(raw, tmp_path, "has no annotations/captions_train2017.json nor captions_val2017.json", splits="2017")
 
     def test_no_folder_of_images(self, tmp_path):
         raw = coco_folder(tmp_path / "raw")
         (raw / "val2014").rename(raw / "validation")
-        self.refuse(
-            raw, tmp_path, "has no folder val2014, nor images/val2014, whose images captions_val2014.json names"
-        )
+        self.refuse(raw, tmp_path, "has no folder val2014, nor images/val2014, whose images captions_val2014.json names")
 
     def test_no_folder(self, tmp_path):
         self.refuse(tmp_path / "nowhere", tmp_path, r"no folder at .*\(--fetch downloads COCO there\)")
@@ -750,9 +733,7 @@ class TestCoco:
         self.refuse(raw, tmp_path, f"unknown filepath '{folder}': expected train2014 or val2014", splits="karpathy")
 
     def test_fetching_needs_a_choice(self, tmp_path):
-        self.refuse(
-            tmp_path / "raw", tmp_path, r"which COCO to download \(2014, 2017, karpathy\)", ConfigError, fetch=True
-        )
+        self.refuse(tmp_path / "raw", tmp_path, r"which COCO to download \(2014, 2017, karpathy\)", ConfigError, fetch=True)
 
 
 ROWS = [
@@ -763,7 +744,7 @@ ROWS = [
 ]
 
 
-class TestFolder:
+class TestFolder(Refusing):
     def raw(self, tmp_path: Path, rows: list[dict] | None = None, name: str = "metadata.csv") -> Path:
         raw = tmp_path / "raw"
         photos(raw / "a", ["1.jpg", "3.webp"])
@@ -787,11 +768,6 @@ class TestFolder:
 
     def prepare(self, raw: Path, tmp_path: Path, **options):
         return prepare_folder(FolderConfig.create(raw=str(raw), output=str(tmp_path / "out"), **options))
-
-    def refuse(self, raw: Path, tmp_path: Path, message: str, error=DataError, **options) -> None:
-        with pytest.raises(error, match=message):
-            self.prepare(raw, tmp_path, **options)
-        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("name", ["m.csv", "m.tsv", "m.jsonl", "m.parquet", "m.csv.gz", "m.jsonl.gz"])
     def test_one_row_a_caption(self, tmp_path, name):
@@ -852,9 +828,7 @@ class TestFolder:
     def test_several_manifests(self, tmp_path):
         raw = self.raw(tmp_path)
         self.write(raw / "other.jsonl", ROWS)
-        self.refuse(
-            raw, tmp_path, r"several tables \(metadata\.csv, other\.jsonl\): choose with --manifest", ConfigError
-        )
+        self.refuse(raw, tmp_path, r"several tables \(metadata\.csv, other\.jsonl\): choose with --manifest", ConfigError)
 
     def test_a_manifest_that_is_not_there(self, tmp_path):
         self.refuse(self.raw(tmp_path), tmp_path, "no manifest at 'other.csv'", manifest="other.csv")
@@ -907,9 +881,7 @@ class TestFolder:
 
     def test_an_image_in_two_splits(self, tmp_path):
         rows = [*ROWS, {"file_name": "a/1.jpg", "caption": "One .", "split": "test"}]
-        self.refuse(
-            self.raw(tmp_path, rows), tmp_path, "'a/1.jpg' is in the test split here, and in the train split before"
-        )
+        self.refuse(self.raw(tmp_path, rows), tmp_path, "'a/1.jpg' is in the test split here, and in the train split before")
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),
@@ -1024,16 +996,13 @@ class TestShapes:
 
     @pytest.mark.parametrize(("num_images", "expected"), [(10, (8, 1, 1)), (25, (21, 2, 2)), (100, (80, 10, 10))])
     def test_splits(self, num_images, expected):
-        splits = [
-            scene.split for scene in draw_scenes(ShapesConfig(output="unused", num_images=num_images, image_size=32))
-        ]
+        splits = [scene.split for scene in draw_scenes(ShapesConfig(output="unused", num_images=num_images, image_size=32))]
         assert tuple(splits.count(split) for split in ("train", "dev", "test")) == expected
         assert splits == sorted(splits, key=["train", "dev", "test"].index)
 
     def test_the_same_table_twice_has_the_same_digest(self, tmp_path):
         digests = {
-            prepare_shapes(ShapesConfig(output=str(tmp_path / name), num_images=10, image_size=32)).digest
-            for name in "ab"
+            prepare_shapes(ShapesConfig(output=str(tmp_path / name), num_images=10, image_size=32)).digest for name in "ab"
         }
         assert len(digests) == 1
 

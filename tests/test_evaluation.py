@@ -30,9 +30,7 @@ EXPECTED = corpus_bleu(list(REFERENCES.values()), list(CAPTIONS.values()))
 
 
 def write_samples(root: str, references: dict[str, list[str]], split: str = "test", shard: int = 0) -> None:
-    rows = [
-        {"image_id": name, "image": b"x", "captions": captions, "split": split} for name, captions in references.items()
-    ]
+    rows = [{"image_id": name, "image": b"x", "captions": captions, "split": split} for name, captions in references.items()]
     table = pa.Table.from_pylist(rows, schema=SAMPLES)
     write_atomic(Output(root).root.join(f"{split}-{shard:05d}.parquet"), encode_parquet(table))
 
@@ -188,9 +186,7 @@ def test_the_table_written_by_prepare(samples, tmp_path):
     output = Output(str(tmp_path / "out"))
     write_job(output)
     write_captions(output, {row["image_id"]: row["captions"][0] for row in table})
-    evaluation = evaluate(
-        EvaluateConfig(output=str(tmp_path / "out"), references=samples, split="test", metrics=("bleu",))
-    )
+    evaluation = evaluate(EvaluateConfig(output=str(tmp_path / "out"), references=samples, split="test", metrics=("bleu",)))
     assert bleu(evaluation) == pytest.approx(dict.fromkeys(("bleu_1", "bleu_2", "bleu_3", "bleu_4"), 1.0))
 
 
@@ -263,9 +259,7 @@ class TestCaptioner:
         return str(tmp_path / "out")
 
     def score(self, output, samples, model, **settings):
-        config = EvaluateConfig(
-            output=output, references=samples, split="test", model=model, metrics=("bleu",), **settings
-        )
+        config = EvaluateConfig(output=output, references=samples, split="test", model=model, metrics=("bleu",), **settings)
         return evaluate(config)
 
     def test_perplexity_is_that_of_the_loss(self, captioned, samples, model):

@@ -101,9 +101,7 @@ def test_cached_and_uncached_training_agree(samples, tmp_path, capfd):
     assert "1 images could not be decoded" in said
     for name in ("train_loss", "train_objective", "val_loss", "train_regulariser"):
         assert cached[name] == pytest.approx(plain[name], rel=1e-2), name
-    assert [cached[f"bleu_{n}"] for n in range(1, 5)] == pytest.approx(
-        [plain[f"bleu_{n}"] for n in range(1, 5)], abs=0.02
-    )
+    assert [cached[f"bleu_{n}"] for n in range(1, 5)] == pytest.approx([plain[f"bleu_{n}"] for n in range(1, 5)], abs=0.02)
     assert cached["val_images"] == plain["val_images"]
 
     dev, trained = (json.loads(path.read_text()) for path in manifests(Path(odd) / "_features"))
@@ -132,9 +130,7 @@ def test_the_last_blocks_are_trained_from_the_features_before_them(samples, tmp_
             assert found[name] == pytest.approx(wanted[name], rel=1e-2), name
     encoder = load_captioner(cached.last)[0].encoder.state_dict()
     changed = {
-        name.split(".")[1]
-        for name, value in frozen_encoder().state_dict().items()
-        if not torch.equal(value, encoder[name])
+        name.split(".")[1] for name, value in frozen_encoder().state_dict().items() if not torch.equal(value, encoder[name])
     }
     assert changed == {"layer4"}
     grid = read_grids(locate(str(next(Path(root).glob("*/train")))), next(Path(root).glob("*/train/*.arrow")).name)
@@ -276,9 +272,7 @@ class TestIdentity:
         assert len(set(keys)) == len(keys)
 
     def test_what_they_do_not_depend_on_keeps_it(self, samples):
-        assert self.key(samples) == self.key(
-            samples, hidden_dim=64, learning_rate=1, pool_grid=3, captions_per_image="1"
-        )
+        assert self.key(samples) == self.key(samples, hidden_dim=64, learning_rate=1, pool_grid=3, captions_per_image="1")
 
     def test_the_frozen_blocks_are_all_it_depends_on(self, samples):
         def key(block: str | None, change: str = "") -> str:

@@ -26,8 +26,8 @@ from capray.inputs.places import PLACES
 from capray.inputs.reader import Reader
 from capray.inputs.witnesses import Known
 from capray.tables import FINAL_FAILURES
-from tests.conftest import image_bytes, write_photos
-from tests.test_reader import alone, write_tar  # noqa: F401 (a fixture)
+from tests.conftest import image_bytes, write_photos, write_tar
+from tests.test_reader import alone  # noqa: F401 (a fixture)
 
 
 @pytest.fixture
@@ -38,9 +38,7 @@ def fetcher() -> Fetcher:
 
 
 def places(rows: list[dict]) -> pa.Table:
-    return pa.Table.from_pylist(
-        [{"position": i, "input": 0, "kind": "object", **row} for i, row in enumerate(rows)], PLACES
-    )
+    return pa.Table.from_pylist([{"position": i, "input": 0, "kind": "object", **row} for i, row in enumerate(rows)], PLACES)
 
 
 def fetch(fetcher: Fetcher, unit: pa.Table, *options, **others) -> tuple[list[dict], list]:
@@ -181,9 +179,7 @@ class TestLooks:
     def test_a_file_is_missing_only_where_its_file_system_is_there(self, tmp_path, fetcher):
         (path,) = write_photos(tmp_path, 1)
         gone = {"uri": str(tmp_path / "nowhere" / "gone.jpg")}
-        assert self.look(fetcher, **gone) == Look(
-            "1", "missing", f"{gone['uri']}: No such file or directory", certain=False
-        )
+        assert self.look(fetcher, **gone) == Look("1", "missing", f"{gone['uri']}: No such file or directory", certain=False)
         reading = replace(
             fetcher.reader.inputs[0], selection=Selection(f"{tmp_path}/"), known=Known((path,), f"{tmp_path}/")
         )
@@ -208,8 +204,7 @@ class TestLooks:
         assert (look.kind, look.certain) == ("truncated", True)
 
     @pytest.mark.parametrize(
-        ("mark", "kind", "death"),
-        [("KILLS", "crashed", "SIGABRT"), ("STARVES", "captioning_error", "SIGKILL")],
+        ("mark", "kind", "death"), [("KILLS", "crashed", "SIGABRT"), ("STARVES", "captioning_error", "SIGKILL")]
     )
     def test_what_kills_its_process_again_does_so_but_for_a_kernels_sigkill(
         self, tmp_path, fetcher, monkeypatch, mark, kind, death

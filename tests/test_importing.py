@@ -117,9 +117,7 @@ def tutorial_search(decoder, grid, beam_size, releases=True):
         scores, hidden, cell = decoder.step(last, grid.expand(len(beams), -1, -1), hidden, cell)
         totals = scores.log_softmax(1) + torch.tensor([total for _, total in beams])[:, None]
         best, index = totals.flatten().topk(beam_size)
-        grown = [
-            (*divmod(i, decoder.vocab_size), total) for i, total in zip(index.tolist(), best.tolist(), strict=True)
-        ]
+        grown = [(*divmod(i, decoder.vocab_size), total) for i, total in zip(index.tolist(), best.tolist(), strict=True)]
         found = [((*beams[parent][0], word), total, parent) for parent, word, total in grown]
         if releases:
             done += [hypothesis for hypothesis in found if hypothesis[0][-1] == end]
@@ -506,8 +504,7 @@ class TestMistakes:
         """The bytes of a good checkpoint in both formats."""
         folder = tmp_path_factory.mktemp("good")
         return {
-            form: Path(save(folder, *small, legacy=form == "legacy").checkpoint).read_bytes()
-            for form in ("zip", "legacy")
+            form: Path(save(folder, *small, legacy=form == "legacy").checkpoint).read_bytes() for form in ("zip", "legacy")
         }
 
     @pytest.fixture
@@ -625,9 +622,7 @@ def pickle_of_a_tensor(size, stride):
             return ("storage", torch.FloatStorage, "0", "cpu", 44 * 16, None) if isinstance(obj, _Storage) else None
 
     encoder, decoder = nn.Module.__new__(Encoder), nn.Module.__new__(DecoderWithAttention)
-    encoder.__dict__["_buffers"] = {
-        "odd": Call(torch._utils._rebuild_tensor_v2, _Storage(), 0, size, stride, False, {})
-    }
+    encoder.__dict__["_buffers"] = {"odd": Call(torch._utils._rebuild_tensor_v2, _Storage(), 0, size, stride, False, {})}
     buffer = io.BytesIO()
     Pickler(buffer, 2).dump({"encoder": encoder, "decoder": decoder})
     return buffer.getvalue()

@@ -74,9 +74,7 @@ def submit(head, script, *arguments) -> str:
         submitted = subprocess.run(command, env=head, capture_output=True, text=True)
         if f"'{job_id}' succeeded" in submitted.stdout:
             return submitted.stdout
-        assert "Connection refused" in submitted.stderr and time.monotonic() < deadline, (
-            submitted.stdout + submitted.stderr
-        )
+        assert "Connection refused" in submitted.stderr and time.monotonic() < deadline, submitted.stdout + submitted.stderr
         time.sleep(1)
 
 
@@ -130,9 +128,7 @@ def test_submit_train_with_two_workers_who_validate_as_one_does_then_caption_fro
     assert (run.info.status, run.data.params["num_workers"]) == ("FINISHED", "2")
     assert {"train_loss", "val_loss", "bleu_4"} <= run.data.metrics.keys()
     with in_process():
-        (one,) = train(
-            TrainConfig(samples=noisy, output=str(tmp_path / "one"), tracking_uri="none", **STANDSTILL)
-        ).metrics
+        (one,) = train(TrainConfig(samples=noisy, output=str(tmp_path / "one"), tracking_uri="none", **STANDSTILL)).metrics
     (two,) = json.loads((training / "history.json").read_text())["epochs"]
     assert one["val_images"] == two["val_images"] == 150
     assert one["train_images"] == two["train_images"] == 20

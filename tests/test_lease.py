@@ -203,9 +203,7 @@ class TestAnotherRun:
         with lease_on(shared, say=release, expiry_seconds=5) as lease:
             assert read_claim(shared)["token"] == lease.claim.token
 
-    @pytest.mark.parametrize(
-        "damaged", [b"", b"{", b"null", b'{"token": 1}', b'{"token": "t", "host": "h", "pid": "x"}']
-    )
+    @pytest.mark.parametrize("damaged", [b"", b"{", b"null", b'{"token": 1}', b'{"token": "t", "host": "h", "pid": "x"}'])
     def test_a_damaged_file_is_taken_over_once_it_stood_still(self, proved, clock, damaged):
         write_atomic(proved.join("lease.json"), damaged)
         with lease_on(proved, expiry_seconds=45) as lease:
@@ -395,12 +393,7 @@ class TestRay:
             assert read_claim(proved)["ray_job"] == (metadata or {}).get("job_submission_id")
 
     def test_what_the_cluster_says(self, monkeypatch):
-        answers = {
-            "raysubmit_1": "STOPPED",
-            "raysubmit_2": "RUNNING",
-            "nightly": "SUCCEEDED",
-            "raysubmit_3": "SILENCE",
-        }
+        answers = {"raysubmit_1": "STOPPED", "raysubmit_2": "RUNNING", "nightly": "SUCCEEDED", "raysubmit_3": "SILENCE"}
 
         class Client:
             def get_job_status(self, job_id):
@@ -458,9 +451,7 @@ def test_without_a_lease_nothing_is_asked_of_the_store(model):
         first.check()
         second.check()
     assert ModelFileSystem.store.num_requests == 0
-    assert said == [
-        "warning: no lease: nothing keeps another run from writing model://bucket/out/_capray at the same time"
-    ]
+    assert said == ["warning: no lease: nothing keeps another run from writing model://bucket/out/_capray at the same time"]
 
 
 class TestProbe:

@@ -15,7 +15,7 @@ from capray.errors import CaprayError, DataError, StorageError, StorageUnavailab
 from capray.inputs import open_sources
 from capray.inputs.base import ContainerChanged, Page, Source, TarMembers, rows_of
 from capray.inputs.listing import ALL_ROWS, MAX_RELISTS, Listing, _digest_of
-from capray.inputs.places import MEMBERS, places_schema
+from capray.inputs.places import MEMBERS, PLACES, with_source
 from capray.output import Output
 from capray.storage import locate, write_atomic
 
@@ -27,7 +27,7 @@ def make(output: Output, *inputs, run: str = "run-2", relist: bool = False, writ
         input=str(inputs[0]), also=tuple(map(str, inputs[1:])), output=output.root.uri, model="m", **options
     )
     sources = open_sources(config.inputs, config.subset(SourceSettings), config.keep)
-    return Listing(output, run, sources, config, write, relist)
+    return Listing(output.plan, run, sources, config, write, relist)
 
 
 def finish(listing: Listing) -> Listing:
@@ -58,9 +58,7 @@ def rows(listing: Listing) -> list[dict]:
 def ids(listing: Listing) -> list[str]:
     """The ids of the rows that count."""
     since = listing.superseded
-    return [
-        row["image_id"] for row in rows(listing) if row["position"] >= since.get((row["input"], row["container"]), 0)
-    ]
+    return [row["image_id"] for row in rows(listing) if row["position"] >= since.get((row["input"], row["container"]), 0)]
 
 
 def plan_files(output: Output) -> set[str]:
@@ -111,9 +109,7 @@ class Scripted(Source):
             version = self.versions_.get(unit, "")
             same = {"container": unit, "version": version} if version else {}
             names = [f"{unit}/{page}/{i}{version}" for i in range(3)]
-            yield Page(
-                rows_of("object", {"image_id": names}, **same), page, (self.found,) if self.found else (), 1, version
-            )
+            yield Page(rows_of("object", {"image_id": names}, **same), page, (self.found,) if self.found else (), 1, version)
 
     def whole(self) -> list[str]:
         return [
@@ -125,7 +121,7 @@ class Scripted(Source):
 
 
 def scripted(output: Output, source: Scripted, run: str = "run-2", write=write_atomic) -> Listing:
-    return Listing(output, run, [source], CaptionConfig(input="/scripted", output=output.root.uri, model="m"), write)
+    return Listing(output.plan, run, [source], CaptionConfig(input="/scripted", output=output.root.uri, model="m"), write)
 
 
 def killed_at(unit: str, page: int):
@@ -156,7 +152,7 @@ class TestWhole:
     def test_selected_and_carried(self, output, tmp_path):
         (tmp_path / "list.csv").write_text("uri,n\n/a,1\n/b,2\n")
         listing = finish(make(output, tmp_path / "list.csv", keep=("n",), exclude=("/b",)))
-        assert listing.schema.equals(places_schema(pa.struct([("n", pa.string())])))
+        assert listing.schema.equals(with_source(PLACES, pa.struct([("n", pa.string())])))
         assert [(row["image_id"], row["source"]) for row in rows(listing)] == [("/a", {"n": "1"})]
 
     def test_nothing_wanted(self, output, folder):

@@ -19,7 +19,7 @@ def captioner():
     return Captioner(Architecture(**TINY), Vocabulary([f"w{i}" for i in range(10)])).eval()
 
 
-def memory_of(captioner, count):
+def memory_of(captioner, count=3):
     pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     return captioner.encode(torch.from_numpy(pixels))
 
@@ -42,7 +42,7 @@ def test_a_cut_caption_is_not_scored_on_its_end():
 
 
 def test_ragged_captions_sum_as_each_alone(captioner):
-    memory = memory_of(captioner, 3)
+    memory = memory_of(captioner)
     together = loss_sums(captioner, memory, collate(RAGGED, 10), label_smoothing=0.1)
     alone = [
         loss_sums(captioner, memory.select(torch.tensor([i])), collate([[caption]], 10), label_smoothing=0.1)

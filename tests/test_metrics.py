@@ -246,9 +246,7 @@ class TestMeteorNltk:
         (wordnet / "lexnames").write_text("00\tnoun.animal\t1\n")
         (wordnet / "data.noun").write_text("00000000 00 n 02 dog 0 hound 0 000 | a domestic animal\n")
         (wordnet / "index.noun").write_text("dog n 1 0 1 0 00000000\nhound n 1 0 1 0 00000000\n")
-        corpus = Corpus(
-            [[["a", "dog", "runs"]], [["a", "dog", "runs"]]], [["a", "hound", "runs"], ["a", "cat", "runs"]]
-        )
+        corpus = Corpus([[["a", "dog", "runs"]], [["a", "dog", "runs"]]], [["a", "hound", "runs"], ["a", "cat", "runs"]])
         synonym, other = per_image(meteor_nltk(corpus))
         assert synonym == pytest.approx(1 - 0.5 * (1 / 3) ** 3)  # All three words match, in one chunk.
         assert other < synonym
@@ -271,15 +269,11 @@ class TestBootstrap:
         figure = bootstrap([mean_of("x", values)], 2000)["x"]
         margin = 1.96 * values.std() / math.sqrt(len(values))
         assert figure.value == pytest.approx(values.mean())
-        assert (figure.low, figure.high) == pytest.approx(
-            (values.mean() - margin, values.mean() + margin), abs=margin / 10
-        )
+        assert (figure.low, figure.high) == pytest.approx((values.mean() - margin, values.mean() + margin), abs=margin / 10)
 
     def test_each_resample_is_the_metric_over_the_images_drawn(self):
         """BLEU of resampled sums is BLEU of the resampled corpus."""
-        corpus = Corpus.of(
-            [["a dog runs"], ["two men sit down"], ["a cat"]], ["a dog ran", "two men sit", "a small cat"]
-        )
+        corpus = Corpus.of([["a dog runs"], ["two men sit down"], ["a cat"]], ["a dog ran", "two men sit", "a small cat"])
         drawn = [0, 2, 2]
         again = Corpus([corpus.references[i] for i in drawn], [corpus.hypotheses[i] for i in drawn])
         statistics = bleu(corpus)

@@ -1,8 +1,6 @@
 """The oracle of the other tests notices: negative controls, on an output of two parts in which something is wrong."""
 
 import hashlib
-import io
-import tarfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import write_photos
+from tests.conftest import write_photos, write_tar
 from tests.oracle import captions_by_bytes, check_exactly_once, digests, merged
 
 
@@ -137,10 +135,5 @@ def container(folder: Path, layout: str, photos: list[str]) -> str:
     if layout == "manifest":
         pq.write_table(pa.table({"image_id": list("abcd"), "uri": photos}), folder / "uris.parquet")
         return str(folder / "uris.parquet")
-    with tarfile.open(folder / "shard.tar", "w") as tar:
-        for number, photo in enumerate(photos):
-            data = Path(photo).read_bytes()
-            member = tarfile.TarInfo(f"{number}.jpg")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return str(folder / "shard.tar")
+    images = {f"{number}.jpg": Path(photo).read_bytes() for number, photo in enumerate(photos)}
+    return write_tar(folder / "shard.tar", images)

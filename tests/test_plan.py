@@ -67,8 +67,7 @@ def write_failures(output: Output, failures: list[tuple[str, str]], run: str = E
     """One part of (image id, kind); a later number is a later time."""
     at = START + datetime.timedelta(days=int(run[-1]), seconds=number)
     rows = [
-        {"image_id": name, "error_type": kind, "message": "m", "run_id": run, "failed_at": at}
-        for name, kind in failures
+        {"image_id": name, "error_type": kind, "message": "m", "run_id": run, "failed_at": at} for name, kind in failures
     ]
     table = pa.Table.from_pylist(rows, schema=FAILURES)
     write_atomic(output.failures.join(f"part-{run}-{number:05d}.parquet"), encode_parquet(table))
@@ -81,7 +80,7 @@ def planning(output: Output, *chunks: list[str] | pa.Table, retry_failed: bool =
         manifest = Path(folder, "listed.txt")
         manifest.write_text("unused")
         config = CaptionConfig(input=str(manifest), output=output.root.uri, model="m")
-        listing = Listing(output, NOW, open_sources(config.inputs, SourceSettings()), config, write_atomic)
+        listing = Listing(output.plan, NOW, open_sources(config.inputs, SourceSettings()), config, write_atomic)
     for chunk in chunks:
         add_chunk(listing, chunk)
     with Settled(output, NOW, FINAL_FAILURES if retry_failed else ()) as settled:
@@ -214,10 +213,7 @@ class TestRemaining:
     def test_no_room_for_the_ids(self, output, monkeypatch):
         monkeypatch.setattr("capray.captioning.settled.BYTES_PER_ID", 2**60)
         write_captions(output, ["a"])
-        with (
-            planning(output, ["a"]) as plan,
-            pytest.raises(StorageError, match="^1 ids need up to .* set TMPDIR"),
-        ):
+        with planning(output, ["a"]) as plan, pytest.raises(StorageError, match="^1 ids need up to .* set TMPDIR"):
             plan.remaining(2)
 
     def test_temporary_space_of_a_killed_run_is_given_back(self, output, tmp_path, monkeypatch):
@@ -284,9 +280,7 @@ class TestUnits:
 
     def rows(self, kind: str, container: str, group: int, size: int) -> list[dict]:
         place = {"row_group": group} if kind == "row" else {}
-        return [
-            {"image_id": f"{container}-{group}-{i}", "kind": kind, "container": container} | place for i in range(size)
-        ]
+        return [{"image_id": f"{container}-{group}-{i}", "kind": kind, "container": container} | place for i in range(size)]
 
     def test_a_row_group_is_never_cut_and_small_ones_are_joined(self, output):
         groups = [("a", 0, 10), ("a", 1, 3), ("b", 1, 1), ("b", 2, 4), ("c", 0, 9), ("d", 0, 1), ("d", 1, 1)]
@@ -437,9 +431,7 @@ class TestRemoveDuplicates:
     def rows(self, output: Output) -> dict[str, list[tuple[str, str]]]:
         parts = {part.path.rsplit("/", 1)[1]: part for part in output.parts(output.captions)}
         return {
-            name: [
-                (row["image_id"], row["caption"]) for row in pq.read_table(part.path, filesystem=part.fs).to_pylist()
-            ]
+            name: [(row["image_id"], row["caption"]) for row in pq.read_table(part.path, filesystem=part.fs).to_pylist()]
             for name, part in parts.items()
         }
 

@@ -256,9 +256,7 @@ class TestMistakes:
 
         place = Location("denying://part.parquet", Denying(), "part.parquet")
         with (
-            pytest.raises(
-                StorageError, match=r"reading denying://part\.parquet: PermissionError: Access Denied"
-            ) as error,
+            pytest.raises(StorageError, match=r"reading denying://part\.parquet: PermissionError: Access Denied") as error,
             open_duckdb(str(tmp_path), place) as connection,
         ):
             connection.execute("FROM read_parquet('denying://part.parquet')").fetchall()
@@ -373,9 +371,7 @@ class TestViewsOfCommonQuestions:
             (path / "1.parquet").write_bytes(encode_parquet(table.slice(1)))
         text = ask(output, "SELECT image_id, shop FROM joined ORDER BY 1", join=str(path), format="json")
         assert json.loads(text) == [{"image_id": "a", "shop": "one's"}, {"image_id": "b", "shop": "two"}]
-        assert "x" in ask(
-            output, "SELECT image_id FROM source_table ANTI JOIN captions USING (image_id)", join=str(path)
-        )
+        assert "x" in ask(output, "SELECT image_id FROM source_table ANTI JOIN captions USING (image_id)", join=str(path))
 
     def test_a_table_without_ids(self, local, tmp_path):
         (tmp_path / "t.csv").write_text("id,shop\na,1\n")

@@ -31,6 +31,7 @@ from capray.inputs.places import PLACES, Row
 from capray.inputs.reader import Reader
 from capray.inputs.throttle import Throttle
 from capray.inputs.witnesses import Known, Witnesses
+from tests.conftest import write_tar
 from tests.test_byte_reader import configure, forget, proxy, put  # noqa: F401 (fixtures)
 
 
@@ -79,16 +80,6 @@ def write_table(path: Path, names: list[str], **options) -> str:
     path.parent.mkdir(exist_ok=True, parents=True)
     columns = {"image_id": names, "image": [data(name) for name in names]}
     pq.write_table(pa.table(columns), path, row_group_size=10, **options)
-    return str(path)
-
-
-def write_tar(path: Path, members: dict[str, bytes], **options) -> str:
-    path.parent.mkdir(exist_ok=True, parents=True)
-    with tarfile.open(path, "w", **options) as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
     return str(path)
 
 
@@ -492,9 +483,7 @@ class TestReadsThatDoNotReturn:
 
         def hanging(path, flags, *options, **others):
             return (
-                open_file(pipe, os.O_RDONLY)
-                if str(path).endswith("b.jpg")
-                else open_file(path, flags, *options, **others)
+                open_file(pipe, os.O_RDONLY) if str(path).endswith("b.jpg") else open_file(path, flags, *options, **others)
             )
 
         monkeypatch.setattr(byte_reader.os, "open", hanging)

@@ -30,9 +30,7 @@ def make(output, tmp_path, **settings) -> tuple[str, str]:
 
 
 def write_described_job(output: Output) -> None:
-    write_atomic(
-        output.job, json.dumps({"schema_version": 1, "model_id": "m" * 64, "decoding": {"beam_size": 3}}).encode()
-    )
+    write_atomic(output.job, json.dumps({"schema_version": 1, "model_id": "m" * 64, "decoding": {"beam_size": 3}}).encode())
 
 
 @pytest.fixture
@@ -78,9 +76,7 @@ class TestOutput:
     def test_a_table_without_images(self, output, tmp_path):
         write_captions(output, {"a": "a dog"})
         (tmp_path / "images.csv").write_text("image_id,picture\na,b\n")
-        with pytest.raises(
-            ConfigError, match=r"no column `image` of encoded images, but image_id \(VARCHAR\), picture"
-        ):
+        with pytest.raises(ConfigError, match=r"no column `image` of encoded images, but image_id \(VARCHAR\), picture"):
             make(output, tmp_path, images=str(tmp_path / "images.csv"))
 
     def test_before_the_first_caption(self, output, tmp_path):
@@ -139,10 +135,7 @@ class TestTraining:
 
     def test_curves_epochs_and_settings(self, training, tmp_path):
         html = tmp_path / "r.html"
-        assert (
-            report_training(ReportConfig(training=str(training), html=str(html)))
-            == f"wrote {html}: 2 epochs, 0 samples"
-        )
+        assert report_training(ReportConfig(training=str(training), html=str(html))) == f"wrote {html}: 2 epochs, 0 samples"
         text = html.read_text()
         assert text.count("<svg") == 3, "losses, BLEU, learning rate; accuracies it has none"
         assert "epoch 2" in text and ">1.75<" in text and "<td>tiny</td>" in text

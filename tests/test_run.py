@@ -32,7 +32,7 @@ from capray.inputs import byte_reader, files, listing, open_sources, reader
 from capray.inputs import witnesses as witnesses_module
 from capray.output import Output
 from capray.output.verify import verify
-from tests.conftest import write_photos
+from tests.conftest import write_photos, write_tar
 from tests.local_executor import LocalExecutor, models_loaded_once
 from tests.oracle import check_exactly_once, current_failures, digests, read_parts
 
@@ -77,20 +77,9 @@ def at_block(number: int, action) -> LocalExecutor:
 
 
 def write_tars(folder: Path, num_tars: int, num_photos: int) -> None:
-    folder.mkdir()
     for number in range(num_tars):
-        with tarfile.open(folder / f"{number:03d}.tar", "w") as tar:
-            for path in write_photos(folder.parent / f"photos-{number}", num_photos, seed=number):
-                tar.add(path, Path(path).name)
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+        photos = map(Path, write_photos(folder.parent / f"photos-{number}", num_photos, seed=number))
+        write_tar(folder / f"{number:03d}.tar", {photo.name: photo.read_bytes() for photo in photos})
 
 
 def encoded(name: str, shade: int = 0, mode: str = "RGB") -> bytes:
@@ -249,9 +238,8 @@ class TestManifestsOfSeveralFolders:
         assert (first.elsewhere, second.captions, second.elsewhere) == (0, 0, 3)
         where = [str(each.with_name("photo-0000.jpg")) for each in lists]
         assert second.first_elsewhere == ("photo-0000.jpg", *where)
-        assert (
-            f"3 captions under these ids are of images at other URIs, first: photo-0000.jpg is of {where[0]}, not"
-            in (second.text())
+        assert f"3 captions under these ids are of images at other URIs, first: photo-0000.jpg is of {where[0]}, not" in (
+            second.text()
         )
         for each, number in zip(lists, (0, 3), strict=True):
             result = verify(VerifyConfig(output=str(job.output), against=(str(each),)))
@@ -669,14 +657,9 @@ class TestOddInputs:
         }
 
     def test_members_of_names_that_only_look_alike(self, job):
-        job.input.mkdir()
         names = ["x\udcff.jpg", r"x\xff.jpg", "y.jpg"]
-        with tarfile.open(job.input / "0.tar", "w", errors="surrogateescape") as tar:
-            for i, name in enumerate(names):
-                data = encoded("JPEG", 30 * i)
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        images = {name: encoded("JPEG", 30 * i) for i, name in enumerate(names)}
+        write_tar(job.input / "0.tar", images, errors="surrogateescape")
         assert job.run().images == 3
         assert {image_id.rpartition("#")[2] for image_id in sha256s(job)} == {r"x\xff.jpg", r"x\x5cxff.jpg", "y.jpg"}
         assert job.run().captions == 0
@@ -902,11 +885,9 @@ class TestOddInputs:
         assert len(sha256s(job)) == 5 and len(current_failures(str(job.output))) == 3
 
     def test_keys_of_a_sidecar_with_dots(self, job, tmp_path):
-        job.input.mkdir()
         photos = write_photos(tmp_path / "photos", 3)
-        with tarfile.open(job.input / "0.tar", "w") as tar:
-            for letter, photo in zip("abc", photos, strict=True):
-                tar.add(photo, f"img.{letter}.jpg")
+        images = {f"img.{letter}.jpg": Path(photo).read_bytes() for letter, photo in zip("abc", photos, strict=True)}
+        write_tar(job.input / "0.tar", images)
         pq.write_table(pa.table({"key": [f"img.{x}" for x in "abc"], "sid": [*"ABC"]}), job.input / "0.parquet")
         job.run(id_column="sid")
         assert sha256s(job) == {name: digest(photo) for name, photo in zip("ABC", photos, strict=True)}
@@ -1201,9 +1182,7 @@ class TestMountsBelowTheInput:
         "where",
         ["below", "linked", "the input", "above the input", "a list's", "a list's top", "a list's file://", "bound"],
     )
-    def test_away_from_a_mountpoint_that_holds_something_when_another_process_goes_on(
-        self, job, mount, monkeypatch, where
-    ):
+    def test_away_from_a_mountpoint_that_holds_something_when_another_process_goes_on(self, job, mount, monkeypatch, where):
         is_linked = where == "linked"
         places = {
             "linked": job.input.with_name("disk"),
@@ -1428,9 +1407,7 @@ class TestWhatChanges:
                 images = [Path(path).read_bytes() if whole or i != 1 else None for i, path in enumerate(paths)]
                 pq.write_table(pa.table({"image_id": [*"abc"], "image": images}), job.input / source)
             elif kind == "list":
-                rows = [
-                    {"image_id": "abc"[i], "uri": path if whole or i != 1 else None} for i, path in enumerate(paths)
-                ]
+                rows = [{"image_id": "abc"[i], "uri": path if whole or i != 1 else None} for i, path in enumerate(paths)]
                 (job.input / source).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
             else:
                 bad = tmp_path / "bad.jpg"

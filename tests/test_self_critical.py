@@ -24,6 +24,7 @@ from capray.training.stages.self_critical import draw, policy_sums
 from capray.training.worker import empty_batch
 from capray.vocabulary import END, PAD, START, UNK, Vocabulary, tokenise
 from tests.conftest import TINY, in_process
+from tests.test_loss import memory_of
 
 CAPTIONS = [[[4, 5, 6, 7], [4, 8, 6, 7]], [[9, 10], [9, 11, 10]], [[4, 12, 13, 14, 15]]]
 """Word ids of three images' captions."""
@@ -40,11 +41,6 @@ def captioner() -> Captioner:
         captioner.decoder.output.weight.mul_(10)
         captioner.decoder.output.bias[UNK] = 5.0
     return captioner.train()
-
-
-def memory_of(captioner, count=3):
-    pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return captioner.encode(torch.from_numpy(pixels))
 
 
 def stage(**changes) -> SelfCritical:
@@ -200,9 +196,7 @@ class TestTheStage:
             sums = stage().loss(captioner, memory_of(captioner), BATCH, 0)
         sums.objective.backward()
         for name, parameter in captioner.decoder.named_parameters():
-            assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) or name == "attention.energy.bias", (
-                name
-            )
+            assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) or name == "attention.energy.bias", name
 
     def test_rewards_are_of_the_images_own_captions(self, captioner):
         found = stage().rewards(BATCH, BATCH)
@@ -272,8 +266,6 @@ def test_a_captioner_is_trained_from_cached_features(samples, tmp_path):
         assert "train_loss" not in epoch and 0 <= epoch["cider_d"] <= 10
     trained, _ = load_captioner(str(tmp_path / "out" / "last"))
     changed = {name: not torch.equal(value, first.state_dict()[name]) for name, value in trained.state_dict().items()}
-    assert changed["decoder.output.weight"] and not any(
-        changed[name] for name in changed if name.startswith("encoder.")
-    )
+    assert changed["decoder.output.weight"] and not any(changed[name] for name in changed if name.startswith("encoder."))
     said = report_training(ReportConfig(training=config.output, html=str(tmp_path / "report.html")))
     assert said.endswith("2 epochs, 6 samples")

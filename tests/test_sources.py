@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-import tarfile
 import tempfile
 from collections import Counter
 from datetime import datetime
@@ -29,6 +28,7 @@ from capray.inputs.byte_reader import Stream
 from capray.inputs.files import MAX_LEVELS
 from capray.inputs.versions import entry_at, if_match
 from capray.storage import locate, object_version, was_removed
+from tests.conftest import write_tar
 
 ODD = [
     "a b.jpg",
@@ -95,14 +95,8 @@ def write_table(path: Path, columns: dict, **options) -> str:
     return str(path)
 
 
-def write_tar(path: Path, names: list[str]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name in names:
-            info = tarfile.TarInfo(name)
-            info.size = 3
-            tar.addfile(info, io.BytesIO(b"abc"))
-    return str(path)
+def make_tar(path: Path, names: list[str]) -> str:
+    return write_tar(path, dict.fromkeys(names, b"abc"))
 
 
 class TestFolder:
@@ -208,9 +202,7 @@ class TestFolder:
         with pytest.raises(ConfigError, match="empty|nothing at"):
             opened(tmp_path / "in")
 
-    @pytest.mark.parametrize(
-        "option", [{"split": "test"}, {"id_column": "a"}, {"uri_column": "u"}, {"image_column": "i"}]
-    )
+    @pytest.mark.parametrize("option", [{"split": "test"}, {"id_column": "a"}, {"uri_column": "u"}, {"image_column": "i"}])
     def test_settings_of_tables_mean_nothing(self, tmp_path, option):
         touch(tmp_path / "in", "a.jpg")
         with pytest.raises(ConfigError, match="does not apply"):
@@ -257,9 +249,7 @@ class TestPrefix:
         assert Counter(row["image_id"] for row in listed(source)) == Counter(uris)
         assert any("StartAfter" in arguments for arguments in calls)
         deep = [arguments for arguments in calls if "Delimiter" not in arguments]
-        assert all(
-            arguments["Prefix"].removeprefix(root.split("/", 3)[3]).count("/") > MAX_LEVELS for arguments in deep
-        )
+        assert all(arguments["Prefix"].removeprefix(root.split("/", 3)[3]).count("/") > MAX_LEVELS for arguments in deep)
 
     def test_many_keys(self, s3, tmp_path):
         from concurrent.futures import ThreadPoolExecutor
@@ -328,9 +318,7 @@ class TestParquet:
         }
         path = write_table(tmp_path / "x.parquet", columns, row_group_size=3)
         source = opened(path, ["tags", "n"], id_column="n", image_column="jpg", split="test")
-        assert source.source_type == pa.struct(
-            [("tags", pa.list_(pa.field("element", pa.string()))), ("n", pa.int64())]
-        )
+        assert source.source_type == pa.struct([("tags", pa.list_(pa.field("element", pa.string()))), ("n", pa.int64())])
         assert some(listed(source), "kind", "image_id", "row_group", "row", "source") == [
             ("row", "4", 0, 1, {"tags": None, "n": 4}),
             ("row", "6", 1, 0, {"tags": ["u", "v"], "n": 6}),
@@ -392,9 +380,7 @@ class TestParquet:
         write_table(tmp_path / "in" / "1.parquet", {"path": ["a"]})
         touch(tmp_path / "in", "2.parquet")
         source = opened(tmp_path / "in")
-        for unit, message in zip(
-            source.units(), ["without an image id", "has no column 'uri'", "2.parquet"], strict=True
-        ):
+        for unit, message in zip(source.units(), ["without an image id", "has no column 'uri'", "2.parquet"], strict=True):
             with pytest.raises(DataError, match=message):
                 list(source.pages(unit))
         with pytest.raises(DataError, match=r"2\.parquet"):
@@ -590,9 +576,7 @@ class TestInventory:
         assert source.kind == "inventory"
         rows = listed(source)
         assert (
-            [row["image_id"] for row in rows]
-            == [row["uri"] for row in rows]
-            == [f"s3://photos/{key}" for key in self.KEYS]
+            [row["image_id"] for row in rows] == [row["uri"] for row in rows] == [f"s3://photos/{key}" for key in self.KEYS]
         )
         assert [row["size"] for row in rows] == [10, 11, 12, 13]
         assert ids(uri, include=["p/a*"]) == [f"s3://photos/{key}" for key in self.KEYS[:2]]
@@ -631,13 +615,11 @@ class TestTars:
         write_table(Path(tar.removesuffix(".tar") + ".parquet"), columns)
 
     def test_without_sidecars_a_tar_is_a_row(self, tmp_path):
-        tars = [write_tar(tmp_path / "in" / f"{i}.tar", ["a.jpg"]) for i in range(3)]
+        tars = [make_tar(tmp_path / "in" / f"{i}.tar", ["a.jpg"]) for i in range(3)]
         touch(tmp_path / "in", "0_stats.json")
         source = opened(tmp_path / "in")
         assert source.kind == "tar"
-        assert some(listed(source), "kind", "image_id", "container", "size") == [
-            ("tar", tar, tar, 10240) for tar in tars
-        ]
+        assert some(listed(source), "kind", "image_id", "container", "size") == [("tar", tar, tar, 10240) for tar in tars]
         assert ids(tmp_path / "in" / "*.tar") == tars
         assert ids(tars[1]) == tars[1:2]
         for keep, options in ((["caption"], {}), ([], {"id_column": "n"})):
@@ -646,7 +628,7 @@ class TestTars:
 
     def test_with_sidecars_its_members_are(self, tmp_path):
         for t in range(2):
-            tar = write_tar(tmp_path / "in" / f"{t}.tar", ["000.json", "000.webp", "002.webp"])
+            tar = make_tar(tmp_path / "in" / f"{t}.tar", ["000.json", "000.webp", "002.webp"])
             self.sidecar(
                 tar,
                 key=["000", "001", "002"],
@@ -668,26 +650,21 @@ class TestTars:
     def test_ids_of_a_sidecar_end_as_the_first_image_does(self, tmp_path, monkeypatch):
         """Only headers are read for it, though what lies before the image is large."""
         monkeypatch.setattr(Stream, "_next", _counting(Stream._next, asked := []))
-        path = tmp_path / "in" / "0.tar"
-        path.parent.mkdir()
-        with tarfile.open(path, "w") as tar:
-            for name, size in (("d/000.json", 3), ("d/000.npy", 10**7), ("d/000.orig.webp", 10**7), ("d/001.jpg", 1)):
-                info = tarfile.TarInfo(name)
-                info.size = size
-                tar.addfile(info, io.BytesIO(bytes(size)))
-        self.sidecar(str(path), key=["d/000", "d/001"])
+        sizes = {"d/000.json": 3, "d/000.npy": 10**7, "d/000.orig.webp": 10**7, "d/001.jpg": 1}
+        path = write_tar(tmp_path / "in" / "0.tar", {name: bytes(size) for name, size in sizes.items()})
+        self.sidecar(path, key=["d/000", "d/001"])
         rows = listed(opened(tmp_path / "in"))
         names = ["d/000.orig.webp", "d/001.orig.webp"]
         assert some(rows, "kind", "member", "image_id") == [("name", name, f"{path}#{name}") for name in names]
         assert sum(asked) < 100_000
 
     def test_one_tar_and_a_glob_find_sidecars(self, tmp_path):
-        tar = write_tar(tmp_path / "in" / "train_0.tar", ["0.jpg"])
+        tar = make_tar(tmp_path / "in" / "train_0.tar", ["0.jpg"])
         self.sidecar(tar, key=["0"])
         assert ids(tmp_path / "in" / "*") == [f"{tar}#0.jpg"]
 
     def test_sidecars_that_do_not_fit(self, tmp_path):
-        tar = write_tar(tmp_path / "in" / "0.tar", ["0.jpg"])
+        tar = make_tar(tmp_path / "in" / "0.tar", ["0.jpg"])
         self.sidecar(tar, key=["0"], n=pa.array([None], pa.int64()))
         with pytest.raises(DataError, match="without an image id"):
             listed(opened(tmp_path / "in", id_column="n"))
@@ -698,7 +675,7 @@ class TestTars:
             opened(tmp_path / "in")
 
     def test_excluded_by_their_own_names_only(self, tmp_path):
-        tars = [write_tar(tmp_path / "in" / f"{i}.tar", ["a.jpg"]) for i in range(3)]
+        tars = [make_tar(tmp_path / "in" / f"{i}.tar", ["a.jpg"]) for i in range(3)]
         assert ids(tmp_path / "in", exclude=["1.tar"]) == [tars[0], tars[2]]
         assert ids(tmp_path / "in", include=["*#a.jpg"]) == tars, "its members are not known yet"
 
@@ -734,9 +711,7 @@ class TestKinds:
     def test_tables_or_tars_among_other_files_have_to_be_named(self, tmp_path, name, kind):
         """Whatever is dropped into a folder of theirs makes no images of them."""
         touch(tmp_path / "in", "a.jpg", name)
-        with pytest.raises(
-            ConfigError, match=f"holds {kind} files .*{name}.* other kinds .*a.jpg.*--input-kind {kind}"
-        ):
+        with pytest.raises(ConfigError, match=f"holds {kind} files .*{name}.* other kinds .*a.jpg.*--input-kind {kind}"):
             opened(tmp_path / "in")
         assert opened(tmp_path / "in", input_kind="images").kind == "images"
         assert opened(tmp_path / "in", exclude=(f"*{name}",)).kind == "images"
@@ -746,7 +721,7 @@ class TestKinds:
         for name, content in {"LIST.CSV.GZ": b"uri\n/x.jpg", "LIST.TXT.Gz": b"/x.jpg"}.items():
             (tmp_path / name).write_bytes(gzip.compress(content))
             assert ids(tmp_path / name) == ["/x.jpg"]
-        tar = write_tar(tmp_path / "in" / "X.TAR", ["0.jpg"])
+        tar = make_tar(tmp_path / "in" / "X.TAR", ["0.jpg"])
         assert ids(tmp_path / "in") == [tar]
         write_table(tmp_path / "in" / "X.PARQUET", {"key": ["0"]})
         assert ids(tmp_path / "in") == [f"{tar}#0.jpg"]
@@ -764,7 +739,7 @@ class TestKinds:
     def test_may_be_forced(self, tmp_path):
         touch(tmp_path / "in", "a.jpg", "b.txt")
         (tmp_path / "in" / "b.txt").write_text("/x.jpg")
-        tar = write_tar(tmp_path / "in" / "c.tar", ["x.jpg"])
+        tar = make_tar(tmp_path / "in" / "c.tar", ["x.jpg"])
         write_table(tmp_path / "in" / "d.parquet", {"uri": ["/y.jpg"]})
         assert ids(tmp_path / "in", input_kind="manifest") == ["/x.jpg"]
         assert ids(tmp_path / "in", input_kind="tar") == [tar]
@@ -826,7 +801,7 @@ class TestSelection:
         whole = ids(folder)
         assert sorted(name for i in (1, 2, 3) for name in ids(folder, shard=f"{i}/3")) == sorted(whole)
         with tempfile.TemporaryDirectory() as other:
-            tars = [write_tar(Path(other, f"{i}.tar"), ["0.jpg", "1.jpg"]) for i in range(8)]
+            tars = [make_tar(Path(other, f"{i}.tar"), ["0.jpg", "1.jpg"]) for i in range(8)]
             without = [ids(other, shard=f"{i}/3") for i in (1, 2, 3)]
             assert sorted(name for part in without for name in part) == tars
             for tar in tars:
@@ -846,8 +821,8 @@ class TestVersions:
         images = {"image_id": names, "image": [b"x"] * self.ROWS}
         table = write_table(folder / "images" / "x.parquet", images, row_group_size=10)
         uris = write_table(folder / "uris" / "x.parquet", {"uri": names}, row_group_size=10)
-        tar = write_tar(folder / "tars" / "x.tar", ["0.jpg"])
-        known = write_tar(folder / "known" / "x.tar", ["0.jpg"])
+        tar = make_tar(folder / "tars" / "x.tar", ["0.jpg"])
+        known = make_tar(folder / "known" / "x.tar", ["0.jpg"])
         sidecar = write_table(folder / "known" / "x.parquet", {"key": ["0"]})
         (folder / "x.txt").write_text("\n".join(names))
         (folder / "x.csv").write_text("\n".join(["uri", *names]))

@@ -204,9 +204,7 @@ class TestAnEpochOfPairs:
         odd = with_oddities(samples, tmp_path / "odd")
         settings = {"captions_per_image": "1", "epoch": "pairs", "batch_size": 8, "schedule": "cosine", "flip": 0.5}
         with in_process():
-            (metrics,) = run(
-                odd, tmp_path / "out", epochs=1, select_by="cider_d", tracking_uri="none", **settings
-            ).metrics
+            (metrics,) = run(odd, tmp_path / "out", epochs=1, select_by="cider_d", tracking_uri="none", **settings).metrics
         captions = [image for image in read_captions(odd, "train").captions if any(tokenise(c) for c in image)]
         assert metrics["train_images"] == sum(map(len, captions[1:])), "the first image is damaged"
         assert 0 <= metrics["cider_d"] <= 10

@@ -1,11 +1,9 @@
 """Each way an output can break the promise is caught and named; a whole one has no problems."""
 
 import hashlib
-import io
 import json
 import os
 import re
-import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +18,7 @@ from capray.output.compact import compact
 from capray.output.verify import Verification, verify
 from capray.storage import write_atomic
 from capray.tables import CAPTIONS, FAILURES, encode_parquet
+from tests.conftest import write_tar
 from tests.test_plan import START, write_captions, write_failures
 
 JOB = {"schema_version": 1, "model_id": "m", "precision": "fp32", "decoding": {"beam_size": 3}, "shard": None}
@@ -261,9 +260,7 @@ def test_examples_are_few(tmp_path: Path) -> None:
     add_captions(output, paths[:2], 0)
     write_job(output)
     (problem,) = run(tmp_path / "out").problems
-    assert (
-        problem.startswith("38 ids") and problem.endswith(" …") and problem.count(".jpg") == verification.NUM_EXAMPLES
-    )
+    assert problem.startswith("38 ids") and problem.endswith(" …") and problem.count(".jpg") == verification.NUM_EXAMPLES
 
 
 def shards(tmp_path: Path) -> tuple[Path, Path]:
@@ -343,13 +340,10 @@ def test_what_is_no_fault_is_noted(out: Path) -> None:
 
 def make_tar(path: Path, count: int) -> list[str]:
     """A tar of images and other members; the images' URIs."""
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for i in range(count):
-            for suffix, data in (("jpg", b"\xff\xd8\xff" + str(i).encode()), ("txt", b"words")):
-                member = tarfile.TarInfo(f"{i:03d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    members = {}
+    for i in range(count):
+        members |= {f"{i:03d}.jpg": b"\xff\xd8\xff" + str(i).encode(), f"{i:03d}.txt": b"words"}
+    write_tar(path, members)
     return [f"{path}#{i:03d}.jpg" for i in range(count)]
 
 

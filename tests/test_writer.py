@@ -87,9 +87,7 @@ def captions(*image_ids: str) -> pa.Table:
 class Fixture:
     def __init__(self, folder: str, part_rows: int = 3, part_seconds: float = 60, newest_failure: int = 0):
         self.folder, self.clock, self.writes = folder, Clock(), Writes(Output(folder))
-        self.writer = PartWriter(
-            Output(folder), RUN, part_rows, part_seconds, self.writes, newest_failure, clock=self.clock
-        )
+        self.writer = PartWriter(Output(folder), RUN, part_rows, part_seconds, self.writes, newest_failure, clock=self.clock)
 
     def add(self, table: pa.Table) -> None:
         """Add rows, and wait until what they cut is published."""

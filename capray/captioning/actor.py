@@ -130,9 +130,7 @@ class Captioning:
 
     def __call__(self, rows: list[Row]) -> list[Outcome]:
         """The outcome of each row, all of which have pixels."""
-        images = [
-            np.frombuffer(row["pixels"], np.uint8).reshape(row["input_height"], row["input_width"], 3) for row in rows
-        ]
+        images = [np.frombuffer(row["pixels"], np.uint8).reshape(row["input_height"], row["input_width"], 3) for row in rows]
         found = self.inference(images, self.settings.decoding, self.settings.attention)
         return [each if each.error is None else NotCaptioned("captioning_error", each.error) for each in found]
 
@@ -252,21 +250,18 @@ class CaptioningActor:
             raise
 
     def _outcomes(self, rows: list[Row]) -> list[Outcome]:
-        outcomes: list[Outcome | None] = [None] * len(rows)
-        risky = [i for i, row in enumerate(rows) if self.careful_blocks or row["careful"]]
-        others = [i for i, row in enumerate(rows) if not (self.careful_blocks or row["careful"])]
+        is_risky = [bool(self.careful_blocks or row["careful"]) for row in rows]
+        others = [row for row, risky in zip(rows, is_risky, strict=True) if not risky]
         with deadline(CAPTION_SECONDS * (1 + len(others) / IMAGES_PER_DEADLINE), self._late("a batch")):
-            for i, outcome in zip(others, self.captioning([rows[i] for i in others]), strict=True):
-                outcomes[i] = outcome
-        for i in risky:
-            outcomes[i] = self._carefully(rows[i])
+            together = iter(self.captioning(others))
+        outcomes = [self._carefully(row) if risky else next(together) for row, risky in zip(rows, is_risky, strict=True)]
         self.careful_blocks = max(0, self.careful_blocks - 1)
         if not self.careful_blocks:
             self._child.close()
         self._blocks_since_canary += 1
         if self._blocks_since_canary >= CANARY_BLOCKS or any(isinstance(found, NotCaptioned) for found in outcomes):
             self._check_device()
-        return [outcome for outcome in outcomes if outcome is not None]
+        return outcomes
 
     def _check_device(self) -> None:
         with deadline(CAPTION_SECONDS, self._late("the canary")):

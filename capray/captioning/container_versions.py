@@ -60,6 +60,4 @@ def _read(file: Location) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(read_bytes(file)))
     except pa.ArrowException as error:
-        raise StorageError(
-            f"{file.uri!r} is damaged ({error}): delete it; what has failed may be tried again"
-        ) from error
+        raise StorageError(f"{file.uri!r} is damaged ({error}): delete it; what has failed may be tried again") from error

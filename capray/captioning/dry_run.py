@@ -78,7 +78,7 @@ def dry_run(config: CaptionConfig) -> DryRun:
     config, output, sources = job.config, job.output, job.sources
     with tempfile.TemporaryDirectory() as folder, ProgressDisplay("listing") as display:
         output.plan = locate(f"{folder}/plan")
-        listing = Listing(output, _RUN_ID, sources, config, write_atomic)
+        listing = Listing(output.plan, _RUN_ID, sources, config, write_atomic)
         with Settled(output, _RUN_ID, retried_kinds(config)) as settled, listing:
             plan = Plan(output, _RUN_ID, listing, settled, write_atomic)
             while not listing.is_complete:

@@ -23,13 +23,13 @@ import pyarrow as pa
 
 from capray import cluster
 from capray.captioning.isolation import CannotStart, Crashed, Isolated, KilledFromOutside
-from capray.captioning.rows import BLOCK, block_of, fetched_schema, unit_of, unit_row
+from capray.captioning.rows import BLOCK, FETCHED, block_of, unit_of, unit_row
 from capray.captioning.units import num_blocks, read_units
 from capray.config import ImageLimits, Preprocessing
 from capray.errors import TryAgain
 from capray.images import UNCERTAIN, ImageError, load
 from capray.inputs.base import Event, Failed, Found
-from capray.inputs.places import Row
+from capray.inputs.places import Row, with_source
 from capray.inputs.reader import FetchOutcome, Reader
 from capray.storage import locate
 
@@ -46,15 +46,9 @@ _BYTES_PER_PIXEL = 24
 Decode = Callable[[bytes], tuple[np.ndarray, int, int]]
 
 
-@dataclass(frozen=True)
-class Loader:
+def loader(preprocessing: Preprocessing, limits: ImageLimits) -> Decode:
     """``images.load`` with its settings."""
-
-    preprocessing: Preprocessing
-    limits: ImageLimits
-
-    def __call__(self, data: bytes) -> tuple[np.ndarray, int, int]:
-        return load(data, self.preprocessing, self.limits)
+    return lambda data: load(data, preprocessing, limits)
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,7 @@ class Fetcher:
     schema: pa.Schema = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "schema", fetched_schema(self.source_type))
+        object.__setattr__(self, "schema", with_source(FETCHED, self.source_type))
 
     def fetch(self, places: pa.Table, skipped: Container[bytes] = (), careful: bool = False) -> Iterator[pa.Table]:
         """The ``num_blocks`` BLOCK rows of a unit. Of a tar that holds more images than fit into them the rest is not
@@ -141,13 +135,12 @@ class Fetcher:
     @contextmanager
     def _decoder(self, careful: bool) -> Generator[Decode]:
         limits = self.reader.limits
-        loader = Loader(self.preprocessing, limits)
         if not careful:
-            with _Watchdog(self.decode_seconds) as watch:
-                yield lambda data: watch.over(loader, data)
+            with _Watchdog(loader(self.preprocessing, limits), self.decode_seconds) as watch:
+                yield watch
             return
         memory = _SPARE_BYTES + _BYTES_PER_PIXEL * limits.max_image_pixels + 4 * limits.max_image_bytes
-        with Isolated(Loader, (self.preprocessing, limits), self.decode_seconds, memory) as child:
+        with Isolated(loader, (self.preprocessing, limits), self.decode_seconds, memory) as child:
 
             def decode(data: bytes) -> tuple[np.ndarray, int, int]:
                 try:
@@ -223,15 +216,15 @@ def _is_proof(kind: str, place: Row) -> bool:
 class _Watchdog:
     """Ends this process when one image takes too long: the next attempt will be careful with it."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self, decode: Decode, seconds: float) -> None:
+        self._decode, self._seconds = decode, seconds
         self._since: float | None = None
         self._done = threading.Event()
 
-    def over(self, loader: Loader, data: bytes) -> tuple[np.ndarray, int, int]:
+    def __call__(self, data: bytes) -> tuple[np.ndarray, int, int]:
         self._since = time.monotonic()
         try:
-            return loader(data)
+            return self._decode(data)
         finally:
             self._since = None
 
@@ -256,11 +249,6 @@ def expand(batch: pa.Table) -> Iterator[pa.Table]:
         yield unit_row(unit.places, unit.skipped)
 
 
-def look_again(fetcher: Fetcher, places: list[Row]) -> list[Look]:
-    """Ray's task of second looks."""
-    return fetcher.look(places)
-
-
 def fetch_unit(batch: pa.Table, fetcher: Fetcher) -> Iterator[pa.Table]:
     """Ray Data's function: a UNIT row to its BLOCK rows.
 
@@ -269,9 +257,7 @@ def fetch_unit(batch: pa.Table, fetcher: Fetcher) -> Iterator[pa.Table]:
     """
     attempt = cluster.task_attempt()
     if attempt:
-        cluster.post_notice(
-            fetcher.run_id, f"a fetching process died; attempt {attempt + 1}, each image in a child process"
-        )
+        cluster.post_notice(fetcher.run_id, f"a fetching process died; attempt {attempt + 1}, each image in a child process")
     if attempt >= MAX_ATTEMPTS:
         raise TryAgain(
             f"a fetching task died {attempt} times with its process, most likely for want of memory on its node: give the "

@@ -68,9 +68,7 @@ class Isolated:
         CaprayError: from ``call``, as ``build`` raised it.
     """
 
-    def __init__(
-        self, build: Callable[..., Callable], arguments: tuple, seconds: float, memory_bytes: int | None = None
-    ):
+    def __init__(self, build: Callable[..., Callable], arguments: tuple, seconds: float, memory_bytes: int | None = None):
         self._spec = pickle.dumps((build, arguments, memory_bytes))
         self.seconds = seconds
         self._child: subprocess.Popen | None = None

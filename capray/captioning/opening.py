@@ -88,9 +88,7 @@ def _open_as_before(config: CaptionConfig, output: Output) -> list[Source]:
         raise TryAgain(f"{error}; a run on this output could read it before: is a mount away?") from error
     for source in sources:
         if exists(Output(source.place.uri).job):
-            raise ConfigError(
-                f"the input {source.place.uri!r} is a captioning output: name the images it was made from"
-            )
+            raise ConfigError(f"the input {source.place.uri!r} is a captioning output: name the images it was made from")
     if config.input_kind == "auto":
         for source, (uri, kind) in zip(sources, before.items(), strict=False):
             if source.kind == "images" and kind not in ("", "images"):

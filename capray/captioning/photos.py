@@ -49,9 +49,7 @@ def caption_photos(paths: list[str], config: CaptionConfig, as_json: bool = Fals
     """
     if tables_only := config.model_fields_set - _SETTINGS:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(tables_only))
-        raise ConfigError(
-            f"{flags}: not for single photos, which give lines and no tables (capray caption INPUT OUTPUT)"
-        )
+        raise ConfigError(f"{flags}: not for single photos, which give lines and no tables (capray caption INPUT OUTPUT)")
     for path in paths:
         place = locate(path)
         if place.is_local and not os.path.isfile(place.path):

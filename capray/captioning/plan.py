@@ -20,7 +20,7 @@ from capray.captioning.container_versions import ContainerVersions
 from capray.captioning.settled import ID, TAR, Settled, insert
 from capray.captioning.units import UnitFiles, Work
 from capray.errors import ConfigError, StorageError
-from capray.inputs.base import names_uris
+from capray.inputs.base import lists_uris, names_uris
 from capray.inputs.listing import ALL_ROWS, Listing
 from capray.output import Output, duckdb_errors, first_row, parquet_files
 from capray.storage import Location, Write, read_bytes
@@ -81,8 +81,7 @@ class Plan:
         self._chunks: dict[str, _Chunk] = {}
         self._containers: dict[tuple[int, str], int] = {}
         self._manifests: set[tuple[int, str]] = set()
-        of_uris = [s for s in listing.sources if s.kind in ("manifest", "parquet") and s.image_column is None]
-        lists = [uri for source in of_uris for uri in source.units()]
+        lists = [uri for source in listing.sources if lists_uris(source) for uri in source.units()]
         folders = sorted({posixpath.dirname(uri) for uri in lists})
         self._folders = folders if len(folders) > 1 else []
         self._has_uris = any(names_uris(source) for source in listing.sources)
@@ -181,9 +180,7 @@ class Plan:
     def current_failures(self) -> dict[str, int]:
         """How many images have failed, by the kind of their latest failure."""
         with self._updated([]):
-            rows = self._connection.execute(
-                "SELECT error_type, count(*) FROM current_failures GROUP BY ALL ORDER BY ALL"
-            )
+            rows = self._connection.execute("SELECT error_type, count(*) FROM current_failures GROUP BY ALL ORDER BY ALL")
             return dict(rows.fetchall())
 
     # What is listed.
@@ -292,9 +289,7 @@ class Plan:
 
     def _update_containers(self, given_up: frozenset[str]) -> None:
         listing = self.listing
-        failed_at, run_ids = self._ask(
-            "SELECT coalesce(epoch(min(failed_at)), 'inf'), list(DISTINCT run_id) FROM failed"
-        )
+        failed_at, run_ids = self._ask("SELECT coalesce(epoch(min(failed_at)), 'inf'), list(DISTINCT run_id) FROM failed")
         runs = self.versions.runs
         first_run = min((runs[run_id] for run_id in run_ids or () if run_id in runs), default=ALL_ROWS)
         noticed = {key: at for key, at in listing.changed.items() if at > failed_at}

@@ -61,13 +61,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        job: OpenedJob,
-        run_id: str,
-        lease: Lease,
-        signals: Signals,
-        display: ProgressDisplay,
-        executor: Executor,
+        self, job: OpenedJob, run_id: str, lease: Lease, signals: Signals, display: ProgressDisplay, executor: Executor
     ):
         self.job, self.signals, self.display, self.executor = job, signals, display, executor
         self.config, self.output = config, output = job.config, job.output
@@ -76,7 +70,7 @@ class Run:
         self.write = FencedWrites(output, lease)
         self.summary = Summary(output.root.uri, run_id, job.model_id)
         self.source_type = sources[0].source_type
-        self.listing = Listing(output, run_id, sources, config, self.write, config.relist)
+        self.listing = Listing(output.plan, run_id, sources, config, self.write, config.relist)
         self.reader = Reader.of(sources, config.subset(ImageLimits), config.fetch_concurrency, config.patience_seconds)
         self.settled = Settled(output, run_id, retried_kinds(config))
         self.plan = Plan(output, run_id, self.listing, self.settled, self.write)

@@ -14,11 +14,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +25,7 @@ import pyarrow.parquet as pq
 
 from capray.errors import StorageError
 from capray.output import MEND_PART, Output, first_row, open_duckdb
-from capray.storage import Location, Write, read_bytes, storage_errors
+from capray.storage import Location, Write, read_ahead, read_bytes, storage_errors
 from capray.tables import FAILURES, FINAL_FAILURES, encode_parquet
 
 if TYPE_CHECKING:
@@ -118,9 +115,7 @@ class Settled:
     def num_captions_of(self, run_id: str) -> int:
         """Those in the parts of a run."""
         own = [number for number, part in self._parts.items() if f"/part-{run_id}-" in part.path]
-        return first_row(
-            self.connection, f"SELECT count(*) FROM captioned WHERE list_contains({own}::INTEGER[], part)"
-        )[0]
+        return first_row(self.connection, f"SELECT count(*) FROM captioned WHERE list_contains({own}::INTEGER[], part)")[0]
 
     def refresh(self) -> None:
         """Read the parts that were published since the last time.
@@ -145,11 +140,10 @@ class Settled:
         schema = pa.schema([*(FAILURES.field(name) for name in names), ("part", pa.int32())])
         for begin in range(0, len(parts), _PARTS_AT_ONCE):
             numbered = dict(enumerate(parts[begin : begin + _PARTS_AT_ONCE], self._num_parts))
-            with ThreadPoolExecutor(_NUM_READERS) as pool:
-                tables = _ahead(pool, [partial(_numbered, *item, names) for item in numbered.items()])
-                batches = (batch for table in tables for batch in table.cast(schema).to_batches())
-                sql = f"INSERT INTO {table} SELECT {columns} FROM incoming ORDER BY id"
-                num_ids = insert(self.connection, sql, schema, batches)
+            tables = read_ahead(lambda item: _numbered(*item, names), numbered.items(), _NUM_READERS)
+            batches = (batch for table in tables for batch in table.cast(schema).to_batches())
+            sql = f"INSERT INTO {table} SELECT {columns} FROM incoming ORDER BY id"
+            num_ids = insert(self.connection, sql, schema, batches)
             self._parts |= numbered
             self._num_parts += len(numbered)
             self.check_room(num_ids * (len(parts) - begin - len(numbered)) // len(numbered))
@@ -235,20 +229,7 @@ def _numbered(number: int, part: Location, names: tuple[str, ...]) -> pa.Table:
     return table.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), table.num_rows))
 
 
-def _ahead(pool: ThreadPoolExecutor, calls: list[Callable[[], pa.Table]]) -> Iterator[pa.Table]:
-    """What ``calls`` return, in order, as many being made at once as the pool has threads."""
-    running: deque[Future[pa.Table]] = deque()
-    for call in calls:
-        running.append(pool.submit(call))
-        if len(running) == _NUM_READERS:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
-
-
-def insert(
-    connection: duckdb.DuckDBPyConnection, sql: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
-) -> int:
+def insert(connection: duckdb.DuckDBPyConnection, sql: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> int:
     """Run an INSERT from the table ``incoming`` of ``batches``, and raise what they raise as it is, not in DuckDB's words;
     how many rows it was."""
     errors = []

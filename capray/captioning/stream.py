@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from capray import cluster
 from capray.captioning.actor import CaptioningActor, CaptioningSettings
-from capray.captioning.fetching import Fetcher, Look, expand, fetch_unit, look_again
+from capray.captioning.fetching import Fetcher, Look, expand, fetch_unit
 from capray.captioning.model_transfer import ModelTransfer, transfer_model
 from capray.captioning.units import Work
 from capray.config import GPU_BATCH, CaptionConfig
@@ -118,9 +118,7 @@ class RayExecutor:
         return Pool(number, number * GROWTH if can_grow else number, each, config.threads_per_actor)
 
     @contextmanager
-    def tables(
-        self, work: Work, fetcher: Fetcher, settings: CaptioningSettings
-    ) -> Generator[Iterator[pa.Table | None]]:
+    def tables(self, work: Work, fetcher: Fetcher, settings: CaptioningSettings) -> Generator[Iterator[pa.Table | None]]:
         nodes = cluster.alive_nodes()
         with _streamed(self._dataset(work, fetcher, settings)) as stream:
 
@@ -145,18 +143,10 @@ class RayExecutor:
         # A block of this job is one Ray row: each is to leave its task by itself.
         data.context.target_max_block_size = 1
         units = data.map_batches(
-            expand,
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=EXPAND_CPUS,
-            compute=ray.data.TaskPoolStrategy(2),
+            expand, batch_size=1, batch_format="pyarrow", num_cpus=EXPAND_CPUS, compute=ray.data.TaskPoolStrategy(2)
         )
         fetched = units.map_batches(
-            fetch_unit,
-            batch_size=1,
-            batch_format="pyarrow",
-            fn_kwargs={"fetcher": fetcher},
-            num_cpus=FETCH_CPUS,
+            fetch_unit, batch_size=1, batch_format="pyarrow", fn_kwargs={"fetcher": fetcher}, num_cpus=FETCH_CPUS
         )
         on_gpu = pool.gpus_per_actor > 0
         together = BATCHES_TOGETHER * max(1, GPU_BATCH // fetcher.block_rows) if on_gpu and not config.batch_size else 1
@@ -178,7 +168,7 @@ class RayExecutor:
 
         others = sorted(cluster.alive_nodes() - {node})
         strategy = NodeAffinitySchedulingStrategy(random.choice(others), soft=True) if others else "DEFAULT"
-        task = ray.remote(look_again).options(num_cpus=FETCH_CPUS, scheduling_strategy=strategy)
+        task = ray.remote(Fetcher.look).options(num_cpus=FETCH_CPUS, scheduling_strategy=strategy)
         self._looks.append(task.remote(fetcher, places))
 
     def looks(self) -> list[Look]:

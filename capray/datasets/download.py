@@ -45,9 +45,7 @@ def download(url: str, target: Path, size: int | None, display: ProgressDisplay)
             furthest, advanced_at = size, state.attempt_number
         return state.attempt_number - advanced_at >= ATTEMPTS
 
-    retrying = Retrying(
-        stop=is_stuck, wait=WAIT, retry=retry_if_exception(_may_pass), before_sleep=say_why, reraise=True
-    )
+    retrying = Retrying(stop=is_stuck, wait=WAIT, retry=retry_if_exception(_may_pass), before_sleep=say_why, reraise=True)
     with requests.Session() as session:
         retrying(_go_on, session, url, part, size, etags, display)
     os.replace(part, target)

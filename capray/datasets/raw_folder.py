@@ -107,6 +107,4 @@ def read_tokens(place: Location) -> dict[str, list[str]]:
 
 def in_order(numbered: dict[str, list[tuple[int, str]]]) -> dict[str, list[str]]:
     """Captions in the order of their numbers; those of one number as they came."""
-    return {
-        name: [caption for _, caption in sorted(found, key=lambda pair: pair[0])] for name, found in numbered.items()
-    }
+    return {name: [caption for _, caption in sorted(found, key=lambda pair: pair[0])] for name, found in numbered.items()}

@@ -6,16 +6,14 @@ Knows no data set's layout: each of them makes a ``RawDataset``, and ``prepare_d
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from capray.datasets.samples import Prepared, Sample, write_samples
 from capray.datasets.settings import PrepareSettings
 from capray.errors import DataError
 from capray.progress import ProgressDisplay
-from capray.storage import Location, check_empty, read_bytes
+from capray.storage import Location, read_ahead, read_bytes
 
 NUM_READERS = 16
 NUM_READ_AHEAD = 64
@@ -47,7 +45,6 @@ def prepare_dataset(listing: RawDataset, settings: PrepareSettings, dataset: str
         ConfigError: the output is not empty.
         DataError: an image is in two splits, or no image can be used.
     """
-    check_empty(settings.output)
     notes = listing.notes
     captions = {name: [text for text in texts if text.strip()] for name, texts in listing.captions.items()}
     num_empty = sum(map(len, listing.captions.values())) - sum(map(len, captions.values()))
@@ -70,9 +67,7 @@ def prepare_dataset(listing: RawDataset, settings: PrepareSettings, dataset: str
         if len(usable) < settings.first:
             notes.append(f"there are {len(usable)} images with captions, fewer than the first {settings.first}")
         elif len(usable) > settings.first:
-            notes.append(
-                f"{len(usable) - settings.first} images come after the first {settings.first} and are left out"
-            )
+            notes.append(f"{len(usable) - settings.first} images come after the first {settings.first} and are left out")
     samples = _samples(listing.images, captions, splits, dataset)
     return write_samples(samples, settings.output, dataset, notes)
 
@@ -129,22 +124,7 @@ def _samples(
 ) -> Iterator[Sample]:
     rows = [(name, split) for split, names in splits.items() for name in names]
     with ProgressDisplay(f"preparing {dataset}", total=len(rows)) as display:
-        contents = _read_ahead(images[name] for name, _ in rows)
+        contents = read_ahead(read_bytes, (images[name] for name, _ in rows), NUM_READERS, NUM_READ_AHEAD)
         for done, ((name, split), content) in enumerate(zip(rows, contents, strict=True), start=1):
             yield Sample(name, content, captions[name], split)
             display.update(done, f"{done:,} of {len(rows):,} images")
-
-
-def _read_ahead(places: Iterable[Location]) -> Iterator[bytes]:
-    """The contents of ``places`` in their order, several of which are read at once."""
-    pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="prepare")
-    waiting: deque[Future[bytes]] = deque()
-    try:
-        for place in places:
-            waiting.append(pool.submit(read_bytes, place))
-            if len(waiting) > NUM_READ_AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -80,8 +80,7 @@ def draw_scenes(config: ShapesConfig) -> Iterator[Sample]:
 def _scene(rng: random.Random, side: int) -> tuple[bytes, list[str]]:
     colours = rng.sample(sorted(COLOURS), 2)
     groups = [
-        Group(rng.choice((1, 1, 2, 3)), rng.choice(sorted(SIZES)), colour, rng.choice(sorted(SHAPES)))
-        for colour in colours
+        Group(rng.choice((1, 1, 2, 3)), rng.choice(sorted(SIZES)), colour, rng.choice(sorted(SHAPES))) for colour in colours
     ]
     relation = rng.choice(sorted(RELATIONS))
     background = rng.choice(sorted(BACKGROUNDS))

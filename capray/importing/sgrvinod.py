@@ -136,9 +136,7 @@ def _in_capray(name: str) -> str:
     return f"{_MODULES.get(module, module)}.{parameter}"
 
 
-def _by_our_words(
-    head: dict[str, torch.Tensor], order: list[int], config: ImportSgrvinodConfig
-) -> dict[str, torch.Tensor]:
+def _by_our_words(head: dict[str, torch.Tensor], order: list[int], config: ImportSgrvinodConfig) -> dict[str, torch.Tensor]:
     """``head`` with the rows of words in the order of capray's ids."""
     for name in _NEEDED:
         if name not in head or head[name].dim() == 0:

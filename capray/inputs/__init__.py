@@ -76,9 +76,7 @@ def _name_once(sources: list[Source]) -> None:
 def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     scheme = uri.split("://", 1)[0].lower() if "://" in uri else ""
     if scheme in ("http", "https"):
-        raise ConfigError(
-            f"{uri!r}: http(s) URIs are not read; fetch them into tar shards or a bucket first (img2dataset)"
-        )
+        raise ConfigError(f"{uri!r}: http(s) URIs are not read; fetch them into tar shards or a bucket first (img2dataset)")
     place = locate(uri)
     if place.is_local and not _is_utf8(place.path):
         raise ConfigError(
@@ -111,9 +109,7 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     source.mounts |= mounts
     source.check_mounts()
     if place.is_local and (kind in ("images", "tar") or source.image_column):
-        source.witnesses = tuple(
-            itertools.islice((entry.path for entry in sample if opens(entry.path)), _NUM_WITNESSES)
-        )
+        source.witnesses = tuple(itertools.islice((entry.path for entry in sample if opens(entry.path)), _NUM_WITNESSES))
     return source
 
 

@@ -221,24 +221,15 @@ class Source(ABC):
     def __init__(self, place: Location, settings: SourceSettings, keep: tuple[str, ...] = ()):
         self.place, self.settings, self.keep = place, settings, keep
         self.selection = Selection.of(settings, root_of(place))
+        self.source_type: pa.DataType | None = None
+        """The type of the carried columns."""
+        self.image_column: str | None = None
+        """The column that holds the images, of a Parquet source that does."""
+        self.id_column: str | None = None
+        """The column of the ids beside ``image_column``."""
         self.witnesses: tuple[str, ...] = ()
         self.mounts: set[str] = set()
         """What threads add to while they list; see Known."""
-
-    @property
-    def source_type(self) -> pa.DataType | None:
-        """The type of the carried columns."""
-        return None
-
-    @property
-    def image_column(self) -> str | None:
-        """The column that holds the images, of a Parquet source that does."""
-        return None
-
-    @property
-    def id_column(self) -> str | None:
-        """The column of the ids beside ``image_column``."""
-        return None
 
     @property
     def read_as(self) -> list[str | None]:
@@ -300,9 +291,7 @@ class Source(ABC):
         for name in names:
             value = self.keep if name == "keep" else getattr(self.settings, name)
             if value:
-                raise ConfigError(
-                    f"{name} {value!r} does not apply to {self.place.uri!r}, which is {_KINDS[self.kind]}"
-                )
+                raise ConfigError(f"{name} {value!r} does not apply to {self.place.uri!r}, which is {_KINDS[self.kind]}")
 
 
 def root_of(place: Location) -> str:
@@ -310,10 +299,15 @@ def root_of(place: Location) -> str:
     return posixpath.dirname(re.split(r"[*?[]", place.uri)[0]) if is_glob(place) else place.uri
 
 
+def lists_uris(source: Source) -> bool:
+    """Whether ``source`` is lists or tables of URIs."""
+    return source.kind in ("manifest", "parquet") and source.image_column is None
+
+
 def names_uris(source: Source) -> bool:
     """Whether images of ``source`` may have other ids than their URIs: those of lists and tables of URIs, and with a column
     of ids."""
-    return source.image_column is None and (source.kind in ("manifest", "parquet") or bool(source.settings.id_column))
+    return lists_uris(source) or (source.image_column is None and bool(source.settings.id_column))
 
 
 class Containers(Source):
@@ -400,9 +394,7 @@ def rows_of(kind: Kind, columns: dict[str, Any], **same: Any) -> pa.Table:
     return pa.table(
         {name: pa.repeat(pa.scalar(value, PLACES.field(name).type), number) for name, value in same.items()}
         | {
-            name: values
-            if isinstance(values, (pa.Array, pa.ChunkedArray))
-            else pa.array(values, PLACES.field(name).type)
+            name: values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values, PLACES.field(name).type)
             for name, values in columns.items()
         }
     )

@@ -228,9 +228,7 @@ def _fetch(uri: str, start: int, end: int, version: str | None, patience: Patien
                 if status in _SLOW_DOWN_STATUSES and time.monotonic() - began < patience.seconds:
                     time.sleep(random.uniform(0.2, 1) * min(_SLOW_DOWN_SECONDS, patience.seconds))
                     continue
-                is_unanswered = (
-                    is_s3(place) and failure.kind == "unreadable_storage" and (status is None or status >= 500)
-                )
+                is_unanswered = is_s3(place) and failure.kind == "unreadable_storage" and (status is None or status >= 500)
                 if is_unanswered and (wait_for_answer(place, patience.seconds, patience.notify) or not has_confirmed):
                     has_confirmed = True
                     continue
@@ -294,11 +292,7 @@ def _read_file(path: str, start: int, end: int, version: str | None) -> _Piece:
         file.seek(start)
         data = file.read(max(0, min(end, about.st_size) - start))
         if file_version(os.fstat(file.fileno())) != file_version(about):
-            raise (
-                VersionChanged("written to while it was read")
-                if version
-                else _BrokenOff("written to while it was read")
-            )
+            raise (VersionChanged("written to while it was read") if version else _BrokenOff("written to while it was read"))
     witnesses.saw(path, about.st_dev)
     return _Piece(data, about.st_size, file_version(about))
 

@@ -19,15 +19,15 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capray.config import CaptionConfig, SourceSettings
 from capray.errors import CaprayError, ConfigError, StorageUnavailable
-from capray.inputs.base import ContainerChanged, LeftOut, Page, Source, TarMembers
-from capray.inputs.places import encode_places, places_schema
+from capray.inputs.base import ContainerChanged, LeftOut, Page, Source, TarMembers, lists_uris
+from capray.inputs.places import PLACES, encode_places, with_source
 from capray.inputs.versions import entry_at
 from capray.inputs.witnesses import witnesses
 from capray.storage import Location, Write, is_of_arrow, locate, path_of, storage_errors
@@ -52,12 +52,6 @@ _Key = tuple[int, str]
 """The number of an input, and a unit of it: a container's URI, or part of a listing of objects."""
 
 
-class HasPlan(Protocol):
-    """An output, as far as the listing knows it."""
-
-    plan: Location
-
-
 @dataclass
 class _Unit:
     """How far a unit is listed.
@@ -80,7 +74,7 @@ class Listing:
     """Lists ``sources`` in the background, as a context.
 
     Args:
-        output: where it is stored.
+        plan: where it is stored.
         config: its inputs and SourceSettings tell whether a stored listing is of the same inputs.
         write: publishes bytes; raises when this run may not write.
         relist: whether to drop a stored listing.
@@ -96,15 +90,15 @@ class Listing:
 
     def __init__(
         self,
-        output: HasPlan,
+        plan: Location,
         run_id: str,
         sources: list[Source],
         config: CaptionConfig,
         write: Write,
         relist: bool = False,
     ):
-        self.plan, self.sources, self.write = output.plan, sources, write
-        self.schema = places_schema(sources[0].source_type)
+        self.plan, self.sources, self.write = plan, sources, write
+        self.schema = with_source(PLACES, sources[0].source_type)
         self.superseded: dict[_Key, int] = {}
         self.changed: dict[_Key, float] = {}
         self.known_tars: set[_Key] = set()
@@ -330,7 +324,7 @@ class Listing:
             listed = {
                 key: unit.version
                 for key, unit in self._units.items()
-                if unit.is_done and unit.version and _lists_uris(self.sources[key[0]])
+                if unit.is_done and unit.version and lists_uris(self.sources[key[0]])
             }
 
         def is_rewritten(key: _Key) -> bool:
@@ -523,9 +517,7 @@ class Listing:
         columns["position"] = pa.repeat(pa.scalar(0, pa.int64()), rows.num_rows)
         columns |= {name: rows[name] for name in rows.column_names}
         nothing = pa.nulls(rows.num_rows)
-        return pa.table(
-            [columns.get(field.name, nothing).cast(field.type) for field in self.schema], schema=self.schema
-        )
+        return pa.table([columns.get(field.name, nothing).cast(field.type) for field in self.schema], schema=self.schema)
 
     # Files.
 
@@ -594,10 +586,6 @@ class Listing:
                     self.plan.fs.rm(self.plan.join(folder).path, recursive=True)
                 elif paths:
                     self.plan.fs.rm(paths)
-
-
-def _lists_uris(source: Source) -> bool:
-    return source.kind == "manifest" or (source.kind == "parquet" and source.image_column is None)
 
 
 def _digest_of(config: CaptionConfig, sources: list[Source]) -> str:

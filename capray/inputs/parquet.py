@@ -10,6 +10,7 @@ import posixpath
 import re
 from collections.abc import Container, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -73,38 +74,24 @@ class Parquet(Containers):
                 f"its columns: {', '.join(names)}"
             )
         if image is not None and not _is_binary(schema.field(image).type):
-            raise ConfigError(
-                f"column {image!r} of {first!r} holds {schema.field(image).type}, not encoded image bytes"
-            )
+            raise ConfigError(f"column {image!r} of {first!r} holds {schema.field(image).type}, not encoded image bytes")
         image_id = _choose(settings.id_column, ("image_id",), names, first) or uri
         if image_id is None:
             raise ConfigError(
                 f"{first!r} needs a column of image ids: name it with --id-column; its columns: {', '.join(names)}"
             )
-        self._id, self._image, self._uri, self._split = image_id, image, uri, split
-        self._source_type = pa.struct([_kept(schema.field(name), first) for name in keep]) if keep else None
-
-    @property
-    def source_type(self) -> pa.DataType | None:
-        return self._source_type
-
-    @property
-    def image_column(self) -> str | None:
-        return self._image
-
-    @property
-    def id_column(self) -> str | None:
-        return self._id
+        self.id_column, self.image_column, self._uri, self._split = image_id, image, uri, split
+        self.source_type = pa.struct([_kept(schema.field(name), first) for name in keep]) if keep else None
 
     def _list(self, unit: str, wanted: str, behind: int | None) -> Iterator[tuple[pa.Table, str, int]]:
-        columns = [name for name in dict.fromkeys((self._id, self._uri, self._split, *self.keep)) if name]
+        columns = [name for name in dict.fromkeys((self.id_column, self._uri, self._split, *self.keep)) if name]
         stream = Stream(unit, version=wanted)
         file = opened_parquet(stream)
-        for name in filter(None, (*columns, self._image)):
+        for name in filter(None, (*columns, self.image_column)):
             if name not in file.schema_arrow.names:
                 raise DataError(f"{unit!r} has no column {name!r}, which the first file has")
-        if self._image and not _is_binary(held := file.schema_arrow.field(self._image).type):
-            raise DataError(f"column {self._image!r} of {unit!r} holds {held}, not encoded image bytes")
+        if self.image_column and not _is_binary(held := file.schema_arrow.field(self.image_column).type):
+            raise DataError(f"column {self.image_column!r} of {unit!r} holds {held}, not encoded image bytes")
         for group in range(0 if behind is None else behind + 1, file.num_row_groups):
             table = file.read_row_group(group, columns=columns)
             table.validate(full=True)  # Strings may be no UTF-8.
@@ -115,12 +102,12 @@ class Parquet(Containers):
         if self._split:
             mask = pa.array([split == self.settings.split for split in table[self._split].to_pylist()], pa.bool_())
             table, numbers = table.filter(mask), numbers.filter(mask)
-        ids = table[self._id].cast(pa.string())
+        ids = table[self.id_column].cast(pa.string())
         if ids.null_count:
-            raise DataError(f"column {self._id!r} of {uri!r} has {ids.null_count} rows without an image id")
+            raise DataError(f"column {self.id_column!r} of {uri!r} has {ids.null_count} rows without an image id")
         columns: dict[str, Any] = {"image_id": ids}
         if self.keep:
-            columns["source"] = _struct(table, self.keep, self._source_type)
+            columns["source"] = _struct(table, self.keep, self.source_type)
         if not self._uri:
             columns["row"] = numbers
             return rows_of("row", columns, container=uri, version=version, row_group=group)
@@ -156,9 +143,7 @@ def first_schema(files: list[Entry], used: Container[str] = ()) -> tuple[str, pa
         try:
             with reading_errors(entry.uri):
                 schema = opened_parquet(Stream(entry.uri)).schema_arrow
-                if twice := next(
-                    (name for name in schema.names if name in used and schema.names.count(name) > 1), None
-                ):
+                if twice := next((name for name in schema.names if name in used and schema.names.count(name) > 1), None):
                     raise DataError(f"{entry.uri!r} has several columns {twice!r}: rename all but one")
                 return entry.uri, schema
         except TryAgain:
@@ -232,10 +217,7 @@ class Manifest(Containers):
         self.refuse("split", "image_column")
         if all(_suffix(entry.uri) == "txt" for entry in files):
             self.refuse("id_column", "uri_column", "keep")
-
-    @property
-    def source_type(self) -> pa.DataType | None:
-        return pa.struct([pa.field(name, pa.string()) for name in self.keep]) if self.keep else None
+        self.source_type = pa.struct([pa.field(name, pa.string()) for name in keep]) if keep else None
 
     def _list(self, unit: str, wanted: str, behind: int | None) -> Iterator[tuple[pa.Table, str, int]]:
         read = {"csv": self._csv, "tsv": self._csv, "jsonl": self._jsonl, "ndjson": self._jsonl, "txt": self._text}
@@ -268,9 +250,7 @@ class Manifest(Containers):
                 self._check_names(numbered, *columns, uri)
                 records = [record for _, record in numbered]
                 wanted = dict.fromkeys((*columns, *self.keep))
-                table = {
-                    name: pa.array([_text_of(record.get(name)) for record in records], pa.string()) for name in wanted
-                }
+                table = {name: pa.array([_text_of(record.get(name)) for record in records], pa.string()) for name in wanted}
                 yield self._table(pa.table(table), *columns, uri)
 
     def _text(self, uri: str, stream: Stream) -> Iterator[pa.Table]:
@@ -283,9 +263,7 @@ class Manifest(Containers):
                     raise DataError(f"{uri!r} is not UTF-8: {error}") from error
                 yield pa.table({"image_id": names, "uri": names})
 
-    def _check_names(
-        self, records: list[tuple[int, dict[str, Any]]], id_column: str, uri_column: str, uri: str
-    ) -> None:
+    def _check_names(self, records: list[tuple[int, dict[str, Any]]], id_column: str, uri_column: str, uri: str) -> None:
         """Raise DataError at the first of JSON ``records``, each with its line, whose id or URI is not where the first one's
         is."""
         may_be_elsewhere = self.settings.id_column is None and id_column != "image_id"
@@ -399,9 +377,7 @@ class Inventory(Containers):
 
     def _parquet(self, stream: Stream) -> Iterator[dict[str, list[str]]]:
         file = opened_parquet(stream)
-        wanted = [
-            n for n in file.schema_arrow.names if _plain(n) in ("bucket", "key", "size", "islatest", "isdeletemarker")
-        ]
+        wanted = [n for n in file.schema_arrow.names if _plain(n) in ("bucket", "key", "size", "islatest", "isdeletemarker")]
         for batch in file.iter_batches(ROWS_PER_PAGE, columns=wanted):
             yield {_plain(name): batch[name].to_pylist() for name in wanted}
 
@@ -441,11 +417,5 @@ def _text_of(value: Any) -> str | None:
 
 
 def _batched(items: Iterator, size: int) -> Iterator[list]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    while batch := list(islice(items, size)):
         yield batch

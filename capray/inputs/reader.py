@@ -12,8 +12,8 @@ import posixpath
 import tarfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import pyarrow as pa
@@ -28,7 +28,7 @@ from capray.inputs.places import MEMBERS, Row
 from capray.inputs.tars import HEADER_BYTES, content_in, dots, images_of, member_in, name_of, opened, versions_in
 from capray.inputs.versions import VersionChanged
 from capray.inputs.witnesses import witnesses
-from capray.storage import locate
+from capray.storage import locate, read_ahead
 
 _BATCH_ROWS = 256
 _HELD_BYTES = 64 * 2**20
@@ -75,7 +75,7 @@ class Reader:
             among = list(group)
             patience = self._patience(among[0], notify)
             if kind == "object":
-                for outcome in self._ahead(among, lambda row, patience=patience: self._object(row, patience)):
+                for outcome in read_ahead(partial(self._object, patience=patience), among, self.concurrency):
                     yield _with_witness(outcome, patience)
             else:
                 yield from self._of_container(kind, among, skipped, patience)
@@ -84,20 +84,6 @@ class Reader:
         carried, reading = row.get("witness"), self.inputs[row["input"]]
         known = replace(reading.known, files=(carried, *reading.known.files)) if carried else reading.known
         return Patience(self.patience_seconds, known, notify)
-
-    def _ahead(self, rows: list[Row], read: Callable[[Row], FetchOutcome]) -> Iterator[FetchOutcome]:
-        """Prefetches at most ``concurrency`` images."""
-        ahead: deque[Future[FetchOutcome]] = deque()
-        pool = ThreadPoolExecutor(self.concurrency)
-        try:
-            for row in rows:
-                ahead.append(pool.submit(read, row))
-                if len(ahead) >= self.concurrency:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _object(self, row: Row, patience: Patience) -> FetchOutcome:
         uri, size = row["uri"], row["size"]
@@ -186,7 +172,7 @@ class Reader:
                 first += batch.num_rows
 
     def _members(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[FetchOutcome]:
-        yield from self._ahead(rows, lambda row: self._member(row, patience))
+        yield from read_ahead(partial(self._member, patience=patience), rows, self.concurrency)
 
     def _member(self, row: Row, patience: Patience) -> FetchOutcome:
         """A member at a known place, read with its header."""
@@ -259,7 +245,7 @@ class Reader:
             images = images_of(tar, self.limits.max_image_bytes, others.append)
             for stem, of_stem in groupby(images, lambda image: _stem(image[0].name)):
                 names = wanted.get(stem, {})
-                is_named = any(of in stems for of in _stems(f"{stem}."))
+                is_named = any(stem[:dot] in stems for dot in dots(f"{stem}."))
                 for member, data, whole in of_stem:
                     is_cut = is_cut or (not whole and member.size <= self.limits.max_image_bytes)
                     is_known = whole or member.size > self.limits.max_image_bytes
@@ -307,10 +293,7 @@ class Reader:
                     continue
                 row = _as_member(tar_row | {"image_id": image_id, "uri": image_id}, member, stream.version)
                 members.append({name: row[name] for name in MEMBERS.names})
-                if (
-                    image_id not in seen
-                    and hashlib.md5(image_id.encode(), usedforsecurity=False).digest() not in skipped
-                ):
+                if image_id not in seen and hashlib.md5(image_id.encode(), usedforsecurity=False).digest() not in skipped:
                     yield self._of_member(row, member, data, whole)
                 seen.add(image_id)
         yield from _left_out(tar_row, "no_image", [name for name in others if selection.has(f"{uri}#{name}")])
@@ -325,11 +308,6 @@ def _stem(member: str) -> str:
 def _left_out(row: Row, reason: str, names: list[str]) -> Iterator[Event]:
     if names:
         yield LeftOut(row["input"], row["container"], reason, len(names), names[0])
-
-
-def _stems(member: str) -> Iterator[str]:
-    """A member's name before each of the dots in it."""
-    return (member[:dot] for dot in dots(member))
 
 
 def _with_witness(outcome: FetchOutcome, patience: Patience) -> FetchOutcome:

@@ -57,7 +57,6 @@ class Tars(Containers):
         self._sidecars = sidecars
         self._alone = {entry.uri: entry for entry in alone if not self.selection.excludes(entry.uri)}
         self._as_opened = {entry.uri: entry for entry in files}
-        self._source_type = None
         without = [entry.uri for entry in files if entry.uri not in sidecars]
         if without:
             if keep or settings.id_column:
@@ -69,11 +68,7 @@ class Tars(Containers):
             for name in (*keep, *filter(None, (settings.id_column,)), "key"):
                 _require(name, schema.names, first)
             if keep:
-                self._source_type = pa.struct([pa.field(name, schema.field(name).type) for name in keep])
-
-    @property
-    def source_type(self) -> pa.DataType | None:
-        return self._source_type
+                self.source_type = pa.struct([pa.field(name, schema.field(name).type) for name in keep])
 
     def units(self) -> list[str]:
         return [*super().units(), *self._alone]
@@ -123,7 +118,7 @@ class Tars(Containers):
             raise DataError(f"column {id_column!r} of {sidecar.uri!r} has {ids.null_count} rows without an image id")
         columns: dict[str, Any] = {"image_id": ids, "uri": uris, "member": members}
         if self.keep:
-            columns["source"] = _struct(table, self.keep, self._source_type)
+            columns["source"] = _struct(table, self.keep, self.source_type)
         version = f"{version}+{stream.version}"
         ending = sidecar.uri[len(posixpath.splitext(uri)[0]) :]
         rows = self.selection.filter(rows_of("name", columns, container=uri, version=f"{version}+{ending}"))
@@ -249,9 +244,7 @@ def _check_end(tar: tarfile.TarFile) -> None:
     if any(zeros[: tarfile.BLOCKSIZE]):
         raise tarfile.ReadError(f"there is no member's header at byte {tar.offset}")
     if any(zeros):
-        raise tarfile.ReadError(
-            f"something follows its end at byte {tar.offset}: damaged, or two tars one behind the other"
-        )
+        raise tarfile.ReadError(f"something follows its end at byte {tar.offset}: damaged, or two tars one behind the other")
     if len(zeros) > _MAX_PADDING:
         raise tarfile.ReadError(f"nothing but zeros from byte {tar.offset} on: only a part of it was written")
 

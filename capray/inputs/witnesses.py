@@ -131,9 +131,7 @@ class Witnesses:
                 return _View(WAS_A_MOUNT.format(mount_point), f"{mount} {OR_RELIST}")
         missing = _with_one_more_name(left.folder, left.target if os.path.islink(path) else path)
         others = [
-            each.file
-            for name, each in below.items()
-            if each.device != left.device and f"{name}/".startswith(f"{missing}/")
+            each.file for name, each in below.items() if each.device != left.device and f"{name}/".startswith(f"{missing}/")
         ]
         if (own is not None and own.device != left.device and not opens(own.file)) or (
             others and not any(map(opens, islice(reversed(others), _NUM_ASKED)))
@@ -226,9 +224,7 @@ def _is_empty(folder: str) -> bool:
         return next(entries, None) is None
 
 
-def wait_until(
-    is_back: Callable[[], bool], what: str, way_out: str, seconds: float, notify: Callable[[str], None]
-) -> bool:
+def wait_until(is_back: Callable[[], bool], what: str, way_out: str, seconds: float, notify: Callable[[str], None]) -> bool:
     """Wait until ``is_back``, telling ``what`` is waited for; whether that took time.
 
     Raises:

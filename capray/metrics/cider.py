@@ -83,6 +83,4 @@ def cider_d(corpus: Corpus, frequencies: DocumentFrequencies | None = None) -> S
     """``cider_d``, the mean over images; ``frequencies`` are those of the corpus' own references when not given."""
     scorer = CiderD(frequencies or DocumentFrequencies.of(corpus.references))
     pairs = zip(corpus.references, corpus.hypotheses, strict=True)
-    return mean_of(
-        "cider_d", [scorer.score(words, [scorer.vector(r) for r in references]) for references, words in pairs]
-    )
+    return mean_of("cider_d", [scorer.score(words, [scorer.vector(r) for r in references]) for references, words in pairs])

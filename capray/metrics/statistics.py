@@ -109,9 +109,7 @@ def _resampled(metrics: Sequence[Statistics], num_resamples: int, seed: int) -> 
     sums_RS = np.stack([rng.multinomial(num_images, chances) @ per_image_NS for _ in range(num_resamples)])
     ends = np.cumsum([metric.per_image_NS.shape[1] for metric in metrics])[:-1]
     parts = zip(metrics, np.split(sums_RS, ends, 1), strict=True)
-    return {
-        name: values_R for metric, of_metric_RS in parts for name, values_R in metric.figures_of(of_metric_RS).items()
-    }
+    return {name: values_R for metric, of_metric_RS in parts for name, values_R in metric.figures_of(of_metric_RS).items()}
 
 
 def _with_interval(value: float, values_R: np.ndarray | None) -> Figure:

@@ -90,9 +90,9 @@ class Captioner(nn.Module):
         size = grid_BDhw.shape[2:]
         grid_BPD = grid_BDhw.flatten(2).transpose(1, 2)
         pool = self.architecture.pool_grid
-        if pool is None or tuple(size) == (pool, pool):
-            return self.decoder.memory_of_grid(grid_BPD)
         memory = self.decoder.memory_of_grid(grid_BPD)
+        if pool is None or tuple(size) == (pool, pool):
+            return memory
         return Memory(*(_pool(part, size, pool) for part in memory))
 
     def memory_of_cached_grid(self, grid_BDhw: torch.Tensor) -> Memory:
@@ -159,9 +159,7 @@ def search(
     decoder: PreparedDecoder, memory: SearchMemory, vocabulary: Vocabulary, decoding: Decoding
 ) -> list[list[Hypothesis]]:
     """As ``Captioner.caption``, with a decoder that was prepared once for many batches."""
-    beams = beam_search(
-        decoder.next_scores, decoder.start(memory), len(memory.grid_BQD), decoding, memory.grid_BQD.device
-    )
+    beams = beam_search(decoder.next_scores, decoder.start(memory), len(memory.grid_BQD), decoding, memory.grid_BQD.device)
     return hypotheses_of(beams, vocabulary)
 
 

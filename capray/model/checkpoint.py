@@ -34,10 +34,7 @@ def pack(captioner: Captioner, half: bool = False) -> dict[str, bytes]:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in captioner.state_dict().items()}
     if half:
         state = _halved(captioner, state)
-    files = {
-        WEIGHTS: safetensors.torch.save(state),
-        VOCABULARY: captioner.vocabulary.to_json().encode(),
-    }
+    files = {WEIGHTS: safetensors.torch.save(state), VOCABULARY: captioner.vocabulary.to_json().encode()}
     config = {
         "schema_version": SCHEMA_VERSION,
         "capray_version": capray.__version__,
@@ -97,9 +94,7 @@ def check_finite(captioner: Captioner, source: str) -> None:
     """Raise CheckpointError, naming ``source``, when weights of ``captioner`` are not finite numbers."""
     for name, values in captioner.state_dict().items():
         if not values.isfinite().all():
-            raise CheckpointError(
-                f"{source!r} has weights that are not finite numbers, in {name}: it gives no captions"
-            )
+            raise CheckpointError(f"{source!r} has weights that are not finite numbers, in {name}: it gives no captions")
 
 
 def _read_files(folder: str) -> dict[str, bytes]:

@@ -191,9 +191,7 @@ class Decoder(nn.Module):
             words_NG = torch.addmm(words_NG, context_ND, weights.context_GD.T)
         return self._recur(words_NG, parts[0], hidden_NH, cell_NH), alpha_NP, context_ND
 
-    def parts_of_state(
-        self, hidden_NH: torch.Tensor, bias_O: torch.Tensor, weights: Weights
-    ) -> tuple[torch.Tensor, ...]:
+    def parts_of_state(self, hidden_NH: torch.Tensor, bias_O: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, ...]:
         """What the state brings to the cell's gates and, where there are such, to the context's gate and to attention's
         query."""
         layers = [self.gate, self.attention.query] if self.attention is not None else []
@@ -242,9 +240,7 @@ class Decoder(nn.Module):
             assert self.attention is not None
             num_images, num_captions = shape
             place_N = image_N * num_captions + caption_N
-            query_BKA = query_NA.new_zeros(num_images * num_captions, query_NA.shape[1]).index_copy(
-                0, place_N, query_NA
-            )
+            query_BKA = query_NA.new_zeros(num_images * num_captions, query_NA.shape[1]).index_copy(0, place_N, query_NA)
             attended = self.attention(memory.keys_BPA, memory.grid_BPD, query_BKA.unflatten(0, shape))
             return attended[0].flatten(0, 1)[place_N], attended[1].flatten(0, 1)[place_N]
 

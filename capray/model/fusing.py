@@ -166,9 +166,7 @@ def _overwrites(node: fx.Node, folded: fx.GraphModule) -> bool:
 
 def _is_simple(pool: nn.MaxPool2d) -> bool:
     numbers = pool.kernel_size, pool.stride, pool.padding
-    return (
-        all(isinstance(n, int) for n in numbers) and pool.dilation == 1 and not (pool.ceil_mode or pool.return_indices)
-    )
+    return all(isinstance(n, int) for n in numbers) and pool.dilation == 1 and not (pool.ceil_mode or pool.return_indices)
 
 
 class FusedConvolution(nn.Module):

@@ -53,13 +53,7 @@ class GraphedSearch:
     """``encoder`` and ``decoder`` over batches as ``batches`` has them. Threads may call it at once: one gathers its images
     while the device computes others'."""
 
-    def __init__(
-        self,
-        encoder: FoldedEncoder,
-        decoder: PreparedDecoder,
-        architecture: Architecture,
-        batches: Batches,
-    ):
+    def __init__(self, encoder: FoldedEncoder, decoder: PreparedDecoder, architecture: Architecture, batches: Batches):
         self.batches = batches
         self._lanes: queue.LifoQueue[_Lane] = queue.LifoQueue()
         for i in range(NUM_LANES):
@@ -109,13 +103,7 @@ class _Lane:
     """One batch at a time, on a stream of its own."""
 
     @torch.inference_mode()
-    def __init__(
-        self,
-        encoder: FoldedEncoder,
-        decoder: PreparedDecoder,
-        architecture: Architecture,
-        batches: Batches,
-    ):
+    def __init__(self, encoder: FoldedEncoder, decoder: PreparedDecoder, architecture: Architecture, batches: Batches):
         self.encoder, self.decoder, self.architecture, self.batches = encoder, decoder, architecture, batches
         self.device = decoder.output_VX.device
         self.n_best = batches.decoding.n_best or batches.decoding.beam_size

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from capray.model.attention import SearchKeys
@@ -96,9 +95,7 @@ class PreparedDecoder:
             assert pool is not None, "grids of several sizes need pooling"
             spreads = [self._pooling(*grid.shape[2:], pool) for grid in grids_BDhw]
             pairs = zip(spreads, memories, strict=True)
-            return self.search_memory(
-                Memory.cat([Memory(*(spread @ part for part in memory)) for spread, memory in pairs])
-            )
+            return self.search_memory(Memory.cat([Memory(*(spread @ part for part in memory)) for spread, memory in pairs]))
         ((height, width),) = sizes
         memory = memories[0] if len(memories) == 1 else Memory.cat(memories)
         if pool is None or (pool % height == 0 and pool % width == 0):
@@ -187,4 +184,4 @@ def _aligned(weight_VX: torch.Tensor, bias_V: torch.Tensor) -> tuple[torch.Tenso
 def pooling(height: int, width: int, pool: int) -> torch.Tensor:
     """Adaptive average pooling of a grid to ``pool`` x ``pool`` as a matrix (P, Q)."""
     cells = torch.eye(height * width).unflatten(1, (height, width))
-    return nn.functional.adaptive_avg_pool2d(cells, pool).flatten(1).T.contiguous()
+    return functional.adaptive_avg_pool2d(cells, pool).flatten(1).T.contiguous()

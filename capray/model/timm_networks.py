@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +26,10 @@ def children(encoder: str, pretrained: bool) -> list[tuple[str, nn.Module]]:
         ConfigError: timm is not installed or knows no such network, its weights cannot be had, or it gives no grid, or not
             by a sequence of parts.
     """
-    timm = _timm(encoder)
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError(f"encoder {encoder!r} needs timm: install capray[timm] ({error})") from error
     name = encoder.removeprefix(PREFIX)
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 6, 0.5)
@@ -48,14 +50,6 @@ def children(encoder: str, pretrained: bool) -> list[tuple[str, nn.Module]]:
     return parts
 
 
-def _timm(encoder: str) -> ModuleType:
-    try:
-        import timm
-    except ImportError as error:
-        raise ConfigError(f"encoder {encoder!r} needs timm: install capray[timm] ({error})") from error
-    return timm
-
-
 @torch.no_grad()
 def _up_to_grid(network: Any) -> list[tuple[str, nn.Module]] | None:
     """The first children of ``network`` that together give what its ``forward_features`` gives, a grid; None where no
@@ -64,9 +58,8 @@ def _up_to_grid(network: Any) -> list[tuple[str, nn.Module]] | None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         image = torch.rand(1, 3, _SIDE, _SIDE)
-        for (
-            values
-        ) in tried.state_dict().values():  # A new network's BatchNorm changes nothing, and would not be missed.
+        # A new network's BatchNorm changes nothing, and would not be missed.
+        for values in tried.state_dict().values():
             if values.is_floating_point() and values.dim() < 2:
                 values.mul_(torch.empty_like(values).uniform_(0.5, 1.5)).add_(torch.rand_like(values) / 10)
     names = []

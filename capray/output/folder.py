@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 Table = Literal["captions", "failures", "failure_log"]
 
 MEMORY_LIMIT = "2GB"
-MEND_PART = (
-    "put it back from a copy, or delete it and give the same command of capray caption, which does its images anew"
-)
+MEND_PART = "put it back from a copy, or delete it and give the same command of capray caption, which does its images anew"
 """What to do about a damaged part."""
 _PART = re.compile(r"/part-[^/]*\.parquet")
 _CURRENT_FAILURES = """

@@ -55,10 +55,7 @@ _BATCH_ROWS = 65_536
 _OPTIONAL = ("source", "tokens", "attention")
 _BOUND_BY = ("model_id", "precision", "schema_version", "attention", "kept_columns")
 """What job.json says besides the decoding settings that must be the same for all outputs of one work."""
-_QUERIED = {
-    "captions": ("image_id", "uri", "sha256", "model_id"),
-    "failures": ("image_id", "error_type"),
-}
+_QUERIED = {"captions": ("image_id", "uri", "sha256", "model_id"), "failures": ("image_id", "error_type")}
 
 _Digests = dict[str, bytes | str | None]
 """By image id: the SHA-256 of its bytes, or why they cannot be had; None for an image that is too large."""
@@ -175,9 +172,7 @@ class _Verifier:
     def _problem(self, text: str, count: int = 0, examples: Iterable[str] = ()) -> None:
         """Add a problem with its ``examples``, of ``count``."""
         shown = list(examples)[:NUM_EXAMPLES]
-        self.result.problems.append(
-            f"{text}: {', '.join(shown)}{' …' if count > len(shown) else ''}" if shown else text
-        )
+        self.result.problems.append(f"{text}: {', '.join(shown)}{' …' if count > len(shown) else ''}" if shown else text)
 
     def _open(self) -> None:
         seen: dict[str, str] = {}
@@ -207,10 +202,8 @@ class _Verifier:
             decoding, others = first.get("decoding") or {}, other.get("decoding") or {}
             pairs |= {name: (decoding.get(name), others.get(name)) for name in sorted({*decoding, *others})}
             for name, (one, two) in pairs.items():
-                is_unknown = name == "precision" and None in (
-                    one,
-                    two,
-                )  # Of an empty shard, where nothing was captioned.
+                # Of an empty shard, where nothing was captioned, it is not known.
+                is_unknown = name == "precision" and None in (one, two)
                 if one != two and (one or two) and not is_unknown:
                     self._problem(f"{name} of {output.root.uri} is {two!r}, of {known[0][0].root.uri} {one!r}")
         self.result.checked.append("that the outputs have one model and one set of settings")
@@ -299,9 +292,7 @@ class _Verifier:
             self._problem(f"{part.file.uri} carries the columns {kept}, job.json says {promised}")
         for name in ("tokens", "attention"):
             if (name in schema.names) != bool(job.get("attention")):
-                self._problem(
-                    f"{part.file.uri}: column {name!r} is not as job.json says (attention {job.get('attention')})"
-                )
+                self._problem(f"{part.file.uri}: column {name!r} is not as job.json says (attention {job.get('attention')})")
 
     def _list_sources(
         self, connection: duckdb.DuckDBPyConnection, folder: str, sought: _Sought, display: ProgressDisplay
@@ -472,9 +463,7 @@ class _Verifier:
                     self._compare(expected[image_id], digest, read)
                 display.update(read["all"], f"{read['same']:,} same", "reading images", len(drawn))
         self.result.counts |= {"images_read_again": read["all"], "images_same": read["same"]}
-        self.result.checked.append(
-            f"the bytes of {read['all']:,} images drawn at random: {read['same']:,} are the same"
-        )
+        self.result.checked.append(f"the bytes of {read['all']:,} images drawn at random: {read['same']:,} are the same")
 
     def _compare(self, drawn: _Drawn, digest: bytes | str | None, read: dict[str, int]) -> None:
         read["all"] += 1
@@ -604,9 +593,7 @@ def _read_by_id(reader: Reader, rows: list[Row], sought: _Sought) -> _Digests:
                 digests[outcome.row["image_id"]] = hashlib.sha256(outcome.data).digest()
             elif isinstance(outcome, Failed):
                 error = outcome.error
-                digests[outcome.row["image_id"]] = (
-                    None if error.kind == "too_large" else f"{error.kind}: {error.message}"
-                )
+                digests[outcome.row["image_id"]] = None if error.kind == "too_large" else f"{error.kind}: {error.message}"
             elif isinstance(outcome, TarUnreadable):
                 missing = outcome.message
             elif isinstance(outcome, Changed):
@@ -631,9 +618,7 @@ def _read_part(table: str, output: int, file: Location) -> _Part:
                     if name in batch.schema.names:
                         nulls[name] += batch[name].null_count
             if rows != part.metadata.num_rows:
-                return _Part(
-                    table, output, file, problems=(f"{file.uri} has {rows:,} rows, its footer says otherwise",)
-                )
+                return _Part(table, output, file, problems=(f"{file.uri} has {rows:,} rows, its footer says otherwise",))
             schema = part.schema_arrow
     except (pa.ArrowException, OSError, CaprayError) as error:
         return _Part(table, output, file, problems=(f"{file.uri} cannot be read: {error}",))

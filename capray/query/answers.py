@@ -35,9 +35,7 @@ SELECT (SELECT count(*) FROM captions) AS captions,
        round(count(*) / nullif(extract(epoch FROM max(captioned_at) - min(captioned_at)), 0), 1) AS images_per_second
 FROM captions
 """
-_ROWS = (
-    f"SELECT image_id, caption, round(score::DOUBLE, 3) AS score FROM captions ORDER BY image_id LIMIT {NUM_ROWS_SHOWN}"
-)
+_ROWS = f"SELECT image_id, caption, round(score::DOUBLE, 3) AS score FROM captions ORDER BY image_id LIMIT {NUM_ROWS_SHOWN}"
 
 
 def run_query(config: QueryConfig, stream: TextIO | None = None) -> None:

@@ -62,9 +62,7 @@ def explain(config: ExplainConfig) -> Explanation:
     """
     explanation = _from_table(config, config.table) if config.table else _by_captioning(config)
     if config.out is not None:
-        write_atomic(
-            locate(config.out), figure(explanation, PurePosixPath(config.out).suffix.lstrip(".").lower() or "png")
-        )
+        write_atomic(locate(config.out), figure(explanation, PurePosixPath(config.out).suffix.lstrip(".").lower() or "png"))
     if config.html is not None:
         write_atomic(locate(config.html), page(explanation))
     return explanation
@@ -107,9 +105,7 @@ def _from_table(config: ExplainConfig, table: str) -> Explanation:
     output = require_output(table)
     job = output.read_job() or {}
     if not job.get("attention"):
-        raise ConfigError(
-            f"{table!r} holds no attention: caption with --attention, or give --model in place of --table"
-        )
+        raise ConfigError(f"{table!r} holds no attention: caption with --attention, or give --model in place of --table")
     with output.connect(("captions",)) as connection:
         found = connection.execute(
             "SELECT caption, tokens, attention, uri, sha256 FROM captions WHERE image_id = ?", [config.image]
@@ -128,12 +124,7 @@ def _from_table(config: ExplainConfig, table: str) -> Explanation:
     with _failures_of(place):
         decoded = decode(data, limits)
     return _explanation(
-        decoded,
-        caption,
-        tokens,
-        np.asarray(weights_TP, np.float32),
-        None,
-        Preprocessing.create(job["preprocessing"]),
+        decoded, caption, tokens, np.asarray(weights_TP, np.float32), None, Preprocessing.create(job["preprocessing"])
     )
 
 

@@ -74,8 +74,7 @@ def report_output(config: ReportConfig) -> str:
             galleries=galleries,
             pictures=pictures,
             searchable=_rows(
-                connection,
-                _drawn("image_id, caption, round(score::DOUBLE, 2) AS score", NUM_SEARCHABLE, config.seed),
+                connection, _drawn("image_id, caption, round(score::DOUBLE, 2) AS score", NUM_SEARCHABLE, config.seed)
             ),
         )
     write_atomic(locate(config.html), html.encode())
@@ -187,9 +186,7 @@ def _pictures(
                 data = found.get(image_id)
             else:
                 uri = wanted[image_id]
-                data = (
-                    read_image(uri, limits.max_image_bytes) if uri is not None and not BEHIND_TAR.search(uri) else None
-                )
+                data = read_image(uri, limits.max_image_bytes) if uri is not None and not BEHIND_TAR.search(uri) else None
             return None if data is None else thumbnail(data, limits)
         except ImageError:
             return None

@@ -52,9 +52,7 @@ def build(config: ServeConfig) -> Any:
     )(Replica)
     replicas = captioning.bind(settings, config.batch_wait_ms / 1000)
     ingress = serve.deployment(
-        name="ingress",
-        ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=2 * config.max_requests + 16,
+        name="ingress", ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=2 * config.max_requests + 16
     )(Ingress)
     return ingress.bind(
         replicas, model_id, preprocessing, config.subset(ImageLimits), config.max_requests, config.timeout_seconds

@@ -13,9 +13,7 @@ from capray.model import pyfunc
 from capray.tracking.registry import MODEL_DATA
 
 
-def write_model(
-    folder: str, files: Mapping[str, bytes], decoding: Decoding, logged_model_id: str | None = None
-) -> None:
+def write_model(folder: str, files: Mapping[str, bytes], decoding: Decoding, logged_model_id: str | None = None) -> None:
     """Write ``files``, a captioner's, to ``folder`` as a model that ``mlflow.pyfunc.load_model`` loads with
     ``capray.model.pyfunc``; ``decoding`` gives the defaults of its parameters.
     """

@@ -64,9 +64,7 @@ def reach(uri: str | None, way_out: str = "") -> Generator[None]:
     try:
         yield
     except (MlflowException, RequestException) as error:
-        raise StorageError(
-            f"MLflow at {without_credentials(uri)!r}: {describe_mlflow_error(error)}{way_out}"
-        ) from error
+        raise StorageError(f"MLflow at {without_credentials(uri)!r}: {describe_mlflow_error(error)}{way_out}") from error
 
 
 def is_registered(model: str) -> bool:
@@ -141,9 +139,7 @@ def _source_of_model(client: Any, model: str) -> str:
     if not version and "@" not in name:
         if name.startswith("m-"):
             return _known(lambda: client.get_logged_model(name), f"no logged model {name!r}").artifact_location
-        raise ConfigError(
-            f"{model!r} names no version: models:/{name}/1, models:/{name}/latest or models:/{name}@ALIAS"
-        )
+        raise ConfigError(f"{model!r} names no version: models:/{name}/1, models:/{name}/latest or models:/{name}@ALIAS")
     alias = ""
     if not version:
         name, alias = name.rsplit("@", 1)

@@ -61,9 +61,7 @@ def build_cache(
     """
     found: dict[tuple[str, int], CachedSplit] = {}
     missing: list[_Missing] = []
-    wanted = [
-        (split, view) for split in splits for view in range(config.cached_views if split == config.train_split else 1)
-    ]
+    wanted = [(split, view) for split in splits for view in range(config.cached_views if split == config.train_split else 1)]
     for split, view in wanted:
         text, of_view = splits[split], identity.of_view(view, config.subset(Augmentation))
         folder = locate(root).join(of_view.key, split)
@@ -215,9 +213,7 @@ class _Encoding:
         settings = self.config.subset(Preprocessing), self.config.subset(ImageLimits)
         decoded = self.pool.map(partial(_decoded, settings=settings), rows["image"].to_pylist())
         if view:
-            decoded = map(
-                partial(_augmented, config=self.config, view=view), decoded, ids, rows["captions"].to_pylist()
-            )
+            decoded = map(partial(_augmented, config=self.config, view=view), decoded, ids, rows["captions"].to_pylist())
         grids: list[np.ndarray | None] = []
         while batch := list(islice(decoded, IMAGES_PER_BATCH)):
             grids += self._grids(batch)

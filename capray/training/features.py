@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 FOLDER = "_features"
 MANIFEST = "manifest.json"
-GRIDS = pa.schema(
-    [("image_id", pa.string()), ("grid", pa.large_binary()), ("height", pa.int32()), ("width", pa.int32())]
-)
+GRIDS = pa.schema([("image_id", pa.string()), ("grid", pa.large_binary()), ("height", pa.int32()), ("width", pa.int32())])
 """The features of an image, float16, channels first; null where the image could not be decoded."""
 
 FILE = re.compile(r"unit-(\d{6,})-([0-9a-f]{64})\.arrow")
@@ -75,9 +73,7 @@ class FeatureIdentity:
 
     def plain(self) -> dict[str, Any]:
         """As it is stored: without what is of views where there is none, so that caches without views keep their keys."""
-        return {
-            name: value for name, value in asdict(self).items() if self.view or name not in ("view", "augmentation")
-        }
+        return {name: value for name, value in asdict(self).items() if self.view or name not in ("view", "augmentation")}
 
     def of_view(self, view: int, augmentation: Augmentation) -> FeatureIdentity:
         return replace(self, view=view, augmentation=augmentation.model_dump(mode="json")) if view else self

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import torch
 
 from capray.config import Architecture, Preprocessing, TrainConfig
@@ -40,11 +38,6 @@ def adopt_captioner(config: TrainConfig) -> tuple[TrainConfig, Vocabulary, Weigh
             raise ConfigError(f"{name} {wanted!r} does not fit the captioner {config.init_from!r}, which has {found!r}")
     adopted = {name: getattr(architecture, name) for name in Architecture.model_fields if name not in given}
     return TrainConfig.create(config.model_dump(), **adopted), captioner.vocabulary, captioner.state_dict()
-
-
-def build_vocabulary(captions: Iterable[Sequence[str]], config: TrainConfig) -> Vocabulary:
-    """The vocabulary of tokenised training captions."""
-    return Vocabulary.build(captions, config.min_word_count, config.max_vocabulary)
 
 
 def build_captioner(

@@ -27,7 +27,7 @@ from capray.tracking.registry import is_registered
 from capray.tracking.runs import Model, Tracker
 from capray.training.encoding import build_cache
 from capray.training.features import Cache, cached_dataset, choose_root, identify
-from capray.training.initial_captioner import Weights, adopt_captioner, build_captioner, build_vocabulary
+from capray.training.initial_captioner import Weights, adopt_captioner, build_captioner
 from capray.training.metrics_board import board_class
 from capray.training.sample_stream import EpochSeed, dataset
 from capray.training.stages import prepare_stage
@@ -182,7 +182,8 @@ def _gather(config: TrainConfig) -> tuple[TrainConfig, Material]:
     if config.init_from is not None:
         config, vocabulary, weights = adopt_captioner(config)
     else:
-        vocabulary = build_vocabulary((words for image in tokens for words in image), config)
+        captions = (words for image in tokens for words in image)
+        vocabulary = Vocabulary.build(captions, config.min_word_count, config.max_vocabulary)
     if config.word_vectors is not None:
         vectors = read_word_vectors(config.word_vectors, vocabulary, config.embed_dim)
     return config, Material(text, validation, tokens, vocabulary, vectors, weights)
@@ -198,6 +199,7 @@ def _fit(
     gpus: float,
 ) -> None:
     import ray
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray.exceptions import RayError
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -263,7 +265,7 @@ def _fit(
         run_config=RunConfig(
             name="checkpoints",
             storage_path=output.path,
-            storage_filesystem=None if output.is_local else _arrow_filesystem(output.fs),
+            storage_filesystem=None if output.is_local else PyFileSystem(FSSpecHandler(output.fs)),
             checkpoint_config=CheckpointConfig(num_to_keep=2),  # ty: ignore[invalid-argument-type]
             failure_config=FailureConfig(config.max_restarts),  # ty: ignore[invalid-argument-type]
         ),
@@ -373,12 +375,6 @@ def _describe(material: Material, parameters: int, trained: int, config: TrainCo
     return "\n".join(lines)
 
 
-def _arrow_filesystem(fs: Any):
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    return PyFileSystem(FSSpecHandler(fs))
-
-
 def _digest(samples: str) -> str:
     """The digest `capray prepare` recorded; of the file names and sizes where there is no record."""
     record = locate(samples).join(RECORD)
@@ -407,9 +403,7 @@ def _check_output(config: TrainConfig) -> dict[str, Any]:
     defaults = {name: field.default for name, field in TrainConfig.model_fields.items() if not field.is_required()}
     # What an older version did not know had its default.
     then = json.loads(json.dumps(defaults)) | previous["settings"]
-    changed = [
-        f"{name}: {then.get(name)!r} -> {now!r}" for name, now in _identity(config).items() if now != then.get(name)
-    ]
+    changed = [f"{name}: {then.get(name)!r} -> {now!r}" for name, now in _identity(config).items() if now != then.get(name)]
     if changed:
         raise OutputConflictError(
             f"{config.output!r} holds a training with other settings ({'; '.join(changed)}): choose another output, or "

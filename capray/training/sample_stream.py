@@ -65,12 +65,7 @@ def dataset(
     return stream(units, _read_and_decode, settings, epoch_seed)
 
 
-def stream(
-    items: list[Any],
-    read: Callable[..., pa.Table],
-    settings: dict[str, Any],
-    epoch_seed: EpochSeed | None = None,
-):
+def stream(items: list[Any], read: Callable[..., pa.Table], settings: dict[str, Any], epoch_seed: EpochSeed | None = None):
     """A Ray Dataset of what ``read`` makes of each of ``items``, with ``settings``, in a task of its own.
 
     Items are rows and one operator does the rest: Ray's own ``read_parquet`` spends seconds on listing each time it is

@@ -346,9 +346,7 @@ class Worker:
         texts, references = zip(*everyone.values(), strict=True)
         figures = corpus_figures(references, texts, "bleu", "cider_d")
         self.samples = [
-            {"image_id": i, "caption": everyone[i][0], "references": everyone[i][1]}
-            for i in self.pictures
-            if i in everyone
+            {"image_id": i, "caption": everyone[i][0], "references": everyone[i][1]} for i in self.pictures if i in everyone
         ]
         seconds = time.monotonic() - started
         loss = nll / tokens

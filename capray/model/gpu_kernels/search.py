@@ -26,14 +26,7 @@ def _is_banned(token, BANNED: tl.constexpr):
 
 @triton.jit
 def _norms_and_maxima(
-    scores,
-    norms,
-    maxima,
-    num_words,
-    num_groups,
-    BANNED: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
+    scores, norms, maxima, num_words, num_groups, BANNED: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
@@ -177,9 +170,7 @@ def _selected(hidden, cell, parents, new_hidden, new_cell, dim, num_beams, beam_
     tl.store(new_cell + row * dim + h, tl.load(cell + source * dim + h, mask=h < dim), mask=h < dim)
 
 
-def best_words(
-    scores_BKV: torch.Tensor, count: int, banned: Sequence[int], end: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def best_words(scores_BKV: torch.Tensor, count: int, banned: Sequence[int], end: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``Choice.best_tokens``: the log-probabilities and ids (B, K, C) of the ``count`` best words that are not ``banned``
     (all of them among the first 32)."""
     *shape, num_words = scores_BKV.shape
@@ -190,9 +181,7 @@ def best_words(
     log_probs_NC = torch.empty(num_rows, count, device=scores_NV.device)
     tokens_NC = torch.empty(num_rows, count, dtype=torch.long, device=scores_NV.device)
     bans = sum(1 << token for token in banned)
-    _norms_and_maxima[(num_rows,)](
-        scores_NV, norms_N, maxima_NG, num_words, num_groups, BANNED=bans, GROUP=GROUP, GROUPS=32
-    )
+    _norms_and_maxima[(num_rows,)](scores_NV, norms_N, maxima_NG, num_words, num_groups, BANNED=bans, GROUP=GROUP, GROUPS=32)
     _best_of_groups[(num_rows,)](
         scores_NV,
         norms_N,

@@ -132,9 +132,7 @@ def _lstm(
     context = context + row * 4 * dim + h
     keep_in = tl.load(word, mask=inside).to(tl.float32) + tl.load(state, mask=inside).to(tl.float32)
     forget = tl.load(word + dim, mask=inside).to(tl.float32) + tl.load(state + dim, mask=inside).to(tl.float32)
-    candidate = tl.load(word + 2 * dim, mask=inside).to(tl.float32) + tl.load(state + 2 * dim, mask=inside).to(
-        tl.float32
-    )
+    candidate = tl.load(word + 2 * dim, mask=inside).to(tl.float32) + tl.load(state + 2 * dim, mask=inside).to(tl.float32)
     out = tl.load(word + 3 * dim, mask=inside).to(tl.float32) + tl.load(state + 3 * dim, mask=inside).to(tl.float32)
     if HAS_CONTEXT:
         keep_in += tl.load(context, mask=inside).to(tl.float32)

@@ -58,9 +58,7 @@ class SelfCritical:
     def rewards(self, drawn: Batch, batch: Batch) -> torch.Tensor:
         """The reward of each caption of ``drawn`` against the captions ``batch`` has of its image; 0 where it has none."""
         scores = [
-            self.reward(captions, [words for words in references if words])
-            if any(references)
-            else [0.0] * len(captions)
+            self.reward(captions, [words for words in references if words]) if any(references) else [0.0] * len(captions)
             for captions, references in zip(_targets(drawn), _targets(batch), strict=True)
         ]
         return torch.tensor(scores, device=drawn.lengths_BK.device)
@@ -74,8 +72,7 @@ def _targets(batch: Batch) -> list[list[tuple[int, ...]]]:
     """The captions of each image, ``<end>`` included where they end."""
     images = zip(batch.targets_BKT.tolist(), batch.lengths_BK.tolist(), strict=True)
     return [
-        [tuple(tokens[:length]) for tokens, length in zip(captions, lengths, strict=True)]
-        for captions, lengths in images
+        [tuple(tokens[:length]) for tokens, length in zip(captions, lengths, strict=True)] for captions, lengths in images
     ]
 
 
