@@ -11,7 +11,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,12 +25,13 @@ from capray.captioning.job import caption
 from capray.captioning.plan import Plan
 from capray.captioning.record import Summary
 from capray.captioning.stream import Stalled
-from capray.config import CaptionConfig, SourceSettings, VerifyConfig
+from capray.config import CaptionConfig, CompactConfig, SourceSettings, VerifyConfig
 from capray.errors import CaprayError, ConfigError, DataError, Interrupted, StorageError, StorageUnavailable, TryAgain
 from capray.images import ImageError
 from capray.inputs import byte_reader, files, listing, open_sources, reader
 from capray.inputs import witnesses as witnesses_module
 from capray.output import Output
+from capray.output.compact import compact
 from capray.output.verify import verify
 from tests.conftest import write_photos, write_tar
 from tests.local_executor import LocalExecutor, models_loaded_once
@@ -384,6 +385,40 @@ class TestWhatFailedAndWasMended:
             job.run()
         self.write(job, encoded("PNG", 9))
         assert job.run().captions == 1
+
+    @pytest.mark.parametrize("kind", ["table", "tar"])
+    def test_in_the_version_that_was_read_not_in_the_one_that_was_opened(self, job, kind):
+        """It is rewritten while the run goes, and put back as it was."""
+        path = job.input / ("t.parquet" if kind == "table" else "t.tar")
+
+        def write(images: list[bytes]) -> None:
+            if kind == "tar":
+                write_tar(path, {f"{i}.png": image for i, image in enumerate(images)})
+            else:
+                path.parent.mkdir(exist_ok=True)
+                ids = [str(i) for i in range(len(images))]
+                pq.write_table(pa.table({"image_id": ids, "image": images}), path, row_group_size=4)
+
+        good = [encoded("PNG", i) for i in range(16)]
+        write(good)
+        os.utime(path, (1000, 1000))
+        kept = path.read_bytes()
+        job.run(limit=4)
+        job.run(
+            LocalExecutor(num_threads=1, before_unit=lambda n: write([*good[:8], *[b"no image"] * 8]) if n == 0 else None)
+        )
+        assert set(job.kinds()) == {"not_an_image"}
+        path.write_bytes(kept)
+        os.utime(path, (1000, 1000))
+        assert job.run().current_failures == {}
+
+    def test_in_a_compacted_copy_too(self, job):
+        self.write(job, b"no image at all")
+        job.run()
+        copy = str(job.output.with_name("copy"))
+        compact(CompactConfig(output=str(job.output), new=copy))
+        self.write(job, encoded("PNG", 9), time.time() - 86_400)
+        assert job.run(output=copy).captions == 1
 
     @pytest.mark.parametrize("at", [2e9, 2e13, 1.0])
     def test_in_an_output_that_knows_no_versions_file_times_tell(self, job, at):
@@ -1274,6 +1309,54 @@ class TestMountsBelowTheInput:
             job.run(at_block(3, leave), patience_seconds=0.3)
         assert "missing" not in job.kinds()
 
+    @pytest.mark.parametrize("where", ["list", "link"])
+    def test_away_in_the_midst_of_the_run_that_lists(self, job, mount, monkeypatch, where):
+        """Which mounts there are behind links and in lists turns up while the job lists."""
+        source, mounted = job.input, mount(job.input.with_name("disk"))
+        photos = write_photos(mounted, 16, seed=1)
+        write_photos(source / "a", 4)
+        if where == "list":
+            source = source.with_name("list.txt")
+            source.write_text("".join(f"{path}\n" for path in photos))
+        else:
+            (source / "b").symlink_to(mounted)
+
+        def leave() -> None:
+            subprocess.run(["umount", "-l", mounted], check=True)
+            (mounted / "NOT-MOUNTED").touch()
+            monkeypatch.setattr(witnesses_module.witnesses, "_folders", {})  # As in a process that has read nothing yet.
+
+        with pytest.raises(TryAgain, match="was a mount when its images were listed"):
+            job.run(at_block(1, leave), input=str(source), patience_seconds=0.3)
+        assert "missing" not in job.kinds()
+
+    @pytest.mark.parametrize("change", ["nothing", "an image more", "another setting"])
+    @pytest.mark.parametrize("where", ["below", "the input", "a list's"])
+    def test_away_when_another_listing_begins(self, job, mount, where, change):
+        """Whether the last one was finished or was of other settings: what was on the mount is not passed over."""
+        source, mounted = job.input, mount(job.input if where == "the input" else job.input / "b")
+        photos = write_photos(mounted / "deep", 4, seed=1)
+        if where == "below":
+            write_photos(source / "a", 4)
+        if where == "a list's":
+            source = source.with_name("list.txt")
+            source.write_text("".join(f"{path}\n" for path in photos))
+        num_images = job.run(input=str(source)).images
+        subprocess.run(["umount", "-l", mounted], check=True)
+        (mounted / "NOT-MOUNTED").touch()
+        if change == "an image more" and where == "a list's":
+            source.write_text("".join(f"{path}\n" for path in [*photos, f"{mounted}/more.jpg"]))
+        elif change == "an image more":
+            write_photos(job.input / "c", 1, seed=2)
+        settings = {"exclude": ("*.txt",)} if change == "another setting" else {}
+        with pytest.raises(TryAgain, match="was a mount when its images were listed.*--relist"):
+            job.run(input=str(source), patience_seconds=0.3, **settings)
+        assert job.kinds() == []
+        mount(mounted)
+        write_photos(mounted / "deep", 4, seed=1)
+        job.run(input=str(source), **settings)
+        assert len(sha256s(job)) == num_images + (where == "below" and change == "an image more")
+
     def test_an_image_or_a_folder_that_was_deleted_is_missing(self, job):
         paths = [path for name in "abc" for path in write_photos(job.input / name, 4, seed=ord(name))]
         job.run(limit=2)
@@ -1282,6 +1365,22 @@ class TestMountsBelowTheInput:
         (job.input / "c" / "more").mkdir()
         assert job.run().current_failures == {"missing": 5}
         assert job.kinds().count("missing") == 5
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_bad_images": 0.5}])
+def test_bad_images_that_come_first_stop_a_run_but_not_every_run(job, monkeypatch, limit):
+    """They are looked at again before it ends, and are out of the way of the next."""
+    monkeypatch.setattr("capray.captioning.failure_limits.HOPELESS_AFTER", 20)
+    photos = [Path(path) for path in write_photos(job.input, 40)]
+    for path in photos[:30]:
+        path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(CaprayError, match="2[0-9] of them as truncated|of the last 2[0-9] images failed"):
+        job.run(**limit)
+    assert job.kinds().count("truncated") >= 20
+    for _ in range(2):
+        with suppress(CaprayError):
+            job.run(**limit)
+    job.check(dict.fromkeys(map(str, photos[:30]), "truncated"))
 
 
 class TestBreaker:

@@ -322,7 +322,7 @@ class CaptioningActor:
         os._exit(1)
 
     def _result(self, row: Row, outcome: Outcome | None, now: int) -> Row:
-        passed_on = ("image_id", "uri", "error_type", "message", "certain", "place", "node")
+        passed_on = ("image_id", "uri", "error_type", "message", "certain", "place", "node", "sha256")
         result = {name: row[name] for name in passed_on}
         if outcome is None:
             return result
@@ -339,7 +339,6 @@ class CaptioningActor:
             "alternatives": [{"caption": h.caption, "log_prob": h.log_prob, "score": h.score} for h in others],
             "width": row["width"],
             "height": row["height"],
-            "sha256": row["sha256"],
             "model_id": self.settings.model_id,
             "captioned_at": now,
             "source": row.get("source"),

@@ -165,6 +165,7 @@ class Fetcher:
         try:
             if isinstance(outcome, Failed):
                 raise outcome.error
+            result["sha256"] = hashlib.sha256(outcome.data).digest()
             pixels, width, height = decode(outcome.data)
         except ImageError as error:
             return result | _failure(place, error), place
@@ -180,7 +181,6 @@ class Fetcher:
             "input_width": pixels.shape[1],
             "width": width,
             "height": height,
-            "sha256": hashlib.sha256(outcome.data).digest(),
         }
         return result | found, place
 

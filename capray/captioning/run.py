@@ -71,7 +71,6 @@ class Run:
         self.summary = Summary(output.root.uri, run_id, job.model_id)
         self.source_type = sources[0].source_type
         self.listing = Listing(output.plan, run_id, sources, config, self.write, config.relist)
-        self.reader = Reader.of(sources, config.subset(ImageLimits), config.fetch_concurrency, config.patience_seconds)
         self.settled = Settled(output, run_id, retried_kinds(config))
         self.plan = Plan(output, run_id, self.listing, self.settled, self.write)
         self.limits = FailureLimits(config.max_failure_rate, config.max_bad_images)
@@ -250,6 +249,7 @@ class Run:
         self.display.update(0, "", "starting Ray")
         with self.signals.interrupting():
             pool, settings = self.executor.pool, self._settings()
+            self.plan.versions.record_changed(self.listing.versions_listed_again(), self.summary.run_id, self.write)
         self.record.write()
         tars = f" and {work.num_tars:,} tar shards" if work.num_tars else ""
         listed = "" if self.listing.is_complete else " (listing goes on)"
@@ -276,8 +276,11 @@ class Run:
 
     @property
     def fetcher(self) -> Fetcher:
+        """What fetches as things are known now: listing finds mounts, and images that kill processes turn up."""
+        config = self.config
+        limits = config.subset(ImageLimits)
         return Fetcher(
-            self.reader,
+            Reader.of(self.job.sources, limits, config.fetch_concurrency, config.patience_seconds),
             self.job.preprocessing,
             self.block_rows,
             self.summary.run_id,
@@ -332,7 +335,14 @@ class Run:
         if any(kinds):
             if self.limits.has_tripped:
                 self._look_at_witnesses()
-            self.limits.check()
+            try:
+                self.limits.check()
+            except CaprayError:
+                # Or the next run would begin with the same images, and end as this one.
+                if self.looks.num_open:
+                    self.display.say("too many images fail: looking again at those that failed once, and then stopping")
+                    self._await_second_looks()
+                raise
 
     def _take_event(self, event: Event) -> None:
         if isinstance(event, Changed):
@@ -363,7 +373,8 @@ class Run:
             if kinds[i] == "crashed":
                 self._take_care_of(table["image_id"][i].as_py())
             if places[i] is not None:
-                self.looks.add(json.loads(places[i]), table["node"][i].as_py() or "")
+                node, sha256 = (table[name][i].as_py() for name in ("node", "sha256"))
+                self.looks.add(json.loads(places[i]), node or "", kinds[i], sha256)
             messages[i] = f"{kinds[i]}, to be looked at again: {messages[i]}"
             kinds[i] = AS_TRANSIENT[kinds[i]]
         for name, values in (("error_type", kinds), ("message", messages)):
