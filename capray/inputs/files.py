@@ -51,6 +51,9 @@ class Images(Source):
     def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
         level, path = unit.split(":", 1)
         if level == "container":
+            with storage_errors(f"looking for {self._uri(path)}"):
+                if not self.place.fs.exists(path):  # Moved away, as it was asked for.
+                    return
             raise DataError(
                 f"{self._uri(path)!r} lies among images: caption it as another input, and leave it out here with --exclude; "
                 "--input-kind images takes every file for an image"
