@@ -538,6 +538,9 @@ class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):
     batch_size: Annotated[int, Field(ge=1, le=512)] | None = None
     """Images captioned together by an actor, as far as they fit into blocks of 96 MiB; when not given, 64 on a CPU, and 512
     on a GPU."""
+    deterministic: bool = False
+    """Caption each image by itself, which takes some three times as long: on machines of one kind, with as many threads per
+    actor, it has the same captions and scores to the last digit whatever lies beside it."""
     num_actors: Annotated[int, Field(ge=1)] | None = None
     """Captioning actors; when not given, one per GPU, or one per CPU that Ray has but one (where
     capray starts Ray itself, one per CPU of this machine)."""

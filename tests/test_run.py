@@ -21,6 +21,7 @@ from PIL import Image
 
 from capray.captioning import run as run_module
 from capray.captioning import writer
+from capray.captioning.actor import CaptioningActor, CaptioningSettings
 from capray.captioning.job import caption
 from capray.captioning.plan import Plan
 from capray.captioning.record import Summary
@@ -1371,6 +1372,28 @@ class TestMountsBelowTheInput:
         (job.input / "c" / "more").mkdir()
         assert job.run().current_failures == {"missing": 5}
         assert job.kinds().count("missing") == 5
+
+
+def test_deterministic_captions_do_not_depend_on_what_lies_beside_them(job, tmp_path):
+    photos = write_photos(job.input, 9)
+    outputs, batch_sizes = [], []
+
+    def actor(settings: CaptioningSettings) -> CaptioningActor:
+        batch_sizes.append(settings.batch_size)
+        return CaptioningActor(settings)
+
+    for name, chosen in (("all", photos), ("some", photos[3:8])):
+        manifest, output = tmp_path / f"{name}.txt", str(tmp_path / name)
+        manifest.write_text("".join(f"{path}\n" for path in chosen))
+        settings = {"input": str(manifest), "output": output, "precision": "bf16", "batch_size": 9}
+        job.run(LocalExecutor(actor), deterministic=True, **settings)
+        rows = read_parts(output, "captions")
+        outputs.append({row["image_id"]: (row["caption"], row["log_prob"], row["alternatives"]) for row in rows})
+    assert batch_sizes == [1, 1]
+    every, some = outputs
+    assert some.keys() == set(photos[3:8]) and some == {key: every[key] for key in some}
+    with pytest.raises(ConfigError, match="deterministic: True -> False"):
+        job.run(**settings)
 
 
 @pytest.mark.parametrize("limit", [{}, {"max_bad_images": 0.5}])

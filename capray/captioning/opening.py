@@ -157,6 +157,7 @@ def _job_of(config: CaptionConfig, model_id: str, sources: list[Source]) -> dict
         "kept_columns": {} if source_type is None else {field.name: str(field.type) for field in source_type},
         "attention": config.attention,
         "shard": config.shard,
+        "deterministic": config.deterministic,
     }
 
 
@@ -178,7 +179,7 @@ def _check_job(config: CaptionConfig, output: Output, model_id: str, sources: li
     defaults = {name: field.default for name, field in Decoding.model_fields.items()}
     pairs = {name: (job["decoding"].get(name, defaults[name]), value) for name, value in now["decoding"].items()}
     pairs["schema_version"] = (job["schema_version"], SCHEMA_VERSION)
-    for name, default in (("kept_columns", {}), ("attention", False), ("shard", None)):
+    for name, default in (("kept_columns", {}), ("attention", False), ("shard", None), ("deterministic", False)):
         pairs[name] = (job.get(name) or default, now[name])
     if config.precision != "auto" and "precision" in job:
         pairs["precision"] = (job["precision"], config.precision)

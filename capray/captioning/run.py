@@ -296,7 +296,7 @@ class Run:
             config.subset(Decoding),
             self.precision,
             config.attention,
-            config.batch_size,
+            1 if config.deterministic else config.batch_size,
             self.executor.pool.gpus_per_actor > 0,
             self.executor.pool.threads,
             source_type=self.source_type,
