@@ -155,7 +155,7 @@ def decode(data: bytes, limits: ImageLimits | None = None, at_least: int | None 
     """
     limits = limits or ImageLimits()
     if len(data) > limits.max_image_bytes:
-        raise ImageError("too_large", f"{len(data)} bytes, over the limit of {limits.max_image_bytes}")
+        raise ImageError("too_large", f"{len(data):,} bytes, over the limit of {limits.max_image_bytes:,}")
     if not data:
         raise ImageError("truncated", "0 bytes")
     _refuse_costly(data, limits)

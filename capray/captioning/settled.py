@@ -27,6 +27,7 @@ from capray.errors import StorageError
 from capray.output import MEND_PART, Output, first_row, open_duckdb
 from capray.storage import Location, Write, read_ahead, read_bytes, storage_errors
 from capray.tables import FAILURES, FINAL_FAILURES, encode_parquet
+from capray.wording import counted
 
 if TYPE_CHECKING:
     import duckdb
@@ -161,8 +162,8 @@ class Settled:
         free = shutil.disk_usage(self.folder).free
         if num_ids * BYTES_PER_ID > free:
             raise StorageError(
-                f"{num_ids:,} ids need up to {num_ids * BYTES_PER_ID / 1e9:,.1f} GB of temporary space, and "
-                f"{self.folder!r} has {free / 1e9:,.1f} GB: set TMPDIR to a folder on a larger disk"
+                f"{counted(num_ids, 'id needs', 'ids need')} up to {num_ids * BYTES_PER_ID / 1e9:,.1f} GB of temporary "
+                f"space, and {self.folder!r} has {free / 1e9:,.1f} GB: set TMPDIR to a folder on a larger disk"
             )
 
     def slices(self, num_ids: int) -> list[str]:

@@ -25,6 +25,7 @@ from capray.datasets.selection import RawDataset, prepare_dataset
 from capray.datasets.settings import Flickr30kConfig
 from capray.errors import ConfigError, DataError
 from capray.storage import Location, check_empty, is_file, locate
+from capray.wording import counted
 
 _IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images/flickr30k_images", "flickr30k_images", "Images")
 _TEXT_FOLDERS = ("", "flickr30k_images", "flickr30k")
@@ -91,7 +92,7 @@ def _read_kaggle(place: Location, notes: list[str]) -> dict[str, list[str]]:
         num_without_bar += not match["bar"]
         numbered.setdefault(match["name"].strip(), []).append((int(match["number"]), match["caption"].strip()))
     if num_without_bar:
-        notes.append(f"{_KAGGLE}: {num_without_bar} lines lack the second |; read as number and caption")
+        notes.append(f"{_KAGGLE}: {counted(num_without_bar, 'line')} without the second |, read as number and caption")
     return in_order(numbered)
 
 
