@@ -119,7 +119,7 @@ class TestWeights:
             Encoder(LITE0, "imagenet")
 
     def test_torchvisions_names_of_weights_are_refused(self, timm):
-        with pytest.raises(ConfigError, match="IMAGENET1K_V1.*set weights to imagenet"):
+        with pytest.raises(ConfigError, match="IMAGENET1K_V1.*give --weights imagenet"):
             Encoder(LITE0, "IMAGENET1K_V1")
 
     def test_those_of_imagenet(self, timm):

@@ -7,7 +7,7 @@ import os
 import sys
 
 from capray import cluster
-from capray.config import CaptionConfig, Decoding, ImageLimits
+from capray.config import CaptionConfig, Decoding, ImageLimits, flag_of
 from capray.errors import ConfigError
 from capray.inputs import are_containers
 from capray.storage import list_names, locate
@@ -48,7 +48,7 @@ def caption_photos(paths: list[str], config: CaptionConfig, as_json: bool = Fals
         CheckpointError: the model cannot be loaded.
     """
     if tables_only := config.model_fields_set - _SETTINGS:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(tables_only))
+        flags = ", ".join(map(flag_of, sorted(tables_only)))
         raise ConfigError(f"{flags}: not for single photos, which give lines and no tables (capray caption INPUT OUTPUT)")
     for path in paths:
         place = locate(path)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capray.config import flag_of
 from capray.datasets.raw_folder import decode_text, open_folder
 from capray.datasets.samples import Prepared
 from capray.datasets.selection import RawDataset, prepare_dataset
@@ -141,7 +142,7 @@ def _choose(given: str | None, guesses: tuple[str, ...], columns: list[str], set
     found = [name for name in ((given,) if given else guesses) if name in columns]
     if len(found) == 1:
         return found[0]
-    flag = f"--{setting.replace('_', '-')}"
+    flag = flag_of(setting)
     if found:
         raise ConfigError(f"{manifest.uri!r} has the columns {', '.join(found)}: choose with {flag}")
     wanted = repr(given) if given else f"{', '.join(guesses)}: name it with {flag}"

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from capray.config import SourceSettings
+from capray.config import SourceSettings, flag_of
 from capray.errors import ConfigError, DataError, StorageError, StorageUnavailable, TryAgain
 from capray.images import ImageError
 from capray.inputs.places import PLACES, Kind, Row
@@ -102,8 +102,8 @@ class LeftOut:
 
 
 LEFT_OUT = {
-    "no_image": "files in tars neither have an image's name nor begin like an image, and were left out",
-    "unnamed": "images in tars are not named by the Parquet sidecars beside these, and were left out",
+    "no_image": "without an image's name, and not beginning like an image",
+    "unnamed": "not named by the Parquet sidecar beside the tar",
 }
 """Why files of tars are left out, in words for the user."""
 
@@ -291,7 +291,9 @@ class Source(ABC):
         for name in names:
             value = self.keep if name == "keep" else getattr(self.settings, name)
             if value:
-                raise ConfigError(f"{name} {value!r} does not apply to {self.place.uri!r}, which is {_KINDS[self.kind]}")
+                raise ConfigError(
+                    f"{flag_of(name)} {value!r} does not apply to {self.place.uri!r}, which is {_KINDS[self.kind]}"
+                )
 
 
 def root_of(place: Location) -> str:

@@ -120,18 +120,18 @@ def choose_root(config: TrainConfig, encoder: Encoder) -> str | None:
     """
     reason = None
     if not encoder.has_frozen_blocks:
-        reason = f"frozen blocks of the encoder, and fine_tune_from is {config.fine_tune_from!r}"
+        reason = f"frozen blocks of the encoder, and --fine-tune-from is {config.fine_tune_from!r}"
     elif config.augments and config.cached_views == 1:
-        reason = "images that are the same in every epoch, and they are augmented (cached_views 2 or more keeps views)"
+        reason = "images that are the same in every epoch, and they are augmented (--cached-views 2 or more keeps views)"
     if config.feature_cache == "none" or (config.feature_cache == "auto" and (reason or not encoder.is_frozen)):
         if config.cached_views > 1:
             raise ConfigError(
-                f"cached_views {config.cached_views} needs a feature cache: name a folder for feature_cache"
+                f"--cached-views {config.cached_views} needs a feature cache: give --feature-cache FOLDER"
                 + (f", and {reason}" if reason else "")
             )
         return None
     if reason:
-        raise ConfigError(f"feature_cache {config.feature_cache!r} needs {reason}: set it to auto or none")
+        raise ConfigError(f"--feature-cache {config.feature_cache!r} needs {reason}: give auto or none")
     if config.feature_cache != "auto":
         return config.feature_cache
     beside = locate(config.samples)
@@ -148,7 +148,7 @@ def read_manifest(folder: Location, identity: FeatureIdentity, split: str, text:
     place = folder.join(MANIFEST)
     if not exists(place):
         return None
-    way_out = f"delete {folder.uri!r} to have it rebuilt, or choose another feature_cache"
+    way_out = f"delete {folder.uri!r} to have it rebuilt, or choose another --feature-cache"
     try:
         manifest = json.loads(read_bytes(place))
         files = [str(name) for name in manifest["files"]]
