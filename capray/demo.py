@@ -91,7 +91,7 @@ def demo(config: DemoConfig) -> None:
     sql = "SELECT image_id, caption, round(score::DOUBLE, 2) AS score FROM captions ORDER BY image_id LIMIT 5"
     console.print(f'capray query {tables} "{sql}"', soft_wrap=True)
     run_query(QueryConfig(output=tables, sql=sql))
-    _say_where(config.out, samples, result.best, tables, time.monotonic() - started)
+    _say_where(config.out, samples, os.path.join(model, "best"), tables, time.monotonic() - started)
     captioner, *controls = scores.values()
     if any(captioner - control < MARGIN for control in controls):
         raise CaprayError(f"the captioner's BLEU-4 does not beat both controls by {MARGIN:.2f}: it did not learn to look")
