@@ -9,6 +9,7 @@ Axes: B images, H rows, W columns, 3 channels.
 from __future__ import annotations
 
 import io
+import posixpath
 import re
 import struct
 import warnings
@@ -33,6 +34,7 @@ _ENDED_BY = {ending[1:] for ending, name in Image.registered_extensions().items(
 ENDINGS = frozenset(_ENDED_BY | {"heic", "heif"})
 """What an image's name ends with, in lower case, behind the last dot: Pillow's endings of FORMATS, and those of HEIC, which
 has a kind of failure."""
+
 
 _MAX_ASPECT = 4
 """With keep-aspect the longer side is at most this many times the shorter; what is longer is squashed to it."""
@@ -112,6 +114,11 @@ _MAX_JPEG2000_TILES = 16_384
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def ends_like_image(name: str) -> bool:
+    """Whether a file's ``name`` ends like an image's."""
+    return posixpath.splitext(name)[1][1:].lower() in ENDINGS
 
 
 UNCERTAIN = ("missing", "truncated", "crashed")
@@ -441,7 +448,8 @@ def statistics_of(preprocessing: Preprocessing, device) -> tuple:
 
 @lru_cache
 def _channels(values: tuple[float, ...], device):
-    """Kept on the device: a copy from the host would wait for it."""
+    """``values`` of the channels as a tensor on ``device``, for pixels from 0 to 255. It is kept there: a copy from the host
+    would wait for the device."""
     import torch
 
     with torch.inference_mode(False):

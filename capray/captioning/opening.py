@@ -94,8 +94,8 @@ def _open_as_before(config: CaptionConfig, output: Output) -> list[Source]:
         for source, (uri, kind) in zip(sources, before.items(), strict=False):
             if source.kind == "images" and kind not in ("", "images"):
                 raise TryAgain(
-                    f"{uri!r} was read as {kind} by a run on this output, and now there are other files alone: is a mount "
-                    "away? Else say --input-kind images"
+                    f"{uri!r} was read as {kind} by a run on this output, and now holds none: if a mount is away, mount it; "
+                    "if the input is images now, give --input-kind images"
                 )
     return sources
 

@@ -53,7 +53,8 @@ TAR = "CASE WHEN contains(lower(image_id), '.tar#') THEN hash(split_part(lower(i
 class Settled:
     """The settled ids of ``output``, as a context: a DuckDB ``connection`` with these tables and views.
 
-    captioned (id, tar, part): the captions, ``id`` being the hash, ``tar`` TAR and ``part`` the number of the part.
+    captioned (id, tar, part): the captions, ``id`` being the hash, ``tar`` the hash that the members of one tar
+        share (``TAR``), null for others, and ``part`` the number of the part.
     failed (id, tar, part, error_type, failed_at, run_id, uri): the failure log, ``uri`` being a hash.
     current_failures (error_type): the latest failure of each id that has no caption.
     rewritten (id, written_at): failed ids whose container was written anew then, or that are listed elsewhere now, for

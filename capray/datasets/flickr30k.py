@@ -79,7 +79,7 @@ def _listing(raw: Location, config: Flickr30kConfig) -> RawDataset:
 
 
 def _read_kaggle(place: Location, notes: list[str]) -> dict[str, list[str]]:
-    """The captions by image name, in the order of their numbers.."""
+    """The captions by image name, in the order of their numbers."""
     header, _, body = read_text(place).partition("\n")
     if not _KAGGLE_HEADER.fullmatch(header.strip()):
         raise DataError(f"{_KAGGLE}: expected the header image_name| comment_number| comment, not {header[:60]!r}")

@@ -21,11 +21,11 @@ from capray.datasets.samples import Prepared
 from capray.datasets.selection import RawDataset, prepare_dataset
 from capray.datasets.settings import FolderConfig, check_split_name
 from capray.errors import ConfigError, DataError
+from capray.images import ends_like_image
 from capray.manifests import csv_rows, json_rows
 from capray.storage import Location, check_empty, is_file, iter_files, list_names, locate, read_bytes
 
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _IMAGE_NAMES = ("file_name", "filename", "image", "file", "path")
 _CAPTION_NAMES = ("caption", "captions", "text")
 
@@ -64,7 +64,7 @@ def prepare_folder(config: FolderConfig) -> Prepared:
             listing.splits[split].append(name)
     for entry in iter_files(raw):
         name = entry.path[len(raw.path.rstrip("/")) + 1 :]
-        if name in listing.captions or name.lower().endswith(_IMAGES):
+        if name in listing.captions or ends_like_image(name):
             listing.images[name] = raw.join(name)
     return prepare_dataset(listing, config, "folder")
 

@@ -47,7 +47,8 @@ def _choose(given: str | None, guesses: tuple[str, ...], columns: list[str], whe
 def _require(name: str, columns: list[str], where: str) -> None:
     if name not in columns:
         raise ConfigError(
-            f"{where!r} has no column {name!r}; its columns: {', '.join(columns)} (what is named, every input needs)"
+            f"{where!r} has no column {name!r}; its columns: {', '.join(columns)} (every input must have a "
+            "column that is named)"
         )
 
 

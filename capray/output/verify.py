@@ -31,7 +31,7 @@ from capray.config import ImageLimits, SourceSettings
 from capray.errors import CaprayError, ConfigError, DataError
 from capray.images import ImageError
 from capray.inputs import Source, open_sources
-from capray.inputs.base import Changed, Failed, Found, TarUnreadable, names_uris
+from capray.inputs.base import Changed, Failed, Found, TarUnreadable, may_have_other_ids
 from capray.inputs.byte_reader import read_image
 from capray.inputs.places import PLACES, Row
 from capray.inputs.reader import Reader
@@ -416,7 +416,7 @@ class _Verifier:
             self.result.notes.append(f"{counted(unwanted, 'id')} of the outputs not in the source")
         if repeated:
             self.result.notes.append(f"{counted(repeated, 'row')} of the source with a repeated image id")
-        if any(names_uris(source) for source in self.sources):
+        if any(may_have_other_ids(source) for source in self.sources):
             self._check_uris(connection)
 
     def _check_uris(self, connection: duckdb.DuckDBPyConnection) -> None:
@@ -569,7 +569,7 @@ def _list_unit(number: int, source: Source, unit: str, wanted: _Chunks, sought: 
             sought.add(number, rows)
             is_tar = pc.field("kind") == "tar"
             images = rows.filter(~is_tar)
-            uris = images["uri"].combine_chunks() if names_uris(source) and "uri" in images.column_names else None
+            uris = images["uri"].combine_chunks() if may_have_other_ids(source) and "uri" in images.column_names else None
             wanted.add(images["image_id"].combine_chunks(), uris)
             for tar in rows.filter(is_tar)["image_id"].to_pylist():
                 try:

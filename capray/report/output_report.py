@@ -115,8 +115,8 @@ def _failures(connection: duckdb.DuckDBPyConnection) -> list[Row]:
 
 
 def _rate(connection: duckdb.DuckDBPyConnection) -> str | None:
-    """Images a second over the hours of work; None when it took less than half a minute. Pauses between runs of a job are
-    shown as they are: nothing was done in them."""
+    """The chart of images a second over the hours of work; None when it took less than half a minute. Pauses between runs
+    of a job are shown as they are: nothing was done in them."""
     (seconds,) = first_row(connection, "SELECT extract(epoch FROM max(captioned_at) - min(captioned_at)) FROM captions")
     if seconds is None or seconds < 30:
         return None

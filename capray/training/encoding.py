@@ -252,7 +252,8 @@ def _decoded(image: bytes, settings: tuple[Preprocessing, ImageLimits]) -> np.nd
 def _augmented(
     pixels: np.ndarray | None, image_id: str, captions: list[str], config: TrainConfig, view: int
 ) -> np.ndarray | None:
-    """Not in the threads that decode: torch has one source of random numbers."""
+    """An image as the augmentation changes it in ``view``, None as it is; not called in the threads that decode, as torch
+    has one source of random numbers."""
     if pixels is None:
         return None
     words = [tokenise(caption) for caption in captions]

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from capray.config import Augmentation, ImageLimits, Preprocessing, TrainConfig
-from capray.datasets.samples import SplitText, read_unit
+from capray.datasets.samples import SplitText, names_and_sizes, read_unit
 from capray.errors import ConfigError, DataError, StorageError
-from capray.storage import Location, exists, find_parquet, is_folder, locate, read_bytes, write_atomic
+from capray.storage import Location, exists, is_folder, locate, read_bytes, write_atomic
 from capray.training.mirroring import is_mirrored, mirrored_words
 from capray.training.sample_stream import DECODED, EpochSeed, stream
 from capray.vocabulary import Vocabulary, tokenise
@@ -88,8 +88,7 @@ def identify(config: TrainConfig, encoder: Encoder, dataset_digest: str) -> Feat
     """The identity of ``config``'s features; ``dataset_digest`` is told together with the sizes of the table's files,
     which change with a table that is edited after `capray prepare`."""
     preprocessing, limits = (config.subset(group).model_dump(mode="json") for group in (Preprocessing, ImageLimits))
-    sizes = "".join(f"{entry.path.rsplit('/', 1)[-1]} {entry.size}\n" for entry in find_parquet(config.samples))
-    dataset_digest = hashlib.sha256((dataset_digest + sizes).encode()).hexdigest()
+    dataset_digest = hashlib.sha256((dataset_digest + names_and_sizes(config.samples)).encode()).hexdigest()
     name = config.encoder if encoder.is_frozen else f"{config.encoder} before {config.fine_tune_from}"
     return FeatureIdentity(SCHEMA_VERSION, name, digest_of(encoder), preprocessing, limits, dataset_digest)
 

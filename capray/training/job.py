@@ -15,13 +15,13 @@ import torch
 
 from capray import cluster
 from capray.config import Augmentation, Decoding, ImageLimits, Preprocessing, TrainConfig, flag_of
-from capray.datasets.samples import RECORD, SplitText, read_captions
+from capray.datasets.samples import RECORD, SplitText, names_and_sizes, read_captions
 from capray.errors import CaprayError, Interrupted, OutputConflictError
 from capray.model.captioner_files import FILES, model_id_of
 from capray.model.word_vectors import WordVectors, read_word_vectors
 from capray.progress import ProgressDisplay
 from capray.report.training_samples import pick_pictures
-from capray.storage import exists, find_parquet, list_names, locate, read_bytes, write_atomic
+from capray.storage import exists, list_names, locate, read_bytes, write_atomic
 from capray.tracking.model_format import write_model
 from capray.tracking.registry import is_registered
 from capray.tracking.runs import Model, Tracker
@@ -381,8 +381,7 @@ def _digest(samples: str) -> str:
     record = locate(samples).join(RECORD)
     if exists(record):
         return json.loads(read_bytes(record))["digest"]
-    listing = "".join(f"{entry.path.rsplit('/', 1)[-1]} {entry.size}\n" for entry in find_parquet(samples))
-    return hashlib.sha256(listing.encode()).hexdigest()
+    return hashlib.sha256(names_and_sizes(samples).encode()).hexdigest()
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
