@@ -61,6 +61,9 @@ _AWAY = (errno.ENOTCONN, errno.ESTALE, errno.EHOSTDOWN, errno.EHOSTUNREACH, errn
 _BROKEN_OFF = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientPayloadError"}
 """Botocore's errors of connections, and of answers that did not arrive whole; the last is aiohttp's."""
 
+PRIVATE = (".", "_")
+"""What the names of hidden files and folders begin with, and in tables and shards those of private ones."""
+
 _ESCAPED = re.compile(r"\\x([89a-f][0-9a-f]|5c)")
 """In the text of a path: a byte that is no UTF-8, or a backslash."""
 
@@ -257,15 +260,15 @@ def uri_of(root: Location, path: str) -> str:
     return path if root.is_local else f"{root.uri.split('://', 1)[0]}://{path}"
 
 
-def iter_files(root: Location, denied: list[str] | None = None, signs: tuple[str, ...] = (".",)) -> Iterator[Entry]:
-    """Every file below ``root``, in the order the store lists them; see ``walk`` for ``denied`` and ``signs``.
+def iter_files(root: Location, denied: list[str] | None = None, prefixes: tuple[str, ...] = (".",)) -> Iterator[Entry]:
+    """Every file below ``root``, in the order the store lists them; see ``walk`` for ``denied`` and ``prefixes``.
 
     Raises:
         StorageError: the store cannot be reached or refuses the listing.
     """
     with storage_errors(f"listing {root.uri}"):
         if root.is_local:
-            for folder, names in walk(root.path, denied, signs):
+            for folder, names in walk(root.path, denied, prefixes):
                 for name in names:
                     path = os.path.join(folder, name)
                     if (about := _about(path, denied)) is not None:
@@ -323,7 +326,7 @@ def _matches(folder: str, patterns: list[str], denied: list[str] | None) -> Iter
         except ValueError as error:
             raise ConfigError(f"{'/'.join(patterns)!r}: {error}") from error
         try:
-            for inside, names in walk(folder, denied, (".", "_")):
+            for inside, names in walk(folder, denied, PRIVATE):
                 relative = inside[len(folder.rstrip("/")) + 1 :]
                 for path, name in ((os.path.join(inside, name), name) for name in names):
                     if matches(f"{relative}/{name}" if relative else name):
@@ -383,10 +386,10 @@ def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], 
         arguments["ContinuationToken"] = answer["NextContinuationToken"]
 
 
-def walk(root: str, denied: list[str] | None = None, signs: tuple[str, ...] = (".",)) -> Iterator[tuple[str, list[str]]]:
+def walk(root: str, denied: list[str] | None = None, prefixes: tuple[str, ...] = (".",)) -> Iterator[tuple[str, list[str]]]:
     """The folders from ``root`` down in the order of their names, each once, with the names of the files in it, sorted.
 
-    Links to folders are followed, but for those with a hidden name (one that begins with a sign of ``signs``) and those to
+    Links to folders are followed, but for those with a hidden name (one that begins with one of ``prefixes``) and those to
     what is in ``root`` anyway. A folder below ``root`` that cannot be listed is added to ``denied``; without that, OSError.
     One that was removed is left out.
     """
@@ -406,12 +409,14 @@ def walk(root: str, denied: list[str] | None = None, signs: tuple[str, ...] = ("
         except OSError as error:
             note(error)
             continue
-        key = here.st_dev, here.st_ino, _is_hidden_below(folder, root, signs)
+        key = here.st_dev, here.st_ino, _is_hidden_below(folder, root, prefixes)
         if key in seen:
             folders.clear()
             continue
         seen.add(key)
-        folders[:] = sorted(name for name in folders if not _is_listed_elsewhere(os.path.join(folder, name), whole, signs))
+        folders[:] = sorted(
+            name for name in folders if not _is_listed_elsewhere(os.path.join(folder, name), whole, prefixes)
+        )
         yield folder, sorted(names)
 
 
@@ -439,19 +444,19 @@ def _is_gone(path: str) -> bool:
     return False
 
 
-def _is_listed_elsewhere(path: str, root: str, signs: tuple[str, ...]) -> bool:
+def _is_listed_elsewhere(path: str, root: str, prefixes: tuple[str, ...]) -> bool:
     """Whether ``path`` is a link to a folder that a listing of ``root`` has under another name, or with a hidden name."""
     if not os.path.islink(path):
         return False
     target = os.path.realpath(path)
-    if os.path.basename(path).startswith(signs) or _is_below(root, target):
+    if os.path.basename(path).startswith(prefixes) or _is_below(root, target):
         return True
-    return _is_below(target, root) and not _is_hidden_below(target, root, signs)
+    return _is_below(target, root) and not _is_hidden_below(target, root, prefixes)
 
 
-def _is_hidden_below(path: str, root: str, signs: tuple[str, ...]) -> bool:
+def _is_hidden_below(path: str, root: str, prefixes: tuple[str, ...]) -> bool:
     """Whether ``path``, which goes on from ``root``, has a hidden name on the way."""
-    return any(f"/{sign}" in path[len(root.rstrip("/")) :] for sign in signs)
+    return any(f"/{prefix}" in path[len(root.rstrip("/")) :] for prefix in prefixes)
 
 
 def text_of(path: str) -> str:
@@ -692,7 +697,7 @@ def find_parquet(uri: str) -> list[Entry]:
     elif is_file(root):
         entries = [Entry(root.uri, root.path, root.fs.size(root.path))]
     else:
-        entries = [entry for entry in iter_files(root, signs=(".", "_")) if entry.path.endswith(".parquet")]
+        entries = [entry for entry in iter_files(root, prefixes=PRIVATE) if entry.path.endswith(".parquet")]
         entries = [entry for entry in entries if "/_" not in entry.path[len(root.path.rstrip("/")) :]]
     if not entries:
         raise DataError(f"no Parquet files at {uri!r}")

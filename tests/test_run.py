@@ -240,13 +240,14 @@ class TestManifestsOfSeveralFolders:
         assert (first.elsewhere, second.captions, second.elsewhere) == (0, 0, 3)
         where = [str(each.with_name("photo-0000.jpg")) for each in lists]
         assert second.first_elsewhere == ("photo-0000.jpg", *where)
-        assert f"3 captions under these ids are of images at other URIs, first: photo-0000.jpg is of {where[0]}, not" in (
-            second.text()
+        assert (
+            f"3 captions whose image is at another URI than its id is listed at, first: photo-0000.jpg is of {where[0]}, not"
+            in (second.text())
         )
         for each, number in zip(lists, (0, 3), strict=True):
             result = verify(VerifyConfig(output=str(job.output), against=(str(each),)))
             assert (result.counts["ids_elsewhere"], result.problems) == (number, [])
-            assert bool(number) == any("images at other URIs" in note for note in result.notes)
+            assert bool(number) == any("image is at another URI" in note for note in result.notes)
 
     def test_may_repeat_what_is_the_same_file(self, job, lists):
         whole = lists[1].parent / "photo-0000.jpg"
@@ -450,7 +451,7 @@ class TestASidecarThatNamesFewer:
         summary = job.run()
         assert summary.captions == named
         assert summary.left_out == ({"unnamed": (4, f"{job.input}/0.tar#2.png")} if named == 2 else {})
-        assert ("note: 4 images in tars are not named by the Parquet sidecars" in summary.text()) == (named == 2)
+        assert ("note: 4 files in tars left out: not named by the Parquet sidecar" in summary.text()) == (named == 2)
 
     def test_and_globs_that_leave_the_others_out(self, job):
         write_tar(job.input / "0.tar", {f"{i}.png": encoded("PNG", i) for i in range(5)})
@@ -601,7 +602,9 @@ class TestWhatOfATarIsAnImage:
         for summary in (job.run(), job.run()):
             number, name = summary.left_out["no_image"]
             assert (number, name.rpartition("#")[2]) == (6, "x.dat")
-            assert "note: 6 files in tars neither have an image's name nor begin like an image" in summary.text()
+            assert (
+                "note: 6 files in tars left out: without an image's name, and not beginning like an image" in summary.text()
+            )
         assert (first.captions, summary.captioned_before) == (1, 2)
 
 
@@ -826,7 +829,7 @@ class TestOddInputs:
         for i, output in enumerate(outputs, 1):
             assert job.run(output=output, id_column="name", shard=f"{i}/2").captions == 1
         (problem,) = verify(VerifyConfig(output=outputs[0], also=outputs[1:])).problems
-        assert problem.startswith("1 ids have more than one caption: the same (")
+        assert problem.startswith("1 id has more than one caption: the same (")
 
     @pytest.mark.parametrize("is_tar", [True, False])
     def test_globs_that_choose_nothing_are_a_mistake(self, job, is_tar):

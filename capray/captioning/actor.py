@@ -273,7 +273,9 @@ class CaptioningActor:
         never when it was killed from outside."""
         try:
             call = partial(self._child.call, [row])
-            (outcome,) = self._patiently("no image can be captioned carefully", call, CannotStart, StorageError)
+            (outcome,) = self._patiently(
+                "no child process can be started to caption a suspect image", call, CannotStart, StorageError
+            )
         except Crashed as error:
             self._check_device()
             is_proof = row["careful"] and not isinstance(error, KilledFromOutside)

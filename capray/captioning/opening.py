@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
+from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings, flag_of
 from capray.errors import CaprayError, ConfigError, DataError, OutputConflictError, TryAgain
 from capray.inputs import NothingThere, Source, open_sources
 from capray.model.captioner_files import FILES, model_id_of
@@ -13,6 +13,7 @@ from capray.output import Output
 from capray.storage import exists, is_within, list_names, locate, read_bytes
 from capray.tables import SCHEMA_VERSION
 from capray.tracking.registry import find_model, find_model_of, say_model
+from capray.wording import counted
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ def _open_as_before(config: CaptionConfig, output: Output) -> list[Source]:
         for source, (uri, kind) in zip(sources, before.items(), strict=False):
             if source.kind == "images" and kind not in ("", "images"):
                 raise TryAgain(
-                    f"{uri!r} was read as {kind} by a run on this output, and now there are other files alone: is a mount "
-                    "away? Else say --input-kind images"
+                    f"{uri!r} was read as {kind} by a run on this output, and now holds none: if a mount is away, mount it; "
+                    "if the input is images now, give --input-kind images"
                 )
     return sources
 
@@ -183,13 +184,18 @@ def _check_job(config: CaptionConfig, output: Output, model_id: str, sources: li
         pairs[name] = (job.get(name) or default, now[name])
     if config.precision != "auto" and "precision" in job:
         pairs["precision"] = (job["precision"], config.precision)
-    changed = [f"{name}: {before} -> {value}" for name, (before, value) in pairs.items() if before != value]
+    changed = [f"{_spelled(name)}: {before} -> {value}" for name, (before, value) in pairs.items() if before != value]
     if changed:
         raise OutputConflictError(
             f"{config.output!r} was written with other settings ({'; '.join(changed)}): choose another output, or the same "
             "settings"
         )
     return job
+
+
+def _spelled(name: str) -> str:
+    """A setting of job.json as the user knows it."""
+    return {"kept_columns": "--keep", "schema_version": "schema version"}.get(name) or flag_of(name)
 
 
 def _check_empty(config: CaptionConfig, output: Output) -> None:
@@ -202,6 +208,6 @@ def _check_empty(config: CaptionConfig, output: Output) -> None:
     parts = [*output.parts(output.captions), *output.parts(output.failures)]
     if parts:
         raise OutputConflictError(
-            f"{config.output!r} holds {len(parts)} parts ({parts[0].uri} …) whose {output.job.uri} is gone, so it is not "
-            "known which model and settings they are of: put that file back, or choose another output"
+            f"{config.output!r} holds {counted(len(parts), 'part')} ({parts[0].uri} …) whose {output.job.uri} is gone, so "
+            "it is not known which model and settings they are of: put that file back, or choose another output"
         )

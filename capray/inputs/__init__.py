@@ -17,6 +17,7 @@ from capray.inputs.tars import Tars
 from capray.inputs.versions import entry_at
 from capray.inputs.witnesses import mounts_of, opens
 from capray.storage import (
+    PRIVATE,
     Entry,
     Location,
     glob_files,
@@ -34,7 +35,6 @@ _ENDINGS = {"manifest": MANIFESTS, "parquet": (".parquet",), "tar": (".tar",)}
 _BESIDE = {"manifest": (), "parquet": (".json", ".md"), "tar": (".parquet", ".json", ".txt", ".csv", ".md", ".idx")}
 """What lies beside the files of a kind."""
 _NUM_WITNESSES = 4
-_HIDDEN = (".", "_")
 
 __all__ = ["NothingThere", "Source", "are_containers", "open_sources"]
 
@@ -85,10 +85,10 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     denied: list[str] = []
     selection = Selection.of(settings, root_of(place))
     mounts = mounts_of(selection.root) if place.is_local else set()
-    files = _files(place, denied, _HIDDEN)
+    files = _files(place, denied, PRIVATE)
     sample = list(itertools.islice(files, _SAMPLE))
     if not sample:  # Hidden for tables and tars, not for images.
-        files = _files(place, denied, Images.hidden_signs)
+        files = _files(place, denied, Images.hidden_prefixes)
         sample = list(itertools.islice(files, _SAMPLE))
     while sample and not _shown(place, sample[-_SAMPLE:], selection):
         if not (more := list(itertools.islice(files, _SAMPLE))):
@@ -127,7 +127,7 @@ def _wanted(place: Location, denied: list[str], selection: Selection) -> list[st
     return [
         path
         for path in denied
-        if not selection.excludes_folder(uri_of(place, path)) and not is_hidden(path.removeprefix(root), _HIDDEN)
+        if not selection.excludes_folder(uri_of(place, path)) and not is_hidden(path.removeprefix(root), PRIVATE)
     ]
 
 
@@ -152,7 +152,7 @@ def _source_of(
     shown: list[Entry] = []
     hidden = 0
     for entry in files:
-        if is_hidden(_below(place, entry), _HIDDEN):
+        if is_hidden(_below(place, entry), PRIVATE):
             hidden += entry.path.lower().endswith(endings)
         else:
             shown.append(entry)
@@ -196,7 +196,7 @@ def _others(place: Location, kind: str, files: list[Entry]) -> tuple[list[Entry]
     return others, away
 
 
-def _files(place: Location, denied: list[str], signs: tuple[str, ...]) -> Iterator[Entry]:
+def _files(place: Location, denied: list[str], prefixes: tuple[str, ...]) -> Iterator[Entry]:
     """The files the input names: itself, the matches of its glob, or all below it but for what is in folders ``denied``."""
     if is_glob(place):
         yield from glob_files(place, denied)
@@ -205,11 +205,11 @@ def _files(place: Location, denied: list[str], signs: tuple[str, ...]) -> Iterat
     elif is_file(place):
         yield entry_at(place)
     else:
-        yield from iter_files(place, denied, signs)
+        yield from iter_files(place, denied, prefixes)
 
 
 def _below(place: Location, entry: Entry) -> str:
-    """The part of ``entry``'s path below the input; of a glob's match, below the folders in front of the first sign."""
+    """The part of ``entry``'s path below the input; of a glob's match, below the folders before the first wildcard."""
     root = place.path
     if not entry.path.startswith(root):
         root = re.split(r"[*?\[]", root, maxsplit=1)[0].rpartition("/")[0]
@@ -218,7 +218,7 @@ def _below(place: Location, entry: Entry) -> str:
 
 def _shown(place: Location, files: list[Entry], selection: Selection) -> list[Entry]:
     """Those of ``files`` that are neither hidden nor excluded; of them those that --include names, if it names files."""
-    shown = [entry for entry in files if not is_hidden(_below(place, entry), _HIDDEN)]
+    shown = [entry for entry in files if not is_hidden(_below(place, entry), PRIVATE)]
     shown = [entry for entry in shown if not selection.excludes(entry.uri)]
     return [entry for entry in shown if selection.has(entry.uri)] or shown
 

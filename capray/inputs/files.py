@@ -36,7 +36,7 @@ _CONTAINERS = (".tar", ".parquet")
 
 class Images(Source):
     kind = "images"
-    hidden_signs: ClassVar[tuple[str, ...]] = (".",)
+    hidden_prefixes: ClassVar[tuple[str, ...]] = (".",)
 
     def __init__(self, place: Location, settings, keep=()):
         super().__init__(place, settings, keep)
@@ -76,7 +76,7 @@ class Images(Source):
 
     def _page(self, files: list[tuple[str, int]], after: Any = None, found: tuple[str, ...] = ()) -> Page:
         root = self.place.path
-        shown = [(path, size) for path, size in files if not is_hidden(path[len(root) :], self.hidden_signs)]
+        shown = [(path, size) for path, size in files if not is_hidden(path[len(root) :], self.hidden_prefixes)]
         num_hidden = len(files) - len(shown)
         if self.settings.input_kind == "auto":
             held = [path for path, _ in shown if path.lower().endswith(_CONTAINERS)]
@@ -124,7 +124,7 @@ class Images(Source):
             path
             for path in denied
             if not self.selection.excludes_folder(self._uri(path))
-            and not is_hidden(path.removeprefix(self.place.path), self.hidden_signs)
+            and not is_hidden(path.removeprefix(self.place.path), self.hidden_prefixes)
         ]
         self.note_folders(folders)
         self.check_mounts()

@@ -35,6 +35,7 @@ from capray.storage import (
     write_atomic,
 )
 from capray.tables import CAPTIONS, FAILURES, encode_parquet
+from capray.wording import counted
 
 if TYPE_CHECKING:
     import duckdb
@@ -67,9 +68,9 @@ class Compaction:
 
     def text(self) -> str:
         return (
-            f"{self.captions:,} captions and {self.failures:,} rows of the failure log: {self.parts_before:,} parts of "
-            f"{self.output} are {self.parts:,} in {self.new}, sorted by image_id\n"
-            f"the copy was read back and holds the same rows; {duration(self.seconds)}"
+            f"{counted(self.captions, 'caption')} and {counted(self.failures, 'row')} of the failure log: "
+            f"{counted(self.parts_before, 'part')} of {self.output} became {self.parts:,} in {self.new}, sorted "
+            f"by image_id\nthe copy was read back and holds the same rows; {duration(self.seconds)}"
         )
 
 
@@ -111,8 +112,8 @@ class _Copy:
                 captions, different, _ = digests["captions"]
                 if captions != different:
                     raise ConfigError(
-                        f"{captions - different:,} captions of {self.old.root.uri!r} have an image id that stands there "
-                        "twice: running capray caption again removes them"
+                        f"{counted(captions - different, 'caption')} of {self.old.root.uri!r} with an image id that stands "
+                        "there twice: running capray caption again removes them"
                     )
                 self._begin()
                 total = captions + digests["failure_log"][0]
@@ -122,7 +123,7 @@ class _Copy:
                     for part in self._parts(connection, view):
                         self._publish(part, folder, view)
                         done += part.num_rows
-                        display.update(done, f"{done:,} rows", "writing")
+                        display.update(done, counted(done, "row"), "writing")
             kept = [(self.old.runs, self.new.runs, self.runs), (self.old.versions, self.new.versions, self.versions)]
             for old, new, names in kept:
                 for name in names:
