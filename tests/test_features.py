@@ -253,7 +253,7 @@ class TestViews:
         assert build(samples, built).splits["train"] == cache.splits["train"][:1]
 
     def test_they_need_a_cache_and_something_to_change(self, samples):
-        with pytest.raises(ValueError, match="need flip, min_crop_area or color_jitter"):
+        with pytest.raises(ValueError, match="need `flip`, `min_crop_area` or `color_jitter`"):
             config_of(samples, cached_views=2)
         with pytest.raises(ConfigError, match=r"--cached-views 2 needs a feature cache: give --feature-cache"):
             choose_root(config_of(samples, cached_views=2, flip=0.5, feature_cache="none"), frozen_encoder())

@@ -412,7 +412,7 @@ class TestATrainingWhoseWorkerIsKilled:
 
     def test_other_settings_are_refused(self, trainings):
         settings = {**trainings.settings, "tracking_uri": trainings.store, "learning_rate": 0.5}
-        with pytest.raises(OutputConflictError, match="learning_rate: 0.001 -> 0.5"):
+        with pytest.raises(OutputConflictError, match="--learning-rate: 0.001 -> 0.5"):
             run(trainings.samples, trainings.output, epochs=4, **settings)
 
     def test_a_second_stage_starts_from_its_captioner(self, trainings, tmp_path):
