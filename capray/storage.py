@@ -61,6 +61,9 @@ _AWAY = (errno.ENOTCONN, errno.ESTALE, errno.EHOSTDOWN, errno.EHOSTUNREACH, errn
 _BROKEN_OFF = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientPayloadError"}
 """Botocore's errors of connections, and of answers that did not arrive whole; the last is aiohttp's."""
 
+PRIVATE = (".", "_")
+"""What the names of hidden files and folders begin with, and in tables and shards those of private ones."""
+
 _ESCAPED = re.compile(r"\\x([89a-f][0-9a-f]|5c)")
 """In the text of a path: a byte that is no UTF-8, or a backslash."""
 
@@ -267,7 +270,7 @@ def nothing(path: str) -> bool:
 
 
 def iter_files(
-    root: Location, denied: list[str] | None = None, signs: tuple[str, ...] = (".",), excludes: Excludes = nothing
+    root: Location, denied: list[str] | None = None, prefixes: tuple[str, ...] = (".",), excludes: Excludes = nothing
 ) -> Iterator[Entry]:
     """Every file below ``root``, in the order the store lists them; see ``walk``, by which a local folder is listed, for the
     other arguments.
@@ -277,7 +280,7 @@ def iter_files(
     """
     with storage_errors(f"listing {root.uri}"):
         if root.is_local:
-            for folder, names in walk(root.path, denied, signs, excludes):
+            for folder, names in walk(root.path, denied, prefixes, excludes):
                 for name in names:
                     path = os.path.join(folder, name)
                     if (about := _about(path, denied)) is not None:
@@ -335,7 +338,7 @@ def _matches(folder: str, patterns: list[str], denied: list[str] | None, exclude
         except ValueError as error:
             raise ConfigError(f"{'/'.join(patterns)!r}: {error}") from error
         try:
-            for inside, names in walk(folder, denied, (".", "_"), excludes):
+            for inside, names in walk(folder, denied, PRIVATE, excludes):
                 relative = inside[len(folder.rstrip("/")) + 1 :]
                 for path, name in ((os.path.join(inside, name), name) for name in names):
                     if matches(f"{relative}/{name}" if relative else name):
@@ -396,11 +399,11 @@ def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], 
 
 
 def walk(
-    root: str, denied: list[str] | None = None, signs: tuple[str, ...] = (".",), excludes: Excludes = nothing
+    root: str, denied: list[str] | None = None, prefixes: tuple[str, ...] = (".",), excludes: Excludes = nothing
 ) -> Iterator[tuple[str, list[str]]]:
     """The folders from ``root`` down in the order of their names, with the names of the files in it, sorted.
 
-    Links to folders are followed, but for those with a hidden name (one that begins with a sign of ``signs``) and those to
+    Links to folders are followed, but for those with a hidden name (one that begins with one of ``prefixes``) and those to
     what is in ``root`` anyway; where several lead comes once. A folder below ``root`` that cannot be listed is added to
     ``denied``; without that, OSError. One that was removed is left out, and so is what ``excludes`` names, which makes no
     other name of it one too many.
@@ -409,7 +412,7 @@ def walk(
     seen: set[tuple[str, bool]] = set()
 
     def is_left_out(path: str) -> bool:
-        return excludes(path) or _is_listed_elsewhere(path, whole, signs, lambda below: excludes(above + below))
+        return excludes(path) or _is_listed_elsewhere(path, whole, prefixes, lambda below: excludes(above + below))
 
     def note(error: OSError) -> None:
         if error.filename != root and was_removed(error.filename, root):
@@ -421,7 +424,7 @@ def walk(
     for folder, folders, names in os.walk(root, onerror=note, followlinks=True):
         # By links alone two folders are one: bind mounts have names of their own, and numbers of inodes tell nothing on NFS.
         if (real := os.path.realpath(folder)) != whole.rstrip("/") + folder[len(above) :]:
-            key = real, _is_hidden_below(folder, root, signs)
+            key = real, _is_hidden_below(folder, root, prefixes)
             if key in seen:
                 folders.clear()
                 continue
@@ -457,21 +460,21 @@ def _is_gone(path: str) -> bool:
     return False
 
 
-def _is_listed_elsewhere(path: str, root: str, signs: tuple[str, ...], excludes_below: Excludes) -> bool:
+def _is_listed_elsewhere(path: str, root: str, prefixes: tuple[str, ...], excludes_below: Excludes) -> bool:
     """Whether ``path`` is a link to a folder that a listing of ``root`` has under another name, or with a hidden name.
     ``excludes_below`` is given what goes on from ``root``."""
     if not os.path.islink(path):
         return False
     target = os.path.realpath(path)
-    if os.path.basename(path).startswith(signs) or _is_below(root, target):
+    if os.path.basename(path).startswith(prefixes) or _is_below(root, target):
         return True
-    is_listed = _is_below(target, root) and not _is_hidden_below(target, root, signs)
+    is_listed = _is_below(target, root) and not _is_hidden_below(target, root, prefixes)
     return is_listed and not excludes_below(target[len(root.rstrip("/")) :])
 
 
-def _is_hidden_below(path: str, root: str, signs: tuple[str, ...]) -> bool:
+def _is_hidden_below(path: str, root: str, prefixes: tuple[str, ...]) -> bool:
     """Whether ``path``, which goes on from ``root``, has a hidden name on the way."""
-    return any(f"/{sign}" in path[len(root.rstrip("/")) :] for sign in signs)
+    return any(f"/{prefix}" in path[len(root.rstrip("/")) :] for prefix in prefixes)
 
 
 def text_of(path: str) -> str:
@@ -725,7 +728,7 @@ def find_parquet(uri: str) -> list[Entry]:
     elif is_file(root):
         entries = [Entry(uri_of(root, root.path), root.path, root.fs.size(root.path))]
     else:
-        entries = [entry for entry in iter_files(root, signs=(".", "_")) if entry.path.endswith(".parquet")]
+        entries = [entry for entry in iter_files(root, prefixes=PRIVATE) if entry.path.endswith(".parquet")]
         entries = [entry for entry in entries if "/_" not in entry.path[len(root.path.rstrip("/")) :]]
     if not entries:
         raise DataError(f"no Parquet files at {uri!r}")

@@ -11,7 +11,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,16 +21,18 @@ from PIL import Image
 
 from capray.captioning import run as run_module
 from capray.captioning import writer
+from capray.captioning.actor import CaptioningActor, CaptioningSettings
 from capray.captioning.job import caption
 from capray.captioning.plan import Plan
 from capray.captioning.record import Summary
 from capray.captioning.stream import Stalled
-from capray.config import CaptionConfig, SourceSettings, VerifyConfig
+from capray.config import CaptionConfig, CompactConfig, SourceSettings, VerifyConfig
 from capray.errors import CaprayError, ConfigError, DataError, Interrupted, StorageError, StorageUnavailable, TryAgain
 from capray.images import ImageError
 from capray.inputs import byte_reader, files, listing, open_sources, reader
 from capray.inputs import witnesses as witnesses_module
 from capray.output import Output
+from capray.output.compact import compact
 from capray.output.verify import verify
 from tests.conftest import write_photos, write_tar
 from tests.local_executor import LocalExecutor, models_loaded_once
@@ -238,13 +240,14 @@ class TestManifestsOfSeveralFolders:
         assert (first.elsewhere, second.captions, second.elsewhere) == (0, 0, 3)
         where = [str(each.with_name("photo-0000.jpg")) for each in lists]
         assert second.first_elsewhere == ("photo-0000.jpg", *where)
-        assert f"3 captions under these ids are of images at other URIs, first: photo-0000.jpg is of {where[0]}, not" in (
-            second.text()
+        assert (
+            f"3 captions whose image is at another URI than its id is listed at, first: photo-0000.jpg is of {where[0]}, not"
+            in (second.text())
         )
         for each, number in zip(lists, (0, 3), strict=True):
             result = verify(VerifyConfig(output=str(job.output), against=(str(each),)))
             assert (result.counts["ids_elsewhere"], result.problems) == (number, [])
-            assert bool(number) == any("images at other URIs" in note for note in result.notes)
+            assert bool(number) == any("image is at another URI" in note for note in result.notes)
 
     def test_may_repeat_what_is_the_same_file(self, job, lists):
         whole = lists[1].parent / "photo-0000.jpg"
@@ -306,7 +309,7 @@ class TestOneBadContainer:
                 return read(path, *arguments)
 
             monkeypatch.setattr(byte_reader, "_read_file", refuse)
-        with pytest.raises(DataError, match=rf"1 files or folders .*{table.name}"):
+        with pytest.raises(DataError, match=rf"1 file or folder .*{table.name}"):
             job.run()
         assert len(sha256s(job)) == 6
         monkeypatch.undo()
@@ -394,6 +397,40 @@ class TestWhatFailedAndWasMended:
         self.write(job, encoded("PNG", 9))
         assert job.run().captions == 1
 
+    @pytest.mark.parametrize("kind", ["table", "tar"])
+    def test_in_the_version_that_was_read_not_in_the_one_that_was_opened(self, job, kind):
+        """It is rewritten while the run goes, and put back as it was."""
+        path = job.input / ("t.parquet" if kind == "table" else "t.tar")
+
+        def write(images: list[bytes]) -> None:
+            if kind == "tar":
+                write_tar(path, {f"{i}.png": image for i, image in enumerate(images)})
+            else:
+                path.parent.mkdir(exist_ok=True)
+                ids = [str(i) for i in range(len(images))]
+                pq.write_table(pa.table({"image_id": ids, "image": images}), path, row_group_size=4)
+
+        good = [encoded("PNG", i) for i in range(16)]
+        write(good)
+        os.utime(path, (1000, 1000))
+        kept = path.read_bytes()
+        job.run(limit=4)
+        job.run(
+            LocalExecutor(num_threads=1, before_unit=lambda n: write([*good[:8], *[b"no image"] * 8]) if n == 0 else None)
+        )
+        assert set(job.kinds()) == {"not_an_image"}
+        path.write_bytes(kept)
+        os.utime(path, (1000, 1000))
+        assert job.run().current_failures == {}
+
+    def test_in_a_compacted_copy_too(self, job):
+        self.write(job, b"no image at all")
+        job.run()
+        copy = str(job.output.with_name("copy"))
+        compact(CompactConfig(output=str(job.output), new=copy))
+        self.write(job, encoded("PNG", 9), time.time() - 86_400)
+        assert job.run(output=copy).captions == 1
+
     @pytest.mark.parametrize("at", [2e9, 2e13, 1.0])
     def test_in_an_output_that_knows_no_versions_file_times_tell(self, job, at):
         self.write(job, b"no image")
@@ -423,7 +460,7 @@ class TestASidecarThatNamesFewer:
         summary = job.run()
         assert summary.captions == named
         assert summary.left_out == ({"unnamed": (4, f"{job.input}/0.tar#2.png")} if named == 2 else {})
-        assert ("note: 4 images in tars are not named by the Parquet sidecars" in summary.text()) == (named == 2)
+        assert ("note: 4 files in tars left out: not named by the Parquet sidecar" in summary.text()) == (named == 2)
 
     def test_and_globs_that_leave_the_others_out(self, job):
         write_tar(job.input / "0.tar", {f"{i}.png": encoded("PNG", i) for i in range(5)})
@@ -556,7 +593,9 @@ class TestWhatOfATarIsAnImage:
         for summary in (job.run(), job.run()):
             number, name = summary.left_out["no_image"]
             assert (number, name.rpartition("#")[2]) == (6, "x.dat")
-            assert "note: 6 files in tars neither have an image's name nor begin like an image" in summary.text()
+            assert (
+                "note: 6 files in tars left out: without an image's name, and not beginning like an image" in summary.text()
+            )
         assert (first.captions, summary.captioned_before) == (1, 2)
 
 
@@ -624,6 +663,12 @@ class TestOddInputs:
         with pytest.raises(DataError, match=r"3 files or folders .* lies among images: caption it as another input"):
             job.run()
         assert len(sha256s(job)) == 7 and not job.kinds()
+        with monkeypatch.context() as patch:  # Moved away, as it says; the listing is not closed, since it has a limit.
+            patch.setattr("capray.inputs._SAMPLE", 3)
+            os.rename(job.input / "z", job.input.with_name("z"))
+            write_photos(job.input, 6)
+            assert job.run(limit=1).status == "complete"
+            os.rename(job.input.with_name("z"), job.input / "z")
         assert job.run(exclude=("*.tar", "*.PARQUET")).status == "complete"
         with pytest.raises(DataError, match="images.PARQUET' lies among tars and has none beside it"):
             job.run(exclude=("photo*",))
@@ -775,7 +820,7 @@ class TestOddInputs:
         for i, output in enumerate(outputs, 1):
             assert job.run(output=output, id_column="name", shard=f"{i}/2").captions == 1
         (problem,) = verify(VerifyConfig(output=outputs[0], also=outputs[1:])).problems
-        assert problem.startswith("1 ids have more than one caption: the same (")
+        assert problem.startswith("1 id has more than one caption: the same (")
 
     @pytest.mark.parametrize("is_tar", [True, False])
     def test_globs_that_choose_nothing_are_a_mistake(self, job, is_tar):
@@ -920,7 +965,7 @@ class TestOddInputs:
         job.run(limit=1)
         aside = job.input.rename(job.input.with_name("aside"))
         write_photos(job.input, 1)
-        with pytest.raises(TryAgain, match=r"was read as tar .*: is a mount away\? Else say --input-kind"):
+        with pytest.raises(TryAgain, match=r"was read as tar .* now holds none: .* give --input-kind images"):
             job.run()
         shutil.rmtree(job.input)
         aside.rename(job.input)
@@ -1346,6 +1391,54 @@ class TestMountsBelowTheInput:
             job.run(at_block(3, leave), patience_seconds=0.3)
         assert "missing" not in job.kinds()
 
+    @pytest.mark.parametrize("where", ["list", "link"])
+    def test_away_in_the_midst_of_the_run_that_lists(self, job, mount, monkeypatch, where):
+        """Which mounts there are behind links and in lists turns up while the job lists."""
+        source, mounted = job.input, mount(job.input.with_name("disk"))
+        photos = write_photos(mounted, 16, seed=1)
+        write_photos(source / "a", 4)
+        if where == "list":
+            source = source.with_name("list.txt")
+            source.write_text("".join(f"{path}\n" for path in photos))
+        else:
+            (source / "b").symlink_to(mounted)
+
+        def leave() -> None:
+            subprocess.run(["umount", "-l", mounted], check=True)
+            (mounted / "NOT-MOUNTED").touch()
+            monkeypatch.setattr(witnesses_module.witnesses, "_folders", {})  # As in a process that has read nothing yet.
+
+        with pytest.raises(TryAgain, match="was a mount when its images were listed"):
+            job.run(at_block(1, leave), input=str(source), patience_seconds=0.3)
+        assert "missing" not in job.kinds()
+
+    @pytest.mark.parametrize("change", ["nothing", "an image more", "another setting"])
+    @pytest.mark.parametrize("where", ["below", "the input", "a list's"])
+    def test_away_when_another_listing_begins(self, job, mount, where, change):
+        """Whether the last one was finished or was of other settings: what was on the mount is not passed over."""
+        source, mounted = job.input, mount(job.input if where == "the input" else job.input / "b")
+        photos = write_photos(mounted / "deep", 4, seed=1)
+        if where == "below":
+            write_photos(source / "a", 4)
+        if where == "a list's":
+            source = source.with_name("list.txt")
+            source.write_text("".join(f"{path}\n" for path in photos))
+        num_images = job.run(input=str(source)).images
+        subprocess.run(["umount", "-l", mounted], check=True)
+        (mounted / "NOT-MOUNTED").touch()
+        if change == "an image more" and where == "a list's":
+            source.write_text("".join(f"{path}\n" for path in [*photos, f"{mounted}/more.jpg"]))
+        elif change == "an image more":
+            write_photos(job.input / "c", 1, seed=2)
+        settings = {"exclude": ("*.txt",)} if change == "another setting" else {}
+        with pytest.raises(TryAgain, match="was a mount when its images were listed.*--relist"):
+            job.run(input=str(source), patience_seconds=0.3, **settings)
+        assert job.kinds() == []
+        mount(mounted)
+        write_photos(mounted / "deep", 4, seed=1)
+        job.run(input=str(source), **settings)
+        assert len(sha256s(job)) == num_images + (where == "below" and change == "an image more")
+
     def test_an_image_or_a_folder_that_was_deleted_is_missing(self, job):
         paths = [path for name in "abc" for path in write_photos(job.input / name, 4, seed=ord(name))]
         job.run(limit=2)
@@ -1354,6 +1447,44 @@ class TestMountsBelowTheInput:
         (job.input / "c" / "more").mkdir()
         assert job.run().current_failures == {"missing": 5}
         assert job.kinds().count("missing") == 5
+
+
+def test_deterministic_captions_do_not_depend_on_what_lies_beside_them(job, tmp_path):
+    photos = write_photos(job.input, 9)
+    outputs, batch_sizes = [], []
+
+    def actor(settings: CaptioningSettings) -> CaptioningActor:
+        batch_sizes.append(settings.batch_size)
+        return CaptioningActor(settings)
+
+    for name, chosen in (("all", photos), ("some", photos[3:8])):
+        manifest, output = tmp_path / f"{name}.txt", str(tmp_path / name)
+        manifest.write_text("".join(f"{path}\n" for path in chosen))
+        settings = {"input": str(manifest), "output": output, "precision": "bf16", "batch_size": 9}
+        job.run(LocalExecutor(actor), deterministic=True, **settings)
+        rows = read_parts(output, "captions")
+        outputs.append({row["image_id"]: (row["caption"], row["log_prob"], row["alternatives"]) for row in rows})
+    assert batch_sizes == [1, 1]
+    every, some = outputs
+    assert some.keys() == set(photos[3:8]) and some == {key: every[key] for key in some}
+    with pytest.raises(ConfigError, match="deterministic: True -> False"):
+        job.run(**settings)
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_bad_images": 0.5}])
+def test_bad_images_that_come_first_stop_a_run_but_not_every_run(job, monkeypatch, limit):
+    """They are looked at again before it ends, and are out of the way of the next."""
+    monkeypatch.setattr("capray.captioning.failure_limits.HOPELESS_AFTER", 20)
+    photos = [Path(path) for path in write_photos(job.input, 40)]
+    for path in photos[:30]:
+        path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(CaprayError, match="2[0-9] of them as truncated|of the last 2[0-9] images failed"):
+        job.run(**limit)
+    assert job.kinds().count("truncated") >= 20
+    for _ in range(2):
+        with suppress(CaprayError):
+            job.run(**limit)
+    job.check(dict.fromkeys(map(str, photos[:30]), "truncated"))
 
 
 class TestBreaker:

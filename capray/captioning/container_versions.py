@@ -1,8 +1,8 @@
 """Which version of each table, tar and manifest the runs on an output have read: what has failed is attempted again when its
 container is another one since, whatever clocks and file times say.
 
-Each run adds one file, ``_capray/versions/<number>-<run id>.parquet``, of the containers that are new or changed since the
-files before it. Knows nothing of images and failures.
+Each run adds a file, ``_capray/versions/<number>-<run id>.parquet``, of the containers that are new or changed since the
+files before it, and others of those that change while it runs. Knows nothing of images and failures.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class ContainerVersions:
     """The versions of the containers of ``sources``, as they are and as earlier runs have read them.
 
     Attributes:
-        runs: the number of each run that is known; of two the later has the higher one.
+        runs: the number of the last file of each run that is known; of two runs the later has the higher one.
         same_since: by a container's URI the number of the run since which it is as it is now.
     """
 
     def __init__(self, output: Output, sources: list[Source]):
-        self.folder = _folder_of(output)
+        self.folder = output.versions
         self._now = {uri: version for source in sources for uri, version in source.versions().items()}
         names = _files_in(self.folder)
         self.runs = {match[2]: int(match[1]) for match in names}
@@ -46,23 +46,28 @@ class ContainerVersions:
                     self.same_since[uri] = int(match[1]) if version == self._now[uri] else self._next
 
     def record(self, run_id: str, write: Write) -> None:
-        """Add this run's file, if there are containers."""
-        if not self._now:
-            return
-        new = [uri for uri, since in self.same_since.items() if since == self._next]
-        table = pa.table([new, [self._now[uri] for uri in new]], schema=_SCHEMA)
+        """Add this run's first file, if there are containers."""
+        if self._now:
+            self._add([uri for uri, since in self.same_since.items() if since == self._next], run_id, write)
+
+    def record_changed(self, versions: dict[str, str], run_id: str, write: Write) -> None:
+        """Add a file of those of ``versions``, as they are now, that are others than this run knew; none when all are."""
+        if changed := {uri: version for uri, version in versions.items() if self._now.get(uri) != version}:
+            self._now |= changed
+            self.same_since |= dict.fromkeys(changed, self._next)
+            self._add(list(changed), run_id, write)
+
+    def _add(self, containers: list[str], run_id: str, write: Write) -> None:
+        table = pa.table([containers, [self._now[uri] for uri in containers]], schema=_SCHEMA)
         write(self.folder.join(f"{self._next:06d}-{run_id}.parquet"), encode_parquet(table))
         self.runs[run_id] = self._next
+        self._next += 1
 
 
 def containers_read(output: Output) -> set[str]:
     """The containers that any run on ``output`` has read."""
-    folder = _folder_of(output)
+    folder = output.versions
     return {uri for table in _read_all(folder, _files_in(folder)) for uri in table["container"].to_pylist()}
-
-
-def _folder_of(output: Output) -> Location:
-    return output.private.join("versions")
 
 
 def _files_in(folder: Location) -> list[re.Match[str]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from capray.captioning.container_versions import containers_read
-from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
+from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings, flag_of
 from capray.errors import CaprayError, ConfigError, DataError, OutputConflictError, TryAgain
 from capray.inputs import NothingThere, Source, open_sources
 from capray.inputs.base import root_of
@@ -26,6 +26,7 @@ from capray.storage import (
 )
 from capray.tables import SCHEMA_VERSION
 from capray.tracking.registry import find_model, find_model_of, say_model
+from capray.wording import counted
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def _open_as_before(config: CaptionConfig, output: Output) -> list[Source]:
         for source, (uri, kind) in zip(sources, before.items(), strict=False):
             if source.kind == "images" and kind not in ("", "images"):
                 raise TryAgain(
-                    f"{uri!r} was read as {kind} by a run on this output, and now there are other files alone: is a mount "
-                    "away? Else say --input-kind images"
+                    f"{uri!r} was read as {kind} by a run on this output, and now holds none: if a mount is away, mount it; "
+                    "if the input is images now, give --input-kind images"
                 )
     return sources
 
@@ -196,6 +197,7 @@ def _job_of(config: CaptionConfig, model_id: str, sources: list[Source]) -> dict
         "kept_columns": {} if source_type is None else {field.name: str(field.type) for field in source_type},
         "attention": config.attention,
         "shard": config.shard,
+        "deterministic": config.deterministic,
     }
 
 
@@ -217,17 +219,22 @@ def _check_job(config: CaptionConfig, output: Output, model_id: str, sources: li
     defaults = {name: field.default for name, field in Decoding.model_fields.items()}
     pairs = {name: (job["decoding"].get(name, defaults[name]), value) for name, value in now["decoding"].items()}
     pairs["schema_version"] = (job["schema_version"], SCHEMA_VERSION)
-    for name, default in (("kept_columns", {}), ("attention", False), ("shard", None)):
+    for name, default in (("kept_columns", {}), ("attention", False), ("shard", None), ("deterministic", False)):
         pairs[name] = (job.get(name) or default, now[name])
     if config.precision != "auto" and "precision" in job:
         pairs["precision"] = (job["precision"], config.precision)
-    changed = [f"{name}: {before} -> {value}" for name, (before, value) in pairs.items() if before != value]
+    changed = [f"{_spelled(name)}: {before} -> {value}" for name, (before, value) in pairs.items() if before != value]
     if changed:
         raise OutputConflictError(
             f"{config.output!r} was written with other settings ({'; '.join(changed)}): choose another output, or the same "
             "settings"
         )
     return job
+
+
+def _spelled(name: str) -> str:
+    """A setting of job.json as the user knows it."""
+    return {"kept_columns": "--keep", "schema_version": "schema version"}.get(name) or flag_of(name)
 
 
 def _check_empty(config: CaptionConfig, output: Output) -> None:
@@ -240,6 +247,6 @@ def _check_empty(config: CaptionConfig, output: Output) -> None:
     parts = [*output.parts(output.captions), *output.parts(output.failures)]
     if parts:
         raise OutputConflictError(
-            f"{config.output!r} holds {len(parts)} parts ({parts[0].uri} …) whose {output.job.uri} is gone, so it is not "
-            "known which model and settings they are of: put that file back, or choose another output"
+            f"{config.output!r} holds {counted(len(parts), 'part')} ({parts[0].uri} …) whose {output.job.uri} is gone, so "
+            "it is not known which model and settings they are of: put that file back, or choose another output"
         )

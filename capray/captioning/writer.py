@@ -112,7 +112,7 @@ class PartWriter:
         self._publishing: Future[None] | None = None
 
     def add(self, results: pa.Table) -> None:
-        """Take RESULTS rows, and cut the parts they fill."""
+        """Take rows of ``results_schema``, and cut the parts they fill."""
         if not self._held.num_rows:
             self._oldest = self.clock()
         self._held = pa.concat_tables([self._held, results.cast(self._results)])

@@ -16,14 +16,25 @@ from capray.inputs.parquet import MANIFESTS, Inventory, Manifest, Parquet
 from capray.inputs.tars import Tars
 from capray.inputs.versions import entry_at
 from capray.inputs.witnesses import mount_points, opens
-from capray.storage import Entry, Location, glob_files, is_file, is_glob, is_there, iter_files, leads_nowhere, locate, uri_of
+from capray.storage import (
+    PRIVATE,
+    Entry,
+    Location,
+    glob_files,
+    is_file,
+    is_glob,
+    is_there,
+    iter_files,
+    leads_nowhere,
+    locate,
+    uri_of,
+)
 
 _SAMPLE = 1000
 _ENDINGS = {"manifest": MANIFESTS, "parquet": (".parquet",), "tar": (".tar",)}
 _BESIDE = {"manifest": (), "parquet": (".json", ".md"), "tar": (".parquet", ".json", ".txt", ".csv", ".md", ".idx")}
 """What lies beside the files of a kind."""
 _NUM_WITNESSES = 4
-_HIDDEN = (".", "_")
 _COMPRESSED = re.compile(r"\.tgz$|\.tar\.[^/]*$")
 _IMAGES = tuple(f".{ending}" for ending in ENDINGS)
 
@@ -76,10 +87,10 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     denied: list[str] = []
     selection = Selection.of(settings, root_of(place))
     points = mount_points() if place.is_local else set()
-    files = _files(place, denied, _HIDDEN, selection)
+    files = _files(place, denied, PRIVATE, selection)
     sample = list(itertools.islice(files, _SAMPLE))
     if not sample:  # Hidden for tables and tars, not for images.
-        files = _files(place, denied, Images.hidden_signs, selection)
+        files = _files(place, denied, Images.hidden_prefixes, selection)
         sample = list(itertools.islice(files, _SAMPLE))
     while sample and not _shown(place, sample[-_SAMPLE:], selection):
         if not (more := list(itertools.islice(files, _SAMPLE))):
@@ -120,7 +131,7 @@ def _wanted(place: Location, denied: list[str], selection: Selection) -> list[st
     return [
         path
         for path in denied
-        if not selection.excludes_folder(uri_of(place, path)) and not is_hidden(path.removeprefix(root), _HIDDEN)
+        if not selection.excludes_folder(uri_of(place, path)) and not is_hidden(path.removeprefix(root), PRIVATE)
     ]
 
 
@@ -191,7 +202,7 @@ def _others(place: Location, kind: str, files: list[Entry]) -> tuple[list[Entry]
     return others, away
 
 
-def _files(place: Location, denied: list[str], signs: tuple[str, ...], selection: Selection) -> Iterator[Entry]:
+def _files(place: Location, denied: list[str], prefixes: tuple[str, ...], selection: Selection) -> Iterator[Entry]:
     """The files the input names: itself, the matches of its glob, or all below it but for what is in folders ``denied`` or
     excluded."""
 
@@ -205,11 +216,11 @@ def _files(place: Location, denied: list[str], signs: tuple[str, ...], selection
     elif is_file(place):
         yield entry_at(place)
     else:
-        yield from iter_files(place, denied, signs, excludes)
+        yield from iter_files(place, denied, prefixes, excludes)
 
 
 def _below(place: Location, entry: Entry) -> str:
-    """The part of ``entry``'s path below the input; of a glob's match, below the folders in front of the first sign."""
+    """The part of ``entry``'s path below the input; of a glob's match, below the folders before the first wildcard."""
     root = place.path
     if not entry.path.startswith(root):
         root = re.split(r"[*?\[]", root, maxsplit=1)[0].rpartition("/")[0]
@@ -220,7 +231,7 @@ def _is_hidden(place: Location, entry: Entry) -> bool:
     """Whether ``entry`` is no file of the input for its name, or one on the way to it. Among tables "_" begins the names of
     what those who write them lay beside them; an image's is as good as any (cameras write ``_MG_0001.JPG``)."""
     is_image = entry.path.lower().endswith(_IMAGES)
-    return is_hidden(_below(place, entry), Images.hidden_signs if is_image else _HIDDEN)
+    return is_hidden(_below(place, entry), Images.hidden_prefixes if is_image else PRIVATE)
 
 
 def _shown(place: Location, files: list[Entry], selection: Selection) -> list[Entry]:

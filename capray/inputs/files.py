@@ -26,7 +26,7 @@ CONTAINERS = (".tar", ".parquet")
 
 class Images(Source):
     kind = "images"
-    hidden_signs: ClassVar[tuple[str, ...]] = (".",)
+    hidden_prefixes: ClassVar[tuple[str, ...]] = (".",)
 
     def __init__(self, place: Location, settings, keep=()):
         super().__init__(place, settings, keep)
@@ -41,6 +41,9 @@ class Images(Source):
     def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
         level, path = unit.split(":", 1)
         if level == "container":
+            with storage_errors(f"looking for {self._uri(path)}"):
+                if not self.place.fs.exists(path):  # Moved away, as it was asked for.
+                    return
             raise DataError(
                 f"{self._uri(path)!r} lies among images: caption it as another input, and leave it out here with --exclude; "
                 "--input-kind images takes every file for an image"
@@ -63,7 +66,7 @@ class Images(Source):
 
     def _page(self, files: list[tuple[str, int]], after: Any = None, found: tuple[str, ...] = ()) -> Page:
         root = self.place.path
-        shown = [(path, size) for path, size in files if not is_hidden(path[len(root) :], self.hidden_signs)]
+        shown = [(path, size) for path, size in files if not is_hidden(path[len(root) :], self.hidden_prefixes)]
         num_hidden = len(files) - len(shown)
         if self.settings.input_kind == "auto":
             held = [path for path, _ in shown if path.lower().endswith(CONTAINERS)]
@@ -83,7 +86,9 @@ class Images(Source):
         files: list[tuple[str, int]] = []
         last = after
         denied: list[str] = []
-        for folder, names in walk(root, denied, self.hidden_signs, lambda path: self.selection.leaves_out(self._uri(path))):
+        for folder, names in walk(
+            root, denied, self.hidden_prefixes, lambda path: self.selection.leaves_out(self._uri(path))
+        ):
             for name in names:
                 path = os.path.join(folder, name)
                 # By order, not by finding it again: what the last page ended with may be gone.
@@ -109,7 +114,7 @@ class Images(Source):
             path
             for path in denied
             if not self.selection.leaves_out(self._uri(path))
-            and not is_hidden(path.removeprefix(self.place.path), self.hidden_signs)
+            and not is_hidden(path.removeprefix(self.place.path), self.hidden_prefixes)
         ]
         self.note_folders(folders)
         self.check_mounts()

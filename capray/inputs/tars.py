@@ -23,6 +23,7 @@ from capray.inputs.byte_reader import CHUNK_BYTES, Stream
 from capray.inputs.parquet import _choose, _require, _struct, first_schema, opened_parquet
 from capray.inputs.versions import check_version, container_at
 from capray.storage import Entry, Location, text_of
+from capray.wording import counted
 
 BEHIND_TAR = re.compile(r"(?<=\.tar)#", re.IGNORECASE)
 """Where the URI of a tar's member names the member."""
@@ -115,7 +116,9 @@ class Tars(Containers):
         id_column = _choose(self.settings.id_column, (), table.column_names, sidecar.uri)
         ids = table[id_column].cast(pa.string()) if id_column else uris
         if ids.null_count:
-            raise DataError(f"column {id_column!r} of {sidecar.uri!r} has {ids.null_count} rows without an image id")
+            raise DataError(
+                f"column {id_column!r} of {sidecar.uri!r} has {counted(ids.null_count, 'row')} without an image id"
+            )
         columns: dict[str, Any] = {"image_id": ids, "uri": uris, "member": members}
         if self.keep:
             columns["source"] = _struct(table, self.keep, self.source_type)

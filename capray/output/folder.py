@@ -52,6 +52,7 @@ class Output:
         self.private = self.root.join("_capray")
         self.job = self.private.join("job.json")
         self.runs = self.private.join("runs")
+        self.versions = self.private.join("versions")
         self.plan = self.private.join("plan")
         self.scratch = self.private.join("tmp")
 
