@@ -1439,6 +1439,13 @@ class TestMountsBelowTheInput:
         job.run(input=str(source), **settings)
         assert len(sha256s(job)) == num_images + (where == "below" and change == "an image more")
 
+    def test_away_and_excluded_when_another_listing_begins(self, job, mount):
+        write_photos(job.input / "a", 4)
+        write_photos(mount(job.input / "b"), 4, seed=1)
+        job.run()
+        subprocess.run(["umount", "-l", job.input / "b"], check=True)
+        assert job.run(exclude=("b",)).images == 4
+
     def test_an_image_or_a_folder_that_was_deleted_is_missing(self, job):
         paths = [path for name in "abc" for path in write_photos(job.input / name, 4, seed=ord(name))]
         job.run(limit=2)

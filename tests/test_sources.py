@@ -164,8 +164,8 @@ class TestFolder:
         assert ids(folder, include=("*/deep/*",)) == [deep]
 
     def test_tars_behind_a_link_beside_one_that_is_excluded(self, tmp_path):
-        tar = write_tar(tmp_path / "in" / "x.tar", ["a.jpg"])
-        write_tar(tmp_path / "real" / "y.tar", ["a.jpg"])
+        tar = make_tar(tmp_path / "in" / "x.tar", ["a.jpg"])
+        make_tar(tmp_path / "real" / "y.tar", ["a.jpg"])
         for name in ("l", "m"):
             (tmp_path / "in" / name).symlink_to(tmp_path / "real")
         for source in (tmp_path / "in", tmp_path / "in" / "**" / "*.tar"):

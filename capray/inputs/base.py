@@ -259,6 +259,10 @@ class Source(ABC):
         shown = [folder for folder in folders if not self._leaves_out(folder)]
         self.mounts.update(mounts_of(self.selection.root, shown, self._leaves_out, points))
 
+    def remember_mounts(self, points: Iterable[str]) -> None:
+        """What was a mount when the input was listed before is to be one still, unless it is hidden or excluded by now."""
+        self.mounts.update(point for point in points if not self._leaves_out(point))
+
     def _leaves_out(self, folder: str) -> bool:
         """Whether ``folder`` lies in the input, and is hidden or excluded."""
         below = folder.removeprefix(self.selection.root)

@@ -164,7 +164,8 @@ class Listing:
         there = {f"{folder}/{name}" for folder, inside in folders.items() for name in inside}
         try:
             first, last = self._progress([names[0], names[-1]])
-            self._remember_mounts(last)
+            for source in self.sources:  # Also when another list is begun: of what lay on them nothing else tells.
+                source.remember_mounts(last.get("mounts_of", {}).get(source.place.uri, ()))
             if last["closed"] or [number for number, _ in own] != list(range(len(own))):
                 return
             if first["inputs"] != self._digest or not there.issuperset(first["adopted"]):
@@ -181,12 +182,6 @@ class Listing:
                 self._adopted.append(name)
         if self._adopted:
             self.resumed_at = progress[0]["at"]
-
-    def _remember_mounts(self, progress: dict[str, Any]) -> None:
-        """What was a mount is to be one still, also when another list is begun: of what lay on it nothing else tells."""
-        mounts = progress.get("mounts_of", {})
-        for source in self.sources:
-            source.mounts.update(mounts.get(source.place.uri, ()))
 
     def _progress(self, names: list[str]) -> list[dict[str, Any]]:
         """What the metadata of chunks say."""
