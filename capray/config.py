@@ -14,14 +14,22 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from capray.errors import ConfigError
 
 T = TypeVar("T", bound="Settings")
+
+
+def _named(place: str) -> str:
+    if not place:
+        raise ValueError("'' names nothing (the current folder is '.')")
+    return place
+
+
+Place = Annotated[str, AfterValidator(_named)]
+"""A path or URI."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Place = Annotated[str, Field(min_length=1)]
-"""A path or URI; that of the current folder is "."."""
 Channels = tuple[float, float, float]
 FailureKind = Literal[
     "missing", "archived", "too_large", "not_an_image", "truncated", "unsupported_format", "decode_error", "crashed"

@@ -272,7 +272,7 @@ class TestRefusals:
 
     def test_a_place_without_a_name(self):
         for places in ({"input": "", "output": "x"}, {"input": "x", "output": ""}, {"input": "x", "also": ("",)}):
-            with pytest.raises(ConfigError, match="at least 1 character"):
+            with pytest.raises(ConfigError, match="'' names nothing"):
                 CaptionConfig.create(places)
 
     def test_an_output_that_holds_other_things(self, tmp_path, photos, model):

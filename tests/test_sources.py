@@ -756,7 +756,7 @@ class TestKinds:
             (["a.csv", "b/c.JSONL.gz", ".d.jpg", "_SUCCESS"], "manifest"),
             (["a.csv", "_MG_0001.JPG"], "images"),
             (["a.tar", "a.json", "a.parquet", "a.txt"], "tar"),
-            ([".x/a.jpg", "b/a.tar", "_delta_log/_last_checkpoint"], "tar"),
+            (["_x/a.jpg", "b/a.tar", "_delta_log/_last_checkpoint"], "tar"),
         ],
     )
     def test_are_judged_from_names(self, tmp_path, names, kind):
@@ -766,16 +766,17 @@ class TestKinds:
                 write_table(tmp_path / "in" / name, {"key": ["0"]})
         assert opened(tmp_path / "in").kind == kind
 
-    @pytest.mark.parametrize("photo", ["_MG_0001.JPG", "_x/a.jpg"])
+    @pytest.mark.parametrize("photo", ["_MG_0001.JPG", "x/_a.jpg"])
     def test_an_underscore_hides_no_images_from_tables_or_tars(self, tmp_path, photo):
         """Cameras write such names; what writes tables lays other files of such names beside them."""
-        touch(tmp_path / "in", photo, "_SUCCESS", "_delta_log/_last_checkpoint", "_old.parquet", ".thumbs/a.webp")
+        touch(tmp_path / "in", photo, "_SUCCESS", "_delta_log/_last_checkpoint")
+        touch(tmp_path / "in", "_old.parquet", ".thumbs/a.webp", "_x/a.jpg")
         write_table(tmp_path / "in" / "t.parquet", {"uri": ["/a.jpg"]})
         with pytest.raises(ConfigError, match=f"holds parquet files .* other kinds .*{photo}"):
             opened(tmp_path / "in")
         source = opened(tmp_path / "in", exclude=(photo,))
         assert [row["image_id"] for row in listed(source)] == ["/a.jpg"]
-        assert hidden(source) == 2, "the table and the image"
+        assert hidden(source) == 3, "the table and the images"
 
     @pytest.mark.parametrize(("name", "kind"), [("b.parquet", "parquet"), ("b.tar", "tar")])
     def test_tables_or_tars_among_other_files_have_to_be_named(self, tmp_path, name, kind):

@@ -229,9 +229,10 @@ def _below(place: Location, entry: Entry) -> str:
 
 def _is_hidden(place: Location, entry: Entry) -> bool:
     """Whether ``entry`` is no file of the input for its name, or one on the way to it. Among tables "_" begins the names of
-    what those who write them lay beside them; an image's is as good as any (cameras write ``_MG_0001.JPG``)."""
-    is_image = entry.path.lower().endswith(_IMAGES)
-    return is_hidden(_below(place, entry), Images.hidden_prefixes if is_image else PRIVATE)
+    files and folders that those who write them lay beside them; an image's own is as good as any (``_MG_0001.JPG``)."""
+    folder, _, name = _below(place, entry).rpartition("/")
+    is_image = name.lower().endswith(_IMAGES)
+    return is_hidden(folder, PRIVATE) or is_hidden(name, Images.hidden_prefixes if is_image else PRIVATE)
 
 
 def _shown(place: Location, files: list[Entry], selection: Selection) -> list[Entry]:
