@@ -10,7 +10,7 @@ import torch
 
 from capray.config import Decoding
 from capray.model.captioner import Captioner
-from capray.model.decoder import Memory
+from capray.model.decoder import Memory, State
 from capray.vocabulary import END, PAD, START, UNK
 
 NEVER = float("-inf")
@@ -44,7 +44,8 @@ def earlier_search(captioner: Captioner, memory: Memory, decoding: Decoding) -> 
         history_BKT = tokens_BKT.gather(1, parent_BK[..., None].expand(-1, -1, t))
         tokens_BKT = torch.cat([history_BKT, last_BK[..., None]], -1)
         finished_BK = was_finished_BK | (token_BK == END)
-        state = state.select(parent_BK)
+        index_BKH = parent_BK[..., None].expand(-1, -1, state.hidden_BKH.shape[-1])
+        state = State(*(part.gather(1, index_BKH) for part in state))
         bound_BK = log_prob_BK / decoding.max_length**decoding.length_penalty
         overtakes_B = bound_BK.masked_fill(finished_BK, NEVER).amax(1) >= score_BK.amin(1)
         if (finished_BK.all(1) & ~overtakes_B).all():

@@ -31,8 +31,8 @@ def average(config: AverageConfig) -> str:
         differing.append("the words they know")
     if differing:
         raise ConfigError(
-            f"{config.model!r} and {config.other!r} differ in {', '.join(differing)}: a mean that captions is to be had of "
-            "captioners of one shape, one of which began with the other's weights, or both with the same"
+            f"{config.model!r} and {config.other!r} differ in {', '.join(differing)}: only captioners of one architecture "
+            "and vocabulary can be averaged, of which one started from the other or both from the same weights"
         )
     mine, its = one.state_dict(), other.state_dict()
     for name, value in mine.items():

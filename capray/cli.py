@@ -33,10 +33,12 @@ from capray.config import (
     ShrinkConfig,
     TrainConfig,
     VerifyConfig,
+    flag_of,
     read_yaml,
 )
 from capray.datasets.settings import CocoConfig, Flickr8kConfig, Flickr30kConfig, FolderConfig, ShapesConfig
 from capray.errors import CaprayError, ConfigError, ImagesFailed, Interrupted
+from capray.wording import counted
 
 Flat = Parameter(name="*")
 _DEMO, _SERVE = DemoConfig(), ServeConfig()
@@ -98,7 +100,7 @@ def shapes(config: Annotated[ShapesConfig, Flat]) -> None:
 
 def _report_prepared(prepared) -> None:
     for split, counts in prepared.splits.items():
-        print(f"{split:>6}: {counts.images:,} images, {counts.captions:,} captions")
+        print(f"{split:>6}: {counted(counts.images, 'image')}, {counted(counts.captions, 'caption')}")
     for note in prepared.notes:
         print(f"  note: {note}")
     print(f"wrote {prepared.output}")
@@ -131,6 +133,8 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
 
     Parameters
     ----------
+    photos
+        Further inputs and, last, the output; or further photos.
     json
         Print the summary as JSON; of photos, an object a line.
     """
@@ -139,10 +143,11 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
     paths = [path for path in (config.input, config.output, *photos) if path is not None]
     if are_photos(paths):
         if failed := caption_photos(paths, config, json):
-            raise CaprayError(f"{failed} of {len(paths)} photos could not be captioned")
+            raise CaprayError(f"{failed:,} of {counted(len(paths), 'photo')} could not be captioned")
         return
     if photos:
-        config = config.model_copy(update={"also": (*config.also, *paths[1:-1]), "output": paths[-1]})
+        given = config.model_dump(exclude_unset=True) | {"also": (*config.also, *paths[1:-1]), "output": paths[-1]}
+        config = CaptionConfig.create(given)
     if config.output is None:
         raise ConfigError(f"{config.input!r} is no photo: an output is needed for its tables (capray caption INPUT OUTPUT)")
     if config.dry_run:
@@ -155,7 +160,7 @@ def caption(config: Annotated[CaptionConfig, Flat], *photos: str, json: bool = F
     summary = run(config)
     print(summary.json() if json else summary.text())
     if config.fail_on_failures and summary.current_failures:
-        raise ImagesFailed(f"{sum(summary.current_failures.values()):,} images have failed")
+        raise ImagesFailed(f"{counted(sum(summary.current_failures.values()), 'image')} failed")
 
 
 @app.command
@@ -234,10 +239,12 @@ def compact(config: Annotated[CompactConfig, Flat]) -> None:
 
 @app.command
 def verify(config: Annotated[VerifyConfig, Flat], *also: str, json: bool = False) -> None:
-    """Prove the promise of a captioning job over its output, or over several that share the work.
+    """Check that captioning outputs are complete and undamaged: every image once, every part readable.
 
     Parameters
     ----------
+    also
+        Further outputs, the other parts of the same work.
     json
         Print JSON.
     """
@@ -246,7 +253,7 @@ def verify(config: Annotated[VerifyConfig, Flat], *also: str, json: bool = False
     verification = run(config.model_copy(update={"also": (*config.also, *also)}))
     print(verification.json() if json else verification.text())
     if verification.problems:
-        raise CaprayError(f"{len(verification.problems)} problems")
+        raise CaprayError(counted(len(verification.problems), "problem"))
 
 
 @app.command
@@ -318,21 +325,17 @@ def _describe(error: cyclopts.CycloptsError) -> str:
     """What is wrong with a command line, in the words it is typed in."""
     cause = error.__cause__
     if isinstance(cause, ValidationError):
-        return settings.describe_error(cause, _flag)
+        return settings.describe_error(cause, flag_of)
     if not isinstance(error, cyclopts.MissingArgumentError):
         return str(error)
     command = list(error.command_chain or ())
     model = settings_of(command)
     needed = [name for name, field in model.model_fields.items() if field.is_required()] if model else []
-    if model and error.argument and error.argument.name in map(_flag, needed):
+    if model and error.argument and error.argument.name in map(flag_of, needed):
         places = [name.upper() for name in model.positional if name in needed]
-        flags = [f"{_flag(name)} …" for name in needed if name not in model.positional]
+        flags = [f"{flag_of(name)} …" for name in needed if name not in model.positional]
         return f"something is missing: capray {' '.join([*command, *places, *flags])} (capray {' '.join(command)} --help)"
     return str(error)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _fail(message: str, code: int) -> int:

@@ -8,16 +8,27 @@ base classes, and ``subset`` takes one out of a larger whole.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from capray.errors import ConfigError
 
 T = TypeVar("T", bound="Settings")
+
+
+def _named(place: str) -> str:
+    if not place:
+        raise ValueError("'' names nothing (the current folder is '.')")
+    return place
+
+
+Place = Annotated[str, AfterValidator(_named)]
+"""A path or URI."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Channels = tuple[float, float, float]
 FailureKind = Literal[
@@ -43,7 +54,8 @@ class Settings(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Positional fields come first and the class's own before the inherited, in help and on the command line."""
+        """Positional fields come first and the class's own before the inherited, in help and on the command line; a field's
+        help is one line."""
         fields = cls.model_fields
         own = [name for name in cls.__annotations__ if name in fields]
         order = dict.fromkeys((*cls.positional, *own, *fields))
@@ -52,6 +64,8 @@ class Settings(BaseModel):
         fields.update(ordered)
         for name, field in fields.items():
             field.kw_only = name not in cls.positional
+            if field.description:
+                field.description = " ".join(field.description.split())  # The terminal breaks lines, not the source.
 
     @classmethod
     def create(cls, values: Mapping[str, Any] | None = None, /, **overrides: Any) -> Self:
@@ -106,12 +120,20 @@ def read_yaml(path: str | Path, model: type[Settings]) -> dict[str, Any]:
     return values
 
 
+def flag_of(setting: str) -> str:
+    """The flag that ``setting`` is on the command line: ``beam_size`` is ``--beam-size``."""
+    return f"--{setting.replace('_', '-')}"
+
+
 def describe_error(error: ValidationError, spelled: Callable[[str], str] = str) -> str:
-    """A pydantic error as one line for a user: the setting as it is ``spelled``, what is wrong, and the value it had."""
+    """A pydantic error as one line for a user: the setting, what is wrong, and the value it had. Settings, which validators'
+    messages have in backticks, stand as they are ``spelled``."""
     lines = []
     for problem in error.errors():
         name = spelled(".".join(part for part in problem["loc"] if isinstance(part, str))) if problem["loc"] else ""
         reason = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "value_error":
+            reason = re.sub("`([a-z_]+)`", lambda setting: spelled(setting[1]), reason)
         reason = reason[:1].lower() + reason[1:]
         if problem["type"] == "missing":
             lines.append(f"{name} is required")
@@ -127,7 +149,7 @@ class Preprocessing(Settings):
 
     resize: Literal["squash", "crop", "pad", "keep-aspect"] = "squash"
     """How an image meets the input size: squash it, scale and crop the centre, scale and pad, or scale the shorter
-    side and keep the aspect ratio (needs pool_grid)."""
+    side and keep the aspect ratio (needs --pool-grid)."""
     size: Annotated[int, Field(ge=16, le=2048)] = 224
     """Side of the encoder's input in pixels (the shorter side with keep-aspect)."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
@@ -160,7 +182,7 @@ class Architecture(Preprocessing):
     encoder: str = "resnet101"
     """Convolutional encoder: a ResNet of torchvision's, or another of its networks with a sequence of `features`
     (mobilenet_v2, efficientnet_b0, densenet121, vgg16, convnext_tiny …); one of timm's that gives a grid
-    (`timm/tf_efficientnet_lite0`; needs `capray[timm]`); or `tiny`, a small one to train from scratch."""
+    (`timm/tf_efficientnet_lite0`; needs `uv sync --extra timm`); or `tiny`, a small one to train from scratch."""
     pool_grid: Annotated[int, Field(ge=1, le=64)] | None = None
     """Side of the grid after adaptive average pooling (14 in Show, Attend and Tell's reimplementations); the encoder's
     own grid when not given."""
@@ -196,7 +218,7 @@ class Architecture(Preprocessing):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.resize == "keep-aspect" and self.pool_grid is None:
-            raise ValueError("resize 'keep-aspect' gives grids of different sizes: set pool_grid (14, say)")
+            raise ValueError("`resize` 'keep-aspect' gives grids of different sizes: set `pool_grid` (14, say)")
         return self
 
 
@@ -213,7 +235,7 @@ class Decoding(Settings):
     min_length: Annotated[int, Field(ge=0, le=1000)] = 0
     """Fewest words of a caption."""
     length_penalty: Annotated[float, Field(ge=0, le=5)] = 0.9
-    """Hypotheses are ranked by log_prob / num_tokens ** length_penalty; 0 ranks by log_prob."""
+    """Hypotheses are ranked by log_prob / num_tokens ** --length-penalty; 0 ranks by log_prob."""
     no_repeat_ngram: Annotated[int, Field(ge=0, le=10)] = 0
     """No caption holds the same run of this many words twice; 0 allows it."""
     allow_unk: bool = False
@@ -222,14 +244,14 @@ class Decoding(Settings):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.n_best is not None and self.n_best > self.beam_size:
-            raise ValueError(f"n_best {self.n_best} is more than beam_size {self.beam_size}: raise beam_size")
+            raise ValueError(f"`n_best` {self.n_best} is more than `beam_size` {self.beam_size}: raise `beam_size`")
         if self.min_length >= self.max_length:
-            raise ValueError(f"min_length {self.min_length} must be below max_length {self.max_length}")
+            raise ValueError(f"`min_length` {self.min_length} must be below `max_length` {self.max_length}")
         return self
 
 
 class Augmentation(Settings):
-    """What chance does to training images, at the encoder's input size; validation never sees it."""
+    """Random augmentation of training images, at the encoder's input size; validation never sees it."""
 
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that a training image is mirrored left to right."""
@@ -273,8 +295,8 @@ class Optimisation(Settings):
     mean when not given."""
 
     schedule: Literal["constant", "step", "plateau", "cosine"] = "constant"
-    """Course of the learning rates: constant; times schedule_factor every schedule_epochs; the same after
-    schedule_epochs without a gain in schedule_metric; or down a cosine to 0 at the last step, after warmup_steps."""
+    """Learning-rate schedule: constant; times --schedule-factor every --schedule-epochs; the same after --schedule-epochs
+    without a gain in --schedule-metric; or down a cosine to 0 at the last step, after --warmup-steps."""
     schedule_factor: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """What `step` and `plateau` multiply the learning rates by."""
     schedule_epochs: Annotated[int, Field(ge=1)] = 8
@@ -282,29 +304,31 @@ class Optimisation(Settings):
     schedule_metric: Literal["bleu_4", "cider_d", "val_loss"] = "bleu_4"
     """Validation metric that `plateau` watches."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the learning rates of `cosine` first rise in a line."""
+    """Steps of linear warm-up before the cosine."""
 
     @model_validator(mode="after")
     def _fits_the_optimizer_and_schedule(self) -> Self:
         if self.momentum and self.optimizer not in ("rmsprop", "sgd"):
-            raise ValueError(f"momentum is of rmsprop and sgd, not of {self.optimizer}: leave it out or choose one of them")
+            raise ValueError(
+                f"`momentum` is of rmsprop and sgd, not of {self.optimizer}: leave it out or choose one of them"
+            )
         if self.ema_decay is not None and self.average_epochs is not None:
-            raise ValueError("ema_decay and average_epochs are two averages of the weights: choose one")
+            raise ValueError("`ema_decay` and `average_epochs` are two averages of the weights: choose one")
         if self.warmup_steps and self.schedule != "cosine":
             raise ValueError(
-                f"warmup_steps is of schedule 'cosine', not of {self.schedule!r}: leave it out or choose cosine"
+                f"`warmup_steps` is of `schedule` 'cosine', not of {self.schedule!r}: leave it out or choose cosine"
             )
         return self
 
 
 class Feeding(Settings):
-    """Which words the decoder is given in training: the reference's (teacher forcing) or its own."""
+    """Which words the decoder is fed in training: the reference's (teacher forcing) or its own."""
 
     teacher_forcing_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Probability, word by word, that the decoder is given the reference's last word, else its own likeliest; 0 runs
-    freely."""
+    """Probability, word by word, that the decoder is fed the reference's previous word (teacher forcing), else its own
+    likeliest; 0 feeds only its own."""
     teacher_forcing_schedule: Literal["constant", "linear", "exponential", "inverse-sigmoid"] = "constant"
-    """Course of that probability over the epochs (scheduled sampling, Bengio et al. 2015, section 2.4)."""
+    """Schedule of that probability over the epochs (scheduled sampling, Bengio et al. 2015, section 2.4)."""
     teacher_forcing_decay: Annotated[float, Field(gt=0)] | None = None
     """The schedule's constant, at epoch e = 0, 1 …: linear subtracts decay * e, exponential multiplies by decay ** e (below
     1), inverse-sigmoid by decay / (decay + exp(e / decay)) (1 or more)."""
@@ -316,13 +340,13 @@ class Feeding(Settings):
         schedule, decay = self.teacher_forcing_schedule, self.teacher_forcing_decay
         if (decay is None) != (schedule == "constant"):
             raise ValueError(
-                f"teacher_forcing_schedule {schedule!r} with teacher_forcing_decay {decay}: set both or neither"
+                f"`teacher_forcing_schedule` {schedule!r} with `teacher_forcing_decay` {decay}: set both or neither"
             )
         if decay is not None and (
             (schedule == "exponential" and decay >= 1) or (schedule == "inverse-sigmoid" and decay < 1)
         ):
             bound = "below 1" if schedule == "exponential" else "1 or more"
-            raise ValueError(f"teacher_forcing_decay of the {schedule} schedule must be {bound}, not {decay}")
+            raise ValueError(f"`teacher_forcing_decay` of the {schedule} schedule must be {bound}, not {decay}")
         return self
 
 
@@ -358,8 +382,8 @@ class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, Ima
     """Captioner to start from (folder, URI, or in MLflow, as `caption --model`): its weights, its vocabulary, and its
     architecture where no setting is given for it."""
     word_vectors: str | None = None
-    """File or URI of pretrained word vectors in GloVe's text format (.txt or .txt.gz), of embed_dim numbers each; words
-    they lack start at random."""
+    """File or URI of pretrained word vectors in GloVe's text format (.txt or .txt.gz), of --embed-dim numbers each;
+    words they lack start at random."""
     freeze_word_vectors: bool = False
     """Whether the word embedding is left as it starts."""
     feature_cache: str = "auto"
@@ -380,12 +404,12 @@ class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, Ima
     """Captions an image brings to a step: `1`, drawn again each epoch, or `all`, sharing one encoding."""
 
     stage: Literal["cross_entropy", "self_critical"] = "cross_entropy"
-    """What is learnt from: the references, or the reward of captions drawn by the captioner of init_from (Rennie et al.
+    """What is learnt from: the references, or the reward of captions drawn by the captioner of --init-from (Rennie et al.
     2017)."""
     epochs: Annotated[int, Field(ge=1)] = 20
     """Passes over the training split."""
     epoch: Literal["images", "pairs"] = "images"
-    """What an epoch has once: every image, or, with captions_per_image 1, every image-caption pair."""
+    """What one epoch covers: every image once, or, with --captions-per-image 1, every image-caption pair once."""
     batch_size: Annotated[int, Field(ge=1)] = 160
     """Image-caption pairs per step, over all workers."""
     label_smoothing: Fraction = 0.1
@@ -393,11 +417,11 @@ class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, Ima
     doubly_stochastic: Annotated[float, Field(ge=0)] = 1.0
     """Weight of Show, Attend and Tell's doubly stochastic term (section 4.2.1, eq. 14); 0 without attention."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward pass; weights and losses stay fp32."""
+    """Precision of the forward pass; weights and losses stay fp32."""
     select_by: Literal["bleu_4", "cider_d"] = "bleu_4"
     """Validation metric by which an epoch is the best: what `best/` holds and what patience waits for."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Stop after this many epochs without a better one (see select_by); never when not given."""
+    """Stop after this many epochs without a better one (see --select-by); never when not given."""
     seed: int = 0
     """Seed of initial weights, shuffling, augmentation and dropout: the same seed and number of workers give the same
     losses."""
@@ -432,26 +456,28 @@ class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, Ima
     @model_validator(mode="after")
     def _regularised(self) -> Self:
         if self.attention == "none" and self.doubly_stochastic > 0:
-            raise ValueError("doubly_stochastic needs attention weights: set it to 0 with attention 'none'")
+            raise ValueError("`doubly_stochastic` needs attention weights: set it to 0 with `attention` 'none'")
         if self.batch_size < self.num_workers:
-            raise ValueError(f"batch_size {self.batch_size} is less than num_workers {self.num_workers}")
+            raise ValueError(f"`batch_size` {self.batch_size} is less than `num_workers` {self.num_workers}")
         if self.epoch == "pairs" and self.captions_per_image == "all":
-            raise ValueError("epoch 'pairs' goes with captions_per_image 1: with all, an epoch has every pair already")
+            raise ValueError("`epoch` 'pairs' goes with `captions_per_image` 1: with all, an epoch has every pair already")
         if self.cached_views > 1 and not self.augments:
-            raise ValueError(f"cached_views {self.cached_views} need flip, min_crop_area or color_jitter to differ by")
+            raise ValueError(
+                f"`cached_views` {self.cached_views} need `flip`, `min_crop_area` or `color_jitter` to differ by"
+            )
         if self.register_as is not None and self.tracking_uri == "none":
-            raise ValueError("register_as needs an MLflow server: leave tracking_uri 'none' out")
+            raise ValueError("`register_as` needs an MLflow server: leave `tracking_uri` 'none' out")
         return self
 
     @model_validator(mode="after")
     def _self_critical(self) -> Self:
         if self.stage == "self_critical":
             if self.init_from is None:
-                raise ValueError("stage 'self_critical' needs init_from, a captioner trained with cross-entropy")
+                raise ValueError("`stage` 'self_critical' needs `init_from`, a captioner trained with cross-entropy")
             if self.captions_per_image == "1":
-                raise ValueError("stage 'self_critical' needs captions_per_image all: the references of its reward")
+                raise ValueError("`stage` 'self_critical' needs `captions_per_image` all: the references of its reward")
             if self.teacher_forcing_ratio < 1 or self.teacher_forcing_decay is not None:
-                raise ValueError("teacher_forcing_ratio and its schedule are of stage 'cross_entropy': leave them out")
+                raise ValueError("`teacher_forcing_ratio` and its schedule are of `stage` 'cross_entropy': leave them out")
         return self
 
     @model_validator(mode="after")
@@ -459,9 +485,11 @@ class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, Ima
         if self.init_from is not None:
             for name in ("weights", "word_vectors", "min_word_count", "max_vocabulary"):
                 if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} {value!r} has no use with init_from, whose captioner brings it: leave one out")
+                    raise ValueError(
+                        f"`{name}` {value!r} has no use with `init_from`, whose captioner brings it: leave one out"
+                    )
         if self.freeze_word_vectors and self.init_from is None and self.word_vectors is None:
-            raise ValueError("freeze_word_vectors would freeze random vectors: give word_vectors or init_from")
+            raise ValueError("`freeze_word_vectors` would freeze random vectors: give `word_vectors` or `init_from`")
         return self
 
 
@@ -508,13 +536,13 @@ class RegistrySettings(Settings):
 
 
 class CaptionerSettings(RegistrySettings):
-    """The captioner that a cluster captions with."""
+    """The captioner, and its precision."""
 
     model: str = IN_THE_BOX
     """Captioner: a folder or URI, or one in MLflow: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/ID/captioner`; when
-    not given, the one an output was begun with, else the one that comes with capray."""
+    not given, the one that comes with capray (`caption`: the one its output was begun with)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the encoder and decoder; auto is bf16 on GPUs and fp32 on CPUs."""
+    """Precision of the encoder and decoder; auto is bf16 on GPUs and fp32 on CPUs."""
 
 
 class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):
@@ -522,12 +550,12 @@ class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):
 
     positional: ClassVar[tuple[str, ...]] = ("input", "output")
 
-    input: str
+    input: Place
     """Images: a folder, an s3:// prefix, Parquet with an image or URI column, tar shards, a manifest of URIs, or an S3
     Inventory; a glob of such files too."""
-    output: str | None = None
+    output: Place | None = None
     """Folder or URI for the tables. Without it the arguments are photos, captioned one per line."""
-    also: tuple[str, ...] = ()
+    also: tuple[Place, ...] = ()
     """Further inputs, captioned into the same output."""
 
     keep: tuple[str, ...] = ()
@@ -538,6 +566,9 @@ class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):
     batch_size: Annotated[int, Field(ge=1, le=512)] | None = None
     """Images captioned together by an actor, as far as they fit into blocks of 96 MiB; when not given, 64 on a CPU, and 512
     on a GPU."""
+    deterministic: bool = False
+    """Caption each image by itself, which takes some three times as long: on machines of one kind, with as many threads per
+    actor, it has the same captions and scores to the last digit whatever lies beside it."""
     num_actors: Annotated[int, Field(ge=1)] | None = None
     """Captioning actors; when not given, one per GPU, or one per CPU that Ray has but one (where
     capray starts Ray itself, one per CPU of this machine)."""
@@ -590,28 +621,28 @@ class ExplainConfig(RegistrySettings, ImageLimits, Decoding):
     positional: ClassVar[tuple[str, ...]] = ("image",)
 
     image: str
-    """A photo, a file or URI; with `table`, an image id."""
+    """A photo, a file or URI; with --table, an image id."""
     model: str = IN_THE_BOX
     """Captioner that captions the photo: a folder, a URI or `models:/…`; the one that comes with capray when not given."""
     table: str | None = None
-    """Captioning output, written with `attention`, that holds the image's caption, in place of `model`."""
+    """Captioning output, written with --attention, that holds the image's caption, in place of --model."""
     photo: str | None = None
-    """With `table`: file or URI of the image, where the table does not hold it."""
+    """With --table: file or URI of the image, where the table does not hold it."""
     out: str | None = None
     """Picture to write (.png, .pdf, .svg, .jpg): the photo with a heat map for each word."""
     html: str | None = None
     """Page to write: the photo, whose heat map is that of the word under the pointer."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the encoder and decoder."""
+    """Precision of the encoder and decoder."""
 
     @model_validator(mode="after")
     def _of_one_thing(self) -> Self:
         if self.table is not None and "model" in self.model_fields_set:
-            raise ValueError("give a captioner with model, or a captioning output with table: one of the two")
+            raise ValueError("give a captioner with `model`, or a captioning output with `table`: one of the two")
         if self.photo is not None and self.table is None:
-            raise ValueError("photo goes with table: the image itself is the photo otherwise")
+            raise ValueError("`photo` goes with `table`: the image itself is the photo otherwise")
         if self.out is None and self.html is None:
-            raise ValueError("give --out, a picture to write (figure.png), or --html, a page")
+            raise ValueError("give `out`, a picture to write (figure.png), or `html`, a page")
         return self
 
 
@@ -642,12 +673,12 @@ class ServeConfig(CaptionerSettings, ImageLimits, Decoding):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.max_replicas < self.min_replicas:
-            raise ValueError(f"max_replicas {self.max_replicas} is less than min_replicas {self.min_replicas}")
+            raise ValueError(f"`max_replicas` {self.max_replicas} is less than `min_replicas` {self.min_replicas}")
         return self
 
 
 class VerifyConfig(SourceSettings):
-    """Prove the promise of a captioning job over one output, or over several that share the work."""
+    """Check that captioning outputs are complete and undamaged: every image once, every part readable."""
 
     positional: ClassVar[tuple[str, ...]] = ("output",)
 
@@ -655,7 +686,7 @@ class VerifyConfig(SourceSettings):
     """Folder or URI a captioning job wrote."""
     also: tuple[str, ...] = ()
     """Further outputs, the other parts of the same work."""
-    against: tuple[str, ...] = ()
+    against: tuple[Place, ...] = ()
     """Inputs, every image of which must be accounted for."""
     check_bytes: Annotated[int, Field(ge=0)] = 0
     """Read this many images again, drawn at random, and compare their SHA-256."""
@@ -754,7 +785,7 @@ class AverageConfig(RegistrySettings):
     output: str
     """Folder or URI for the mean."""
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Of the other's weights in the mean."""
+    """Share of OTHER's weights in the mean: 0 is MODEL, 1 is OTHER."""
 
 
 class QueryConfig(Settings):
@@ -785,8 +816,8 @@ class QueryConfig(Settings):
     out: str | None = None
     """File or URI of the export."""
     coco_id: str | None = None
-    """Carried column (of `keep`) that holds COCO's integer image ids; the digits at the end of the file's name when not
-    given."""
+    """Carried column (of `caption --keep`) that holds COCO's integer image ids; when not given, the digits at the end of the
+    file's name."""
     format: Literal["table", "csv", "json"] = "table"
     """How an answer is printed."""
 
@@ -794,13 +825,13 @@ class QueryConfig(Settings):
     def _one_question(self) -> Self:
         for name in ("search", "where", "sample", "limit"):
             if self.sql is not None and getattr(self, name) is not None:
-                raise ValueError(f"{name} has no use beside a query in SQL: put it into the query")
+                raise ValueError(f"`{name}` has no use beside a query in SQL: put it into the query")
         if self.search is not None and self.sample is not None:
-            raise ValueError("search and sample are two questions: ask one")
+            raise ValueError("`search` and `sample` are two questions: ask one")
         if (self.export is None) != (self.out is None):
-            raise ValueError("--export needs --out, the file to write, and --out needs --export, its format")
+            raise ValueError("`export` needs `out`, the file to write, and `out` needs `export`, its format")
         if self.coco_id is not None and self.export != "coco":
-            raise ValueError("coco_id goes with export coco")
+            raise ValueError("`coco_id` goes with `export` coco")
         return self
 
 
@@ -826,7 +857,7 @@ class ReportConfig(Settings):
     @model_validator(mode="after")
     def _about_one_thing(self) -> Self:
         if (self.output is None) == (self.training is None):
-            raise ValueError("give a captioning output, or a training with --training: one of the two")
+            raise ValueError("give a captioning output, or a training with `training`: one of the two")
         return self
 
 

@@ -26,6 +26,7 @@ from capray.query.answers import run_query
 from capray.storage import check_empty
 from capray.training.job import train
 from capray.vocabulary import tokenise
+from capray.wording import counted
 
 MARGIN = 0.10
 """BLEU-4 by which the captioner must beat what does not look at the image."""
@@ -74,7 +75,7 @@ def demo(config: DemoConfig) -> None:
     console.rule("1. draw a captioned data set")
     prepared = prepare_shapes(ShapesConfig(output=samples, num_images=3000, seed=config.seed))
     for split, counts in prepared.splits.items():
-        console.print(f"{split}: {counts.images:,} images, {counts.captions:,} captions")
+        console.print(f"{split}: {counted(counts.images, 'image')}, {counted(counts.captions, 'caption')}")
     console.rule("2. train a captioner")
     result = train(TrainConfig.create(RECIPE, samples=samples, output=model, seed=config.seed))
     console.rule("3. caption images it has never seen")
@@ -90,7 +91,7 @@ def demo(config: DemoConfig) -> None:
     sql = "SELECT image_id, caption, round(score::DOUBLE, 2) AS score FROM captions ORDER BY image_id LIMIT 5"
     console.print(f'capray query {tables} "{sql}"', soft_wrap=True)
     run_query(QueryConfig(output=tables, sql=sql))
-    _say_where(config.out, samples, result.best, tables, time.monotonic() - started)
+    _say_where(config.out, samples, os.path.join(model, "best"), tables, time.monotonic() - started)
     captioner, *controls = scores.values()
     if any(captioner - control < MARGIN for control in controls):
         raise CaprayError(f"the captioner's BLEU-4 does not beat both controls by {MARGIN:.2f}: it did not learn to look")

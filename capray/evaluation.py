@@ -292,7 +292,10 @@ def _read_samples(
         training = connection.execute(
             "SELECT DISTINCT unnest(captions) FROM samples WHERE split = ?", [config.train_split]
         ).fetchall()
-    return (_by_key(references, config.references, config), [caption for (caption,) in training if caption is not None])
+    return (
+        _by_key(references, config.references, config),
+        [caption for (caption,) in training if caption is not None],
+    )
 
 
 def _by_key(rows: list[tuple], place: str, config: EvaluateConfig) -> dict:

@@ -9,6 +9,7 @@ Axes: B images, H rows, W columns, 3 channels.
 from __future__ import annotations
 
 import io
+import posixpath
 import re
 import struct
 import warnings
@@ -33,6 +34,7 @@ _ENDED_BY = {ending[1:] for ending, name in Image.registered_extensions().items(
 ENDINGS = frozenset(_ENDED_BY | {"heic", "heif"})
 """What an image's name ends with, in lower case, behind the last dot: Pillow's endings of FORMATS, and those of HEIC, which
 has a kind of failure."""
+
 
 _MAX_ASPECT = 4
 """With keep-aspect the longer side is at most this many times the shorter; what is longer is squashed to it."""
@@ -114,6 +116,11 @@ _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+def ends_like_image(name: str) -> bool:
+    """Whether a file's ``name`` ends like an image's."""
+    return posixpath.splitext(name)[1][1:].lower() in ENDINGS
+
+
 UNCERTAIN = ("missing", "truncated", "crashed")
 """Kinds of failure that a short read, a mount that is away or a sick device look like."""
 
@@ -155,7 +162,7 @@ def decode(data: bytes, limits: ImageLimits | None = None, at_least: int | None 
     """
     limits = limits or ImageLimits()
     if len(data) > limits.max_image_bytes:
-        raise ImageError("too_large", f"{len(data)} bytes, over the limit of {limits.max_image_bytes}")
+        raise ImageError("too_large", f"{len(data):,} bytes, over the limit of {limits.max_image_bytes:,}")
     if not data:
         raise ImageError("truncated", "0 bytes")
     _refuse_costly(data, limits)
@@ -441,7 +448,8 @@ def statistics_of(preprocessing: Preprocessing, device) -> tuple:
 
 @lru_cache
 def _channels(values: tuple[float, ...], device):
-    """Kept on the device: a copy from the host would wait for it."""
+    """``values`` of the channels as a tensor on ``device``, for pixels from 0 to 255. It is kept there: a copy from the host
+    would wait for the device."""
     import torch
 
     with torch.inference_mode(False):

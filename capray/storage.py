@@ -61,6 +61,9 @@ _AWAY = (errno.ENOTCONN, errno.ESTALE, errno.EHOSTDOWN, errno.EHOSTUNREACH, errn
 _BROKEN_OFF = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientPayloadError"}
 """Botocore's errors of connections, and of answers that did not arrive whole; the last is aiohttp's."""
 
+PRIVATE = (".", "_")
+"""What the names of hidden files and folders begin with, and in tables and shards those of private ones."""
+
 _ESCAPED = re.compile(r"\\x([89a-f][0-9a-f]|5c)")
 """In the text of a path: a byte that is no UTF-8, or a backslash."""
 
@@ -87,9 +90,9 @@ class Location:
 
 @dataclass(frozen=True)
 class Entry:
-    """One listed object: its URI, its path in the filesystem, its size in bytes, what tells it from other versions of
-    it (``file_version``, ``object_version``), and when it was last written, in seconds since the epoch; 0 where that is not
-    known."""
+    """One listed object: its URI (of a file the ``text_of`` its path), its path in the filesystem, its size in bytes, what
+    tells it from other versions of it (``file_version``, ``object_version``), and when it was last written, in seconds since
+    the epoch; 0 where that is not known."""
 
     uri: str
     path: str
@@ -100,6 +103,9 @@ class Entry:
 
 Write = Callable[[Location, bytes], None]
 """Publishes bytes at a place: ``write_atomic``, or a wrapper that checks the lease first."""
+
+Excludes = Callable[[str], bool]
+"""Whether the folder at a path is left out with all in it."""
 
 
 def locate(uri: str, as_written: bool = False) -> Location:
@@ -250,22 +256,31 @@ def entry_of(root: Location, path: str, info: dict[str, Any]) -> Entry:
 
 
 def _file_entry(path: str, about: os.stat_result) -> Entry:
-    return Entry(path, path, about.st_size, file_version(about), about.st_mtime)
+    return Entry(text_of(path), path, about.st_size, file_version(about), about.st_mtime)
 
 
 def uri_of(root: Location, path: str) -> str:
-    return path if root.is_local else f"{root.uri.split('://', 1)[0]}://{path}"
+    """The URI of what is at ``path`` of the filesystem of ``root``, as ids and tables hold it."""
+    return text_of(path) if root.is_local else f"{root.uri.split('://', 1)[0]}://{path}"
 
 
-def iter_files(root: Location, denied: list[str] | None = None, signs: tuple[str, ...] = (".",)) -> Iterator[Entry]:
-    """Every file below ``root``, in the order the store lists them; see ``walk`` for ``denied`` and ``signs``.
+def nothing(path: str) -> bool:
+    """Excludes no folder."""
+    return False
+
+
+def iter_files(
+    root: Location, denied: list[str] | None = None, prefixes: tuple[str, ...] = (".",), excludes: Excludes = nothing
+) -> Iterator[Entry]:
+    """Every file below ``root``, in the order the store lists them; see ``walk``, by which a local folder is listed, for the
+    other arguments.
 
     Raises:
         StorageError: the store cannot be reached or refuses the listing.
     """
     with storage_errors(f"listing {root.uri}"):
         if root.is_local:
-            for folder, names in walk(root.path, denied, signs):
+            for folder, names in walk(root.path, denied, prefixes, excludes):
                 for name in names:
                     path = os.path.join(folder, name)
                     if (about := _about(path, denied)) is not None:
@@ -278,7 +293,7 @@ def iter_files(root: Location, denied: list[str] | None = None, signs: tuple[str
             yield entry_of(root, path, info)
 
 
-def glob_files(place: Location, denied: list[str] | None = None) -> Iterator[Entry]:
+def glob_files(place: Location, denied: list[str] | None = None, excludes: Excludes = nothing) -> Iterator[Entry]:
     """The files that match the glob ``place``. On a file system links are followed, as ``iter_files`` does, and one to
     nowhere is a file, too; folders on the way that cannot be listed are added to ``denied``.
 
@@ -289,7 +304,7 @@ def glob_files(place: Location, denied: list[str] | None = None) -> Iterator[Ent
     with storage_errors(f"listing {place.uri}"):
         if place.is_local:
             _, *names = place.path.split("/")
-            for path in _matches("/", names, denied):
+            for path in _matches("/", names, denied, excludes):
                 about = _about(path, denied)
                 if about is not None and not stat.S_ISDIR(about.st_mode):
                     yield _file_entry(path, about)
@@ -314,7 +329,7 @@ def _about(path: str, denied: list[str] | None) -> os.stat_result | None:
         return None
 
 
-def _matches(folder: str, patterns: list[str], denied: list[str] | None) -> Iterator[str]:
+def _matches(folder: str, patterns: list[str], denied: list[str] | None, excludes: Excludes) -> Iterator[str]:
     """The paths below ``folder`` whose names match ``patterns`` one by one; ``**`` stands for any number of folders."""
     pattern, *rest = patterns
     if pattern == "**":
@@ -323,7 +338,7 @@ def _matches(folder: str, patterns: list[str], denied: list[str] | None) -> Iter
         except ValueError as error:
             raise ConfigError(f"{'/'.join(patterns)!r}: {error}") from error
         try:
-            for inside, names in walk(folder, denied, (".", "_")):
+            for inside, names in walk(folder, denied, PRIVATE, excludes):
                 relative = inside[len(folder.rstrip("/")) + 1 :]
                 for path, name in ((os.path.join(inside, name), name) for name in names):
                     if matches(f"{relative}/{name}" if relative else name):
@@ -357,7 +372,7 @@ def _matches(folder: str, patterns: list[str], denied: list[str] | None) -> Iter
         if not rest:
             yield from () if about is None and _is_gone(path) else (path,)
         elif about is not None and stat.S_ISDIR(about.st_mode):
-            yield from _matches(path, rest, denied)
+            yield from _matches(path, rest, denied, excludes)
         elif about is None and denied is not None and not _is_gone(path):
             denied.append(path)  # A link to a folder that is away, perhaps.
 
@@ -383,15 +398,21 @@ def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], 
         arguments["ContinuationToken"] = answer["NextContinuationToken"]
 
 
-def walk(root: str, denied: list[str] | None = None, signs: tuple[str, ...] = (".",)) -> Iterator[tuple[str, list[str]]]:
-    """The folders from ``root`` down in the order of their names, each once, with the names of the files in it, sorted.
+def walk(
+    root: str, denied: list[str] | None = None, prefixes: tuple[str, ...] = (".",), excludes: Excludes = nothing
+) -> Iterator[tuple[str, list[str]]]:
+    """The folders from ``root`` down in the order of their names, with the names of the files in it, sorted.
 
-    Links to folders are followed, but for those with a hidden name (one that begins with a sign of ``signs``) and those to
-    what is in ``root`` anyway. A folder below ``root`` that cannot be listed is added to ``denied``; without that, OSError.
-    One that was removed is left out.
+    Links to folders are followed, but for those with a hidden name (one that begins with one of ``prefixes``) and those to
+    what is in ``root`` anyway; where several lead comes once. A folder below ``root`` that cannot be listed is added to
+    ``denied``; without that, OSError. One that was removed is left out, and so is what ``excludes`` names, which makes no
+    other name of it one too many.
     """
-    whole = os.path.realpath(root)
-    seen: set[tuple[int, int, bool]] = set()
+    above, whole = root.rstrip("/"), os.path.realpath(root)
+    seen: set[tuple[str, bool]] = set()
+
+    def is_left_out(path: str) -> bool:
+        return excludes(path) or _is_listed_elsewhere(path, whole, prefixes, lambda below: excludes(above + below))
 
     def note(error: OSError) -> None:
         if error.filename != root and was_removed(error.filename, root):
@@ -401,21 +422,18 @@ def walk(root: str, denied: list[str] | None = None, signs: tuple[str, ...] = ("
         denied.append(error.filename)
 
     for folder, folders, names in os.walk(root, onerror=note, followlinks=True):
-        try:
-            here = os.stat(folder)
-        except OSError as error:
-            note(error)
-            continue
-        key = here.st_dev, here.st_ino, _is_hidden_below(folder, root, signs)
-        if key in seen:
-            folders.clear()
-            continue
-        seen.add(key)
-        folders[:] = sorted(name for name in folders if not _is_listed_elsewhere(os.path.join(folder, name), whole, signs))
+        # By links alone two folders are one: bind mounts have names of their own, and numbers of inodes tell nothing on NFS.
+        if (real := os.path.realpath(folder)) != whole.rstrip("/") + folder[len(above) :]:
+            key = real, _is_hidden_below(folder, root, prefixes)
+            if key in seen:
+                folders.clear()
+                continue
+            seen.add(key)
+        folders[:] = sorted(name for name in folders if not is_left_out(os.path.join(folder, name)))
         yield folder, sorted(names)
 
 
-_GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
+_GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
 
 
 def was_removed(path: str, root: str) -> bool:
@@ -433,25 +451,30 @@ def leads_nowhere(path: str) -> bool:
 
 
 def _is_gone(path: str) -> bool:
-    """Whether nothing is at ``path``: what does not answer, or may not be asked, is there."""
-    with suppress(OSError):
-        return lstat_of(path) is None
+    """Whether nothing is at ``path``: what does not answer, or may not be asked, is there. So is what is too deep to be
+    asked for by its path."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno in _GONE
     return False
 
 
-def _is_listed_elsewhere(path: str, root: str, signs: tuple[str, ...]) -> bool:
-    """Whether ``path`` is a link to a folder that a listing of ``root`` has under another name, or with a hidden name."""
+def _is_listed_elsewhere(path: str, root: str, prefixes: tuple[str, ...], excludes_below: Excludes) -> bool:
+    """Whether ``path`` is a link to a folder that a listing of ``root`` has under another name, or with a hidden name.
+    ``excludes_below`` is given what goes on from ``root``."""
     if not os.path.islink(path):
         return False
     target = os.path.realpath(path)
-    if os.path.basename(path).startswith(signs) or _is_below(root, target):
+    if os.path.basename(path).startswith(prefixes) or _is_below(root, target):
         return True
-    return _is_below(target, root) and not _is_hidden_below(target, root, signs)
+    is_listed = _is_below(target, root) and not _is_hidden_below(target, root, prefixes)
+    return is_listed and not excludes_below(target[len(root.rstrip("/")) :])
 
 
-def _is_hidden_below(path: str, root: str, signs: tuple[str, ...]) -> bool:
+def _is_hidden_below(path: str, root: str, prefixes: tuple[str, ...]) -> bool:
     """Whether ``path``, which goes on from ``root``, has a hidden name on the way."""
-    return any(f"/{sign}" in path[len(root.rstrip("/")) :] for sign in signs)
+    return any(f"/{prefix}" in path[len(root.rstrip("/")) :] for prefix in prefixes)
 
 
 def text_of(path: str) -> str:
@@ -484,7 +507,7 @@ def _asked(ask: Callable[[str], os.stat_result], path: str) -> os.stat_result | 
     try:
         return ask(path)
     except OSError as error:
-        if error.errno in _GONE:
+        if error.errno in (*_GONE, errno.ENAMETOOLONG):
             return None
         raise
 
@@ -678,6 +701,19 @@ def is_glob(location: Location) -> bool:
     return any(sign in location.path for sign in "*?[") and not exists(location)
 
 
+def glob_names(place: Location, path: str) -> bool:
+    """Whether a file at ``path`` of the store would match the glob ``place``."""
+    return re.fullmatch(glob_translate(place.path), path) is not None
+
+
+def file_above(place: Location) -> str | None:
+    """The file on the way to a local ``place``, which nothing can be below, or at it; None if there is none."""
+    path = place.path
+    while place.is_local and not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path if place.is_local and not os.path.isdir(path) else None
+
+
 def find_parquet(uri: str) -> list[Entry]:
     """The Parquet files ``uri`` names: one file, a glob, or every ``*.parquet`` of a folder (but not of its private
     folders, whose names begin with ``_``).
@@ -690,9 +726,9 @@ def find_parquet(uri: str) -> list[Entry]:
     if is_glob(root):
         entries = [entry for entry in glob_files(root) if entry.path.endswith(".parquet")]
     elif is_file(root):
-        entries = [Entry(root.uri, root.path, root.fs.size(root.path))]
+        entries = [Entry(uri_of(root, root.path), root.path, root.fs.size(root.path))]
     else:
-        entries = [entry for entry in iter_files(root, signs=(".", "_")) if entry.path.endswith(".parquet")]
+        entries = [entry for entry in iter_files(root, prefixes=PRIVATE) if entry.path.endswith(".parquet")]
         entries = [entry for entry in entries if "/_" not in entry.path[len(root.path.rstrip("/")) :]]
     if not entries:
         raise DataError(f"no Parquet files at {uri!r}")

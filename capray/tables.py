@@ -77,7 +77,7 @@ FAILURES = pa.schema(
 """A log: one row per image and attempt that failed."""
 
 FINAL_FAILURES: tuple[str, ...] = get_args(FailureKind)
-"""Kinds of failure that another attempt cannot mend."""
+"""Kinds of failure that another attempt is not expected to mend."""
 
 TRANSIENT_FAILURES = ("denied", "unreadable_storage", "captioning_error")
 """Kinds of failure that another attempt may mend: retried once per run."""

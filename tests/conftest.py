@@ -248,7 +248,19 @@ class SeaweedFS:
         self._server.wait()
 
     def make_bucket(self, name: str) -> str:
-        return _make_bucket(name)
+        import s3fs
+
+        fs = s3fs.S3FileSystem()
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                fs.mkdir(name)
+                fs.pipe_file(f"{name}/probe", b"1")
+                return f"s3://{name}"
+            except Exception:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
 
 @pytest.fixture(scope="session")
@@ -281,19 +293,3 @@ def _wait_for(endpoint: str, server: subprocess.Popen, log: Path) -> None:
         except OSError:
             time.sleep(0.3)
     raise AssertionError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
-
-
-def _make_bucket(name: str) -> str:
-    import s3fs
-
-    fs = s3fs.S3FileSystem()
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            fs.mkdir(name)
-            fs.pipe_file(f"{name}/probe", b"1")
-            return f"s3://{name}"
-        except Exception:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)

@@ -19,12 +19,13 @@ from capray.captioning import isolation
 from capray.captioning.actor import CaptioningActor, CaptioningSettings
 from capray.captioning.canary import canary_score
 from capray.captioning.isolation import Crashed, Isolated
-from capray.captioning.rows import block_of, events_of, fetched_schema, results_schema, table_of
+from capray.captioning.rows import FETCHED, block_of, events_of, results_schema, table_of
 from capray.config import Decoding
 from capray.device import is_device_error, is_out_of_memory
 from capray.errors import CheckpointError, TryAgain
 from capray.inference import Inference
 from capray.inputs.base import Changed
+from capray.inputs.places import with_source
 from capray.model.checkpoint import load_captioner
 from tests.conftest import make_model
 
@@ -98,7 +99,7 @@ def photo(name: str, colour=None, **values) -> dict:
 
 def caption(actor: CaptioningActor, *rows: dict) -> list[dict]:
     source = actor.settings.source_type
-    table = pa.Table.from_pylist(list(rows), fetched_schema(source))
+    table = pa.Table.from_pylist(list(rows), with_source(FETCHED, source))
     result = table_of(actor(block_of(table)))
     assert result.schema == results_schema(source, actor.settings.attention)
     return result.to_pylist()
@@ -114,7 +115,7 @@ class TestABlock:
         images = [photo("a"), photo("bb"), photo("ccc")]
         lost = {"image_id": "lost", "uri": "/lost", "careful": False, "error_type": "missing", "message": "gone"}
         groups = [[images[0]], [], [{**lost, "certain": False}, images[1], images[2]]]
-        blocks = [block_of(pa.Table.from_pylist(group, fetched_schema(None))) for group in groups]
+        blocks = [block_of(pa.Table.from_pylist(group, FETCHED)) for group in groups]
         results = actor(pa.concat_tables(blocks))
         together = [table_of(results.slice(i, 1)).to_pylist() for i in range(results.num_rows)]
         assert [[row["image_id"] for row in group] for group in together] == [["a"], [], ["lost", "bb", "ccc"]]
@@ -125,7 +126,7 @@ class TestABlock:
         failure = {"error_type": "missing", "message": "gone", "certain": False, "place": "{}", "node": "node-2"}
         lost = {"image_id": "lost", "uri": "/lost", "careful": False, **failure}
         actor = CaptioningActor(settings)
-        table = pa.Table.from_pylist([photo("a", place="{1}"), lost, photo("bb")], fetched_schema())
+        table = pa.Table.from_pylist([photo("a", place="{1}"), lost, photo("bb")], FETCHED)
         block = actor(block_of(table, [Changed(0, "t.parquet")]))
         assert events_of(block) == [Changed(0, "t.parquet")]
         first, second, third = table_of(block).to_pylist()
@@ -351,7 +352,7 @@ class TestASickDevice:
     def test_that_hangs_ends_the_process(self, settings, device):
         """No other process is needed to notice it; and outside Ray nobody hears of it."""
         with Isolated(hurried_actor, (settings,), 60) as process:
-            block = block_of(pa.Table.from_pylist([photo("a")], fetched_schema()))
+            block = block_of(pa.Table.from_pylist([photo("a")], FETCHED))
             assert table_of(process.call(block)).num_rows == 1
             device.write_text("hang")
             with pytest.raises(Crashed, match="ended its process with 1"):

@@ -226,7 +226,7 @@ def test_keep_aspect_without_pooling_is_refused():
 
 
 def test_the_dot_score_with_unequal_widths_is_refused():
-    with pytest.raises(ConfigError, match="hidden_dim equal to the encoder's 128"):
+    with pytest.raises(ConfigError, match="--hidden-dim equal to the encoder's 128"):
         make(attention="multiplicative", multiplicative_score="dot")
 
 

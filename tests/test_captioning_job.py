@@ -190,7 +190,7 @@ def test_tar_shards_and_a_folder_into_one_output(tmp_path, photos, model):
 def test_a_tar_that_cannot_be_read_is_a_fault_and_all_else_is_done(tmp_path, photos, model):
     write_tar(tmp_path / "shards" / "a.tar", {"x.jpg": image_bytes()})
     (tmp_path / "shards" / "b.tar").write_bytes(b"no tar" * 1000)
-    with pytest.raises(CaprayError, match=r"1 files or folders of the input cannot be read: .*b\.tar"):
+    with pytest.raises(CaprayError, match=r"1 file or folder of the input cannot be read: .*b\.tar"):
         run(tmp_path / "shards", tmp_path / "out", model)
     assert len(read_parts(str(tmp_path / "out"), "captions")) == 1
 
@@ -237,7 +237,7 @@ class TestRefusals:
         other = make_model(tmp_path / "other", seed=1)
         with pytest.raises(OutputConflictError, match="was written by model"):
             run(tmp_path / "photos", tmp_path / "out", other)
-        with pytest.raises(OutputConflictError, match="beam_size: 2 -> 3"):
+        with pytest.raises(OutputConflictError, match="--beam-size: 2 -> 3"):
             run(tmp_path / "photos", tmp_path / "out", model, beam_size=3)
 
     def test_output_inside_the_input(self, tmp_path, photos, model):
@@ -245,6 +245,35 @@ class TestRefusals:
             run(tmp_path / "photos", tmp_path / "photos" / "out", model)
         with pytest.raises(ConfigError, match="lies inside the input"):
             run(tmp_path / "photos", tmp_path / "photos", model)
+
+    def test_output_where_a_glob_would_find_it(self, tmp_path, photos, model):
+        data = tmp_path / "data"
+        data.mkdir()
+        pq.write_table(pa.table({"uri": sorted(photos)[:2]}), data / "x.parquet")
+        (tmp_path / "link").symlink_to(data)
+        for glob, output in (
+            ("data/**/*.parquet", "data/captions"),
+            ("data/**", "data/a/b"),
+            ("data/*/*/part-*", "data/out"),
+            ("d[a]ta/*/*/*", "data/out"),
+            ("link/**/*.parquet", "data/out"),
+            ("data/**/*.parquet", "link/out"),
+        ):
+            with pytest.raises(ConfigError, match="lies inside the input"):
+                run(tmp_path / glob, tmp_path / output, model)
+        run(data / "*.parquet", data / "captions", model)
+        assert len(read_parts(str(data / "captions"), "captions")) == 2
+
+    def test_output_below_a_file(self, tmp_path, photos, model):
+        (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+        for output in (Path(min(photos)) / "a" / "b", tmp_path / "gone"):
+            with pytest.raises(ConfigError, match="is a file, or a link to nowhere"):
+                run(tmp_path / "photos", output, model)
+
+    def test_a_place_without_a_name(self):
+        for places in ({"input": "", "output": "x"}, {"input": "x", "output": ""}, {"input": "x", "also": ("",)}):
+            with pytest.raises(ConfigError, match="'' names nothing"):
+                CaptionConfig.create(places)
 
     def test_an_output_that_holds_other_things(self, tmp_path, photos, model):
         (tmp_path / "out").mkdir()
@@ -406,7 +435,5 @@ def test_a_model_that_gives_no_finite_probability_ends_the_job(tmp_path, photos)
         captioner.decoder.output.weight.sign_().mul_(3e38)
         captioner.decoder.output.bias.fill_(3e38)
     save_captioner(captioner, str(tmp_path / "nan"))
-    with pytest.raises(
-        CaprayError, match="all 20 attempts failed, 20 of them as captioning_error: the model gave no finite"
-    ):
+    with pytest.raises(CaprayError, match="in 20 attempts, 20 of them as captioning_error: the model gave no finite"):
         run(tmp_path / "photos", tmp_path / "out", str(tmp_path / "nan"))

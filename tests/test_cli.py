@@ -117,7 +117,15 @@ class TestMistakes:
             (["train", "s", "o", "--learning-rate", "-1"], "learning-rate: input should be greater than 0, not '-1'"),
             (["train", "s", "o", "--learning-rate", "fast"], "learning-rate: .* not 'fast'"),
             (["train", "s", "o", "--cell", "rnn"], "cell: .*'lstm' or 'gru', not 'rnn'"),
-            (["train", "s", "o", "--beam-size", "2", "--n-best", "3"], "n_best 3 is more than beam_size 2"),
+            (
+                ["train", "s", "o", "--beam-size", "2", "--n-best", "3"],
+                "--n-best 3 is more than --beam-size 2: raise --beam-size",
+            ),
+            (["train", "s", "o", "--stage", "self_critical"], "--stage 'self_critical' needs --init-from, a captioner"),
+            (["train", "s", "o", "--resize", "keep-aspect"], "--resize 'keep-aspect' .*: set --pool-grid"),
+            (["query", "o", "--search", "dog", "--sample", "3"], "--search and --sample are two questions"),
+            (["query", "o", "--out", "x.csv"], "--export needs --out"),
+            (["prepare", "coco", "r", "o", "--fetch"], "--fetch needs --splits"),
             (["train", "s"], "--output is required"),
             (["train"], "something is missing: capray train SAMPLES OUTPUT"),
             (["train", "s", "o", "more"], "more"),
@@ -418,8 +426,8 @@ class TestTables:
         raw = original(tmp_path / "raw", names=("1_a.jpg", "3_c.jpg", "4_d.jpg"))
         code, out, _ = call("prepare", "flickr8k", raw, tmp_path / "out")
         assert code == 0
-        assert out.splitlines()[:2] == [" train: 1 images, 2 captions", "   dev: 1 images, 2 captions"]
-        assert "  note: train: 1 of 2 listed images are missing" in out.splitlines()
+        assert out.splitlines()[:2] == [" train: 1 image, 2 captions", "   dev: 1 image, 2 captions"]
+        assert "  note: train: 1 of 2 listed images missing" in out.splitlines()
 
     def test_settings_of_the_other_data_sets(self, call, tmp_path):
         from tests.test_datasets import coco_folder, original
@@ -432,7 +440,7 @@ class TestTables:
         (raw / "Flicker8k_Dataset").rename(raw / "flickr30k-images")
         lists = [f"{split}={raw}/Flickr_8k.{split}Images.txt" for split in ("train", "dev")]
         code, out, _ = call("prepare", "flickr30k", raw, tmp_path / "30k", "--split-lists", *lists)
-        assert (code, out.splitlines()[:2]) == (0, [" train: 2 images, 4 captions", "   dev: 1 images, 2 captions"])
+        assert (code, out.splitlines()[:2]) == (0, [" train: 2 images, 4 captions", "   dev: 1 image, 2 captions"])
         recipe = tmp_path / "coco.yaml"
         recipe.write_text("splits: 2017\n")
         code, out, _ = call("prepare", "coco", coco_folder(tmp_path / "c", "2017"), tmp_path / "coco", "--config", recipe)

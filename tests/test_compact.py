@@ -272,7 +272,7 @@ def _a_stranger_in_the_copy(tmp_path: Path) -> None:
     ("spoil", "error", "message"),
     [
         (_lease, ConfigError, "a run is writing .*wait for it to end"),
-        (_doubled, ConfigError, "1 captions .*capray caption again removes"),
+        (_doubled, ConfigError, "1 caption .*capray caption again removes"),
         (_other_schema, ConfigError, "part-run-1-00002.parquet' has another schema"),
         (_truncated, DataError, "part-run-1-00002.parquet' is damaged.*delete it"),
         (_spoilt, CaprayError, "part-run-1-00002|damaged"),

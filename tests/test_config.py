@@ -82,7 +82,8 @@ def test_a_group_is_taken_out_of_the_whole():
     assert config.subset(Architecture).subset(Preprocessing) == Preprocessing(size=64)
 
 
-def test_every_setting_is_documented():
+def test_every_setting_is_documented_in_one_line():
     for model in (TrainConfig, CaptionConfig):
         for name, field in model.model_fields.items():
             assert field.description, name
+            assert "\n" not in field.description, name

@@ -112,10 +112,10 @@ class TestFlickr8k:
         (raw / "Flickr8k.token.txt").write_text(tokens + "\n9_z.jpg.1#0\tStray .\n5_e.JPG#0\tIn no split .\n")
         prepared = prepare(raw, tmp_path / "out")
         assert prepared.notes == [
-            "train: 1 of 2 listed images are missing",
-            "test: 1 images have no captions and are left out",
-            "2 images are in no split and are left out",
-            "1 caption ids name no image: 9_z.jpg.1",
+            "train: 1 of 2 listed images missing",
+            "test: 1 image without captions left out",
+            "2 images in no split left out",
+            "1 caption id without an image: 9_z.jpg.1",
         ]
         assert {row["image_id"] for row in read_samples(tmp_path / "out")} == {"1_a.jpg", "3_c.jpg"}
         assert set(prepared.splits) == {"train", "dev"}
@@ -127,7 +127,7 @@ class TestFlickr8k:
         with open(raw / "Flickr8k.token.txt", "a") as file:
             file.writelines(f"x{i}.jpg#0\tStray .\n" for i in range(7))
         (note,) = prepare(raw, tmp_path / "out").notes
-        assert note == "7 caption ids name no image: x0.jpg, x1.jpg, x2.jpg, x3.jpg, x4.jpg …"
+        assert note == "7 caption ids without an image: x0.jpg, x1.jpg, x2.jpg, x3.jpg, x4.jpg …"
 
     def test_captions_come_in_the_order_of_their_numbers(self, tmp_path):
         raw = original(tmp_path / "raw")
@@ -276,10 +276,10 @@ class TestKarpathy:
         entries[2]["sentences"] = []
         prepared = prepare(self.raw(tmp_path, entries), tmp_path / "out")
         assert prepared.notes == [
-            "dataset_flickr8k.json: 1 entries repeat an image",
-            "1 captions are empty and are left out",
-            "train: 1 of 3 listed images are missing",
-            "dev: 1 images have no captions and are left out",
+            "dataset_flickr8k.json: 1 entry with a repeated image",
+            "1 empty caption left out",
+            "train: 1 of 3 listed images missing",
+            "dev: 1 image without captions left out",
         ]
         assert {row["image_id"]: len(row["captions"]) for row in read_samples(tmp_path / "out")} == {
             "1_a.jpg": 2,
@@ -357,7 +357,7 @@ class TestSelection:
         prepared = prepare(raw, tmp_path / "out", first=25, split_fractions="train=0.8,test=0.2")
         assert set(splits_of(tmp_path / "out")) == set(self.names(25))
         assert set(prepared.splits) == {"train", "test"}
-        assert prepared.notes == ["15 images come after the first 25 and are left out"]
+        assert prepared.notes == ["15 images after the first 25 left out"]
 
     def test_the_first_are_counted_among_those_that_are_there(self, tmp_path):
         raw = self.raw(tmp_path)
@@ -367,7 +367,7 @@ class TestSelection:
 
     def test_fewer_than_the_first(self, tmp_path):
         prepared = prepare(self.raw(tmp_path), tmp_path / "out", first=6000, split_fractions="train=0.5,test=0.5")
-        assert prepared.notes == ["there are 40 images with captions, fewer than the first 6000"]
+        assert prepared.notes == ["only 40 images with captions, fewer than the first 6,000"]
 
     def test_the_first_within_the_sets_own_splits(self, tmp_path):
         raw = original(tmp_path / "raw")
@@ -395,9 +395,9 @@ class TestSelection:
         photos(raw / "Images", ["empty.jpg"])
         prepared = prepare(raw, tmp_path / "out", split_fractions="train=1")
         assert prepared.notes == [
-            "1 captions are empty and are left out",
-            "2 images have no captions and are left out",
-            "1 caption ids name no image: stray.jpg",
+            "1 empty caption left out",
+            "2 images without captions left out",
+            "1 caption id without an image: stray.jpg",
         ]
         assert set(splits_of(tmp_path / "out")) == set(self.names(6))
 
@@ -481,7 +481,7 @@ class TestFlickr30k(Refusing):
     def test_the_token_file_with_lists(self, tmp_path):
         prepared = self.prepare(self.tokens(self.raw(tmp_path)), tmp_path, split_lists=self.lists(tmp_path))
         assert splits_of(tmp_path / "out") == {"1_a.jpg": "train", "2_b.jpg": "train", "3_c.jpg": "dev"}
-        assert prepared.notes == ["1 images are in no split and are left out"]
+        assert prepared.notes == ["1 image in no split left out"]
 
     def test_the_token_file_divided(self, tmp_path):
         self.prepare(self.tokens(self.raw(tmp_path)), tmp_path, split_fractions="train=1")
@@ -514,7 +514,7 @@ class TestFlickr30k(Refusing):
             "A dog runs across the grass .",
             '"Stop" | go .',
         ]
-        assert prepared.notes == ["results.csv: 1 lines lack the second |; read as number and caption"]
+        assert prepared.notes == ["results.csv: 1 line without the second |, read as number and caption"]
 
     def test_kaggles_csv_malformed(self, tmp_path):
         raw = self.kaggle(self.raw(tmp_path), "1_a.jpg, 2, A dog .\n")
@@ -632,7 +632,7 @@ class TestCoco(Refusing):
         expected = {name: {"restval": "train", "val": "dev"}.get(split, split) for name, split in KARPATHYS_COCO}
         if restval == "leave-out":
             del expected["COCO_val2014_000000060623.jpg"]
-            assert prepared.notes == ["1 images are in no split and are left out"]
+            assert prepared.notes == ["1 image in no split left out"]
         assert splits_of(tmp_path / "out") == expected
 
     def test_karpathys_alone_needs_no_choice(self, tmp_path):
@@ -666,12 +666,12 @@ class TestCoco(Refusing):
         write_coco(raw, "train2014", [*images, images[0]], annotations)
         prepared = self.prepare(raw, tmp_path)
         assert prepared.notes == [
-            "captions_train2014.json: 2 entries repeat an id",
-            "captions_train2014.json: 1 captions are of images it does not list",
-            "1 captions are empty and are left out",
-            "train: 1 of 4 listed images are missing",
-            "train: 1 images have no captions and are left out",
-            "1 images are in no split and are left out",
+            "captions_train2014.json: 2 entries with a repeated id",
+            "captions_train2014.json: 1 caption without an image in it",
+            "1 empty caption left out",
+            "train: 1 of 4 listed images missing",
+            "train: 1 image without captions left out",
+            "1 image in no split left out",
         ]
         assert prepared.splits["train"].captions == 4
 
@@ -801,9 +801,9 @@ class TestFolder(Refusing):
         raw = self.raw(tmp_path, rows)
         photos(raw, ["none.jpg", "unnamed.JPG", "notes.txt"])
         assert self.prepare(raw, tmp_path).notes == [
-            "1 captions are empty and are left out",
-            "dev: 1 of 2 listed images are missing",
-            "2 images are in no split and are left out",
+            "1 empty caption left out",
+            "dev: 1 of 2 listed images missing",
+            "2 images in no split left out",
         ]
 
     def test_bytes_in_the_manifest_are_not_read(self, tmp_path):
@@ -907,9 +907,9 @@ def test_the_real_flickr8k(flickr8k, tmp_path):
     counts = {split: (of.images, of.captions) for split, of in prepared.splits.items()}
     notes = "\n".join(prepared.notes)
     assert counts == {"train": (6000, 30000), "dev": (1000, 5000)}
-    assert "test: 1000 of 1000 listed images are missing" in notes
-    assert "91 images are in no split and are left out" in notes
-    assert "1 caption ids name no image: 2258277193_586949ec62.jpg.1" in notes
+    assert "test: 1,000 of 1,000 listed images missing" in notes
+    assert "91 images in no split left out" in notes
+    assert "1 caption id without an image: 2258277193_586949ec62.jpg.1" in notes
     table = pq.read_table(str(tmp_path / "out"), columns=["image_id", "captions", "split"])
     assert len(set(table["image_id"].to_pylist())) == 7000
     assert {len(captions) for captions in table["captions"].to_pylist()} == {5}

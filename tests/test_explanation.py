@@ -121,7 +121,7 @@ def test_the_region_is_what_the_encoder_sees(resize, size):
     ("settings", "message"),
     [
         ({"out": "x.png", "model": "m", "table": "t"}, "one of the two"),
-        ({"model": "m"}, "give --out"),
+        ({"model": "m"}, "give out, a picture"),
         ({"out": "x.png", "model": "m", "photo": "p"}, "photo goes with table"),
     ],
 )

@@ -93,12 +93,12 @@ def test_cached_and_uncached_training_agree(samples, tmp_path, capfd):
     odd = with_oddities(samples, tmp_path / "odd")
     with in_process():
         plain = run(odd, tmp_path / "plain", feature_cache="none").metrics[0]
-    assert "1 images could not be decoded" in capfd.readouterr().err
+    assert "1 image that could not be decoded" in capfd.readouterr().err
     with in_process():
         cached = run(odd, tmp_path / "cached").metrics[0]
     said = capfd.readouterr().err
     assert "encoding the 48 images of split train once" in said
-    assert "1 images could not be decoded" in said
+    assert "1 image that could not be decoded" in said
     for name in ("train_loss", "train_objective", "val_loss", "train_regulariser"):
         assert cached[name] == pytest.approx(plain[name], rel=1e-2), name
     assert [cached[f"bleu_{n}"] for n in range(1, 5)] == pytest.approx([plain[f"bleu_{n}"] for n in range(1, 5)], abs=0.02)
@@ -183,7 +183,7 @@ class TestRefusals:
             build(samples, root)
 
     def test_an_encoder_without_frozen_blocks(self, samples, tmp_path):
-        with pytest.raises(ConfigError, match="needs frozen blocks of the encoder, and fine_tune_from is 'all'"):
+        with pytest.raises(ConfigError, match="needs frozen blocks of the encoder, and --fine-tune-from is 'all'"):
             run(samples, tmp_path / "out", fine_tune_from="all", feature_cache=str(tmp_path / "cache"))
 
     def test_a_file_under_another_name(self, tmp_path):
@@ -253,11 +253,11 @@ class TestViews:
         assert build(samples, built).splits["train"] == cache.splits["train"][:1]
 
     def test_they_need_a_cache_and_something_to_change(self, samples):
-        with pytest.raises(ValueError, match="need flip, min_crop_area or color_jitter"):
+        with pytest.raises(ValueError, match="need `flip`, `min_crop_area` or `color_jitter`"):
             config_of(samples, cached_views=2)
-        with pytest.raises(ConfigError, match=r"cached_views 2 needs a feature cache: name a folder"):
+        with pytest.raises(ConfigError, match=r"--cached-views 2 needs a feature cache: give --feature-cache"):
             choose_root(config_of(samples, cached_views=2, flip=0.5, feature_cache="none"), frozen_encoder())
-        with pytest.raises(ConfigError, match=r"\(cached_views 2 or more keeps views\)"):
+        with pytest.raises(ConfigError, match=r"\(--cached-views 2 or more keeps views\)"):
             choose_root(config_of(samples, flip=0.5, feature_cache="here"), frozen_encoder())
         assert choose_root(config_of(samples, cached_views=2, flip=0.5), frozen_encoder()) is not None
 

@@ -559,7 +559,7 @@ class TestMistakes:
             ({"encoder": bare, "decoder": bare}, "has a Encoder as 'decoder'"),
             ({"encoder": bare, "decoder": tanh}, "its attention.relu is no ReLU"),
             ({"encoder": encoder, "decoder": no_gate}, "it has nothing for decoder.gate.weight"),
-            ({"encoder": encoder, "decoder": broken}, "not finite numbers, in decoder.output.bias"),
+            ({"encoder": encoder, "decoder": broken}, "weight decoder.output.bias holds NaN or infinity"),
             ({"encoder": oblong, "decoder": decoder}, r"pool_grid: .* not \(4, 5\)"),
             ({"encoder": bare, "decoder": decoder}, "none of torchvision's ResNets"),
         ]:

@@ -15,7 +15,7 @@ from capray.errors import CaprayError, DataError, StorageError, StorageUnavailab
 from capray.inputs import open_sources
 from capray.inputs.base import ContainerChanged, Page, Source, TarMembers, rows_of
 from capray.inputs.listing import ALL_ROWS, MAX_RELISTS, Listing, _digest_of
-from capray.inputs.places import MEMBERS, places_schema
+from capray.inputs.places import MEMBERS, PLACES, with_source
 from capray.output import Output
 from capray.storage import locate, write_atomic
 
@@ -152,7 +152,7 @@ class TestWhole:
     def test_selected_and_carried(self, output, tmp_path):
         (tmp_path / "list.csv").write_text("uri,n\n/a,1\n/b,2\n")
         listing = finish(make(output, tmp_path / "list.csv", keep=("n",), exclude=("/b",)))
-        assert listing.schema.equals(places_schema(pa.struct([("n", pa.string())])))
+        assert listing.schema.equals(with_source(PLACES, pa.struct([("n", pa.string())])))
         assert [(row["image_id"], row["source"]) for row in rows(listing)] == [("/a", {"n": "1"})]
 
     def test_nothing_wanted(self, output, folder):

@@ -213,7 +213,7 @@ class TestRemaining:
     def test_no_room_for_the_ids(self, output, monkeypatch):
         monkeypatch.setattr("capray.captioning.settled.BYTES_PER_ID", 2**60)
         write_captions(output, ["a"])
-        with planning(output, ["a"]) as plan, pytest.raises(StorageError, match="^1 ids need up to .* set TMPDIR"):
+        with planning(output, ["a"]) as plan, pytest.raises(StorageError, match="^1 id needs up to .* set TMPDIR"):
             plan.remaining(2)
 
     def test_temporary_space_of_a_killed_run_is_given_back(self, output, tmp_path, monkeypatch):

@@ -392,7 +392,7 @@ class TestExport:
         out = str(tmp_path / "answer.csv")
         ask(local, "SELECT image_id FROM captions ORDER BY 1 DESC -- newest first\n;\n", export="csv", out=out)
         assert Path(out).read_text() == "image_id\ne\nb\na\n"
-        assert "wrote 1 rows" in ask(local, where="caption LIKE 'She%'", export="csv", out=out)
+        assert "wrote 1 row " in ask(local, where="caption LIKE 'She%'", export="csv", out=out)
         assert len(Path(out).read_text().splitlines()) == 2
 
     def test_to_s3(self, local, s3):
@@ -445,8 +445,8 @@ class TestExport:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"export": "csv"}, "--export needs --out"),
-            ({"out": "x"}, "--out needs --export"),
+            ({"export": "csv"}, "export needs out"),
+            ({"out": "x"}, "out needs export"),
             ({"sql": "SELECT 1", "search": "x"}, "search has no use beside a query"),
             ({"search": "x", "sample": 1}, "ask one"),
             ({"coco_id": "x"}, "coco_id goes with export coco"),

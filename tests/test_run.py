@@ -11,7 +11,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,16 +21,18 @@ from PIL import Image
 
 from capray.captioning import run as run_module
 from capray.captioning import writer
+from capray.captioning.actor import CaptioningActor, CaptioningSettings
 from capray.captioning.job import caption
 from capray.captioning.plan import Plan
 from capray.captioning.record import Summary
 from capray.captioning.stream import Stalled
-from capray.config import CaptionConfig, SourceSettings, VerifyConfig
+from capray.config import CaptionConfig, CompactConfig, SourceSettings, VerifyConfig
 from capray.errors import CaprayError, ConfigError, DataError, Interrupted, StorageError, StorageUnavailable, TryAgain
 from capray.images import ImageError
 from capray.inputs import byte_reader, files, listing, open_sources, reader
 from capray.inputs import witnesses as witnesses_module
 from capray.output import Output
+from capray.output.compact import compact
 from capray.output.verify import verify
 from tests.conftest import write_photos, write_tar
 from tests.local_executor import LocalExecutor, models_loaded_once
@@ -238,13 +240,14 @@ class TestManifestsOfSeveralFolders:
         assert (first.elsewhere, second.captions, second.elsewhere) == (0, 0, 3)
         where = [str(each.with_name("photo-0000.jpg")) for each in lists]
         assert second.first_elsewhere == ("photo-0000.jpg", *where)
-        assert f"3 captions under these ids are of images at other URIs, first: photo-0000.jpg is of {where[0]}, not" in (
-            second.text()
+        assert (
+            f"3 captions whose image is at another URI than its id is listed at, first: photo-0000.jpg is of {where[0]}, not"
+            in (second.text())
         )
         for each, number in zip(lists, (0, 3), strict=True):
             result = verify(VerifyConfig(output=str(job.output), against=(str(each),)))
             assert (result.counts["ids_elsewhere"], result.problems) == (number, [])
-            assert bool(number) == any("images at other URIs" in note for note in result.notes)
+            assert bool(number) == any("image is at another URI" in note for note in result.notes)
 
     def test_may_repeat_what_is_the_same_file(self, job, lists):
         whole = lists[1].parent / "photo-0000.jpg"
@@ -257,6 +260,15 @@ class TestManifestsOfSeveralFolders:
 
 
 class TestOneBadContainer:
+    def test_or_many_before_the_first_good_one(self, job):
+        job.input.mkdir()
+        for number in range(30):
+            (job.input / f"{number:02}.parquet").write_bytes(b"damaged")
+        pq.write_table(pa.table({"image_id": ["a"], "image": [encoded("JPEG")]}), job.input / "z.parquet")
+        with pytest.raises(DataError, match="30 files or folders"):
+            job.run()
+        assert list(sha256s(job)) == ["a"]
+
     """It is named, the others are captioned, and mended it is captioned too."""
 
     @pytest.fixture
@@ -297,7 +309,7 @@ class TestOneBadContainer:
                 return read(path, *arguments)
 
             monkeypatch.setattr(byte_reader, "_read_file", refuse)
-        with pytest.raises(DataError, match=rf"1 files or folders .*{table.name}"):
+        with pytest.raises(DataError, match=rf"1 file or folder .*{table.name}"):
             job.run()
         assert len(sha256s(job)) == 6
         monkeypatch.undo()
@@ -385,6 +397,40 @@ class TestWhatFailedAndWasMended:
         self.write(job, encoded("PNG", 9))
         assert job.run().captions == 1
 
+    @pytest.mark.parametrize("kind", ["table", "tar"])
+    def test_in_the_version_that_was_read_not_in_the_one_that_was_opened(self, job, kind):
+        """It is rewritten while the run goes, and put back as it was."""
+        path = job.input / ("t.parquet" if kind == "table" else "t.tar")
+
+        def write(images: list[bytes]) -> None:
+            if kind == "tar":
+                write_tar(path, {f"{i}.png": image for i, image in enumerate(images)})
+            else:
+                path.parent.mkdir(exist_ok=True)
+                ids = [str(i) for i in range(len(images))]
+                pq.write_table(pa.table({"image_id": ids, "image": images}), path, row_group_size=4)
+
+        good = [encoded("PNG", i) for i in range(16)]
+        write(good)
+        os.utime(path, (1000, 1000))
+        kept = path.read_bytes()
+        job.run(limit=4)
+        job.run(
+            LocalExecutor(num_threads=1, before_unit=lambda n: write([*good[:8], *[b"no image"] * 8]) if n == 0 else None)
+        )
+        assert set(job.kinds()) == {"not_an_image"}
+        path.write_bytes(kept)
+        os.utime(path, (1000, 1000))
+        assert job.run().current_failures == {}
+
+    def test_in_a_compacted_copy_too(self, job):
+        self.write(job, b"no image at all")
+        job.run()
+        copy = str(job.output.with_name("copy"))
+        compact(CompactConfig(output=str(job.output), new=copy))
+        self.write(job, encoded("PNG", 9), time.time() - 86_400)
+        assert job.run(output=copy).captions == 1
+
     @pytest.mark.parametrize("at", [2e9, 2e13, 1.0])
     def test_in_an_output_that_knows_no_versions_file_times_tell(self, job, at):
         self.write(job, b"no image")
@@ -414,7 +460,7 @@ class TestASidecarThatNamesFewer:
         summary = job.run()
         assert summary.captions == named
         assert summary.left_out == ({"unnamed": (4, f"{job.input}/0.tar#2.png")} if named == 2 else {})
-        assert ("note: 4 images in tars are not named by the Parquet sidecars" in summary.text()) == (named == 2)
+        assert ("note: 4 files in tars left out: not named by the Parquet sidecar" in summary.text()) == (named == 2)
 
     def test_and_globs_that_leave_the_others_out(self, job):
         write_tar(job.input / "0.tar", {f"{i}.png": encoded("PNG", i) for i in range(5)})
@@ -547,7 +593,9 @@ class TestWhatOfATarIsAnImage:
         for summary in (job.run(), job.run()):
             number, name = summary.left_out["no_image"]
             assert (number, name.rpartition("#")[2]) == (6, "x.dat")
-            assert "note: 6 files in tars neither have an image's name nor begin like an image" in summary.text()
+            assert (
+                "note: 6 files in tars left out: without an image's name, and not beginning like an image" in summary.text()
+            )
         assert (first.captions, summary.captioned_before) == (1, 2)
 
 
@@ -615,6 +663,12 @@ class TestOddInputs:
         with pytest.raises(DataError, match=r"3 files or folders .* lies among images: caption it as another input"):
             job.run()
         assert len(sha256s(job)) == 7 and not job.kinds()
+        with monkeypatch.context() as patch:  # Moved away, as it says; the listing is not closed, since it has a limit.
+            patch.setattr("capray.inputs._SAMPLE", 3)
+            os.rename(job.input / "z", job.input.with_name("z"))
+            write_photos(job.input, 6)
+            assert job.run(limit=1).status == "complete"
+            os.rename(job.input.with_name("z"), job.input / "z")
         assert job.run(exclude=("*.tar", "*.PARQUET")).status == "complete"
         with pytest.raises(DataError, match="images.PARQUET' lies among tars and has none beside it"):
             job.run(exclude=("photo*",))
@@ -766,7 +820,7 @@ class TestOddInputs:
         for i, output in enumerate(outputs, 1):
             assert job.run(output=output, id_column="name", shard=f"{i}/2").captions == 1
         (problem,) = verify(VerifyConfig(output=outputs[0], also=outputs[1:])).problems
-        assert problem.startswith("1 ids have more than one caption: the same (")
+        assert problem.startswith("1 id has more than one caption: the same (")
 
     @pytest.mark.parametrize("is_tar", [True, False])
     def test_globs_that_choose_nothing_are_a_mistake(self, job, is_tar):
@@ -819,9 +873,68 @@ class TestOddInputs:
         ids = {name.rpartition("/")[2] for name in captions}
         assert ids >= {r"\xff", r"\x5cxff", r"\x5cxe9\xfe", r"a\b", r"\x41", "ok"}
 
+    @pytest.mark.parametrize("kind", ["tar", "sidecar", "table", "list"])
+    def test_containers_whose_names_are_no_utf8(self, job, tmp_path, kind):
+        folder = job.input / os.fsdecode(b"\xe9")
+        folder.mkdir(parents=True)
+        for name, shade in ((os.fsdecode(b"caf\xe9"), 30), (r"caf\xe9", 60), ("plain", 90)):
+            data = encoded("JPEG", shade)
+            path = folder / f"{name}.parquet"
+            if kind == "table":
+                (tmp_path / "table").write_bytes(b"")
+                pq.write_table(pa.table({"image_id": [str(shade)], "image": [data]}), tmp_path / "table")
+                (tmp_path / "table").rename(path)
+            elif kind == "list":
+                (folder / f"{shade}.jpg").write_bytes(data)
+                (tmp_path / "lists").mkdir(exist_ok=True)
+                path = tmp_path / "lists" / f"{name}.csv"
+                path.write_text(f"uri\n{job.input}/\\xe9/{shade}.jpg\n")
+            else:
+                write_tar(path.with_suffix(".tar"), {"0.jpg": data})
+                if kind == "sidecar":
+                    pq.write_table(pa.table({"key": ["0"]}), tmp_path / "table")
+                    (tmp_path / "table").rename(path)
+        source = str(tmp_path / "lists" if kind == "list" else job.input)
+        assert job.run(input=source).captions == 3
+        assert job.run(input=source).captions == 0
+        verified = verify(VerifyConfig(output=str(job.output), against=(source,), check_bytes=3))
+        assert not verified.problems and verified.counts["images_same"] == 3
+        if kind in ("tar", "sidecar"):
+            names = {name.removeprefix(source) for name in sha256s(job)}
+            assert names == {rf"/\xe9/{name}.tar#0.jpg" for name in (r"caf\xe9", r"caf\x5cxe9", "plain")}
+
+    def test_a_list_whose_name_is_no_utf8_is_read_again_when_it_was_rewritten(self, job, tmp_path):
+        photos = write_photos(tmp_path / "photos", 4)
+        job.input.mkdir()
+        manifest = job.input / os.fsdecode(b"caf\xe9.csv")
+        manifest.write_text(f"uri\n{photos[0]}\n")
+        add = lambda: manifest.write_text("uri\n" + "\n".join(photos) + "\n")  # noqa: E731
+        assert job.run(at_block(1, add)).captions == 4
+
+    def test_photos_whose_names_look_like_those_of_tars_and_their_members(self, job):
+        for photo, name in zip(write_photos(job.input, 4), ("x.tar#1.jpg", "x.tar.jpg", "y.tgz.PNG", "z.jpg"), strict=True):
+            os.rename(photo, job.input / name)
+        assert job.run().captions == 4
+        verified = verify(VerifyConfig(output=str(job.output), check_bytes=10))
+        assert not verified.problems and verified.counts["images_same"] == 4
+        (job.input / "x.tar#1.jpg").unlink()
+        (problem,) = verify(VerifyConfig(output=str(job.output), check_bytes=10)).problems
+        assert "x.tar#1.jpg cannot be read again" in problem
+
     def test_an_input_whose_name_is_no_utf8(self, job, tmp_path):
         with pytest.raises(ConfigError, match="no UTF-8"):
             job.run(input=os.fsdecode(bytes(tmp_path) + b"/\xff"))
+
+    def test_a_list_named_like_a_glob_that_is_gone_is_not_another_list(self, job):
+        photos = write_photos(job.input, 4)
+        lists = [job.input.with_name(name) for name in ("list[1].txt", "list1.txt")]
+        for number, each in enumerate(lists):
+            each.write_text("\n".join(photos[2 * number :][:2]))
+        assert job.run(input=str(lists[0])).captions == 2
+        assert job.run(input=f"{job.input.parent}/list[01].txt").captions == 2, "a glob is one"
+        lists[0].unlink()
+        with pytest.raises(TryAgain, match=r"list\[1\]\.txt' was a file that a run on this output read, and is gone"):
+            job.run(input=str(lists[0]))
 
     def test_an_input_that_was_there_before(self, job):
         write_photos(job.input, 4)
@@ -852,7 +965,7 @@ class TestOddInputs:
         job.run(limit=1)
         aside = job.input.rename(job.input.with_name("aside"))
         write_photos(job.input, 1)
-        with pytest.raises(TryAgain, match=r"was read as tar .*: is a mount away\? Else say --input-kind"):
+        with pytest.raises(TryAgain, match=r"was read as tar .* now holds none: .* give --input-kind images"):
             job.run()
         shutil.rmtree(job.input)
         aside.rename(job.input)
@@ -1208,8 +1321,8 @@ class TestMountsBelowTheInput:
             subprocess.run(["umount", "-l", mounted], check=True)
             (mounted / "NOT-MOUNTED").touch()
 
-        def leaving(root, denied):
-            for number, each in enumerate(walk(root, denied)):
+        def leaving(*of):
+            for number, each in enumerate(walk(*of)):
                 if number == 1:
                     leave()
                 yield each
@@ -1221,6 +1334,33 @@ class TestMountsBelowTheInput:
             monkeypatch.setattr(files, "walk", leaving)
         with pytest.raises(StorageUnavailable, match=r"in/b was a mount when its images were listed.*--relist"):
             list(source.pages(unit))
+
+    @pytest.mark.parametrize(("name", "exclude"), [(".snapshot", ()), ("skip", ("skip",)), ("a/skip", ("a/s*/*",))])
+    def test_one_that_is_left_out_may_go(self, job, mount, monkeypatch, name, exclude):
+        paths = write_photos(job.input / "a", 2)
+        mounted, walk = mount(job.input / name), files.walk
+        write_photos(mounted / "deep", 2)
+        (source,) = open_sources((str(job.input),), SourceSettings(exclude=exclude))
+
+        def leaving(*of):
+            for number, each in enumerate(walk(*of)):
+                if number == 0:
+                    subprocess.run(["umount", "-l", mounted], check=True)
+                yield each
+
+        monkeypatch.setattr(files, "walk", leaving)
+        (page,) = source.pages(*source.units())
+        assert sorted(page.rows["uri"].to_pylist()) == paths
+
+    def test_one_that_is_left_out_and_asked_for_by_a_link_is_noted(self, job, mount):
+        write_photos(job.input / "a", 2)
+        mounted = mount(job.input / "disk")
+        write_photos(mounted, 2)
+        (job.input / "linked").symlink_to(mounted)
+        (source,) = open_sources((str(job.input),), SourceSettings(exclude=("disk",)))
+        assert str(mounted) not in source.mounts
+        (page,) = source.pages(*source.units())
+        assert page.rows.num_rows == 4 and str(mounted) in source.mounts
 
     def test_a_folder_that_does_not_answer_holds_up_no_listing(self, job, monkeypatch):
         monkeypatch.setattr(witnesses_module, "OPEN_SECONDS", 0.1)
@@ -1251,6 +1391,61 @@ class TestMountsBelowTheInput:
             job.run(at_block(3, leave), patience_seconds=0.3)
         assert "missing" not in job.kinds()
 
+    @pytest.mark.parametrize("where", ["list", "link"])
+    def test_away_in_the_midst_of_the_run_that_lists(self, job, mount, monkeypatch, where):
+        """Which mounts there are behind links and in lists turns up while the job lists."""
+        source, mounted = job.input, mount(job.input.with_name("disk"))
+        photos = write_photos(mounted, 16, seed=1)
+        write_photos(source / "a", 4)
+        if where == "list":
+            source = source.with_name("list.txt")
+            source.write_text("".join(f"{path}\n" for path in photos))
+        else:
+            (source / "b").symlink_to(mounted)
+
+        def leave() -> None:
+            subprocess.run(["umount", "-l", mounted], check=True)
+            (mounted / "NOT-MOUNTED").touch()
+            monkeypatch.setattr(witnesses_module.witnesses, "_folders", {})  # As in a process that has read nothing yet.
+
+        with pytest.raises(TryAgain, match="was a mount when its images were listed"):
+            job.run(at_block(1, leave), input=str(source), patience_seconds=0.3)
+        assert "missing" not in job.kinds()
+
+    @pytest.mark.parametrize("change", ["nothing", "an image more", "another setting"])
+    @pytest.mark.parametrize("where", ["below", "the input", "a list's"])
+    def test_away_when_another_listing_begins(self, job, mount, where, change):
+        """Whether the last one was finished or was of other settings: what was on the mount is not passed over."""
+        source, mounted = job.input, mount(job.input if where == "the input" else job.input / "b")
+        photos = write_photos(mounted / "deep", 4, seed=1)
+        if where == "below":
+            write_photos(source / "a", 4)
+        if where == "a list's":
+            source = source.with_name("list.txt")
+            source.write_text("".join(f"{path}\n" for path in photos))
+        num_images = job.run(input=str(source)).images
+        subprocess.run(["umount", "-l", mounted], check=True)
+        (mounted / "NOT-MOUNTED").touch()
+        if change == "an image more" and where == "a list's":
+            source.write_text("".join(f"{path}\n" for path in [*photos, f"{mounted}/more.jpg"]))
+        elif change == "an image more":
+            write_photos(job.input / "c", 1, seed=2)
+        settings = {"exclude": ("*.txt",)} if change == "another setting" else {}
+        with pytest.raises(TryAgain, match="was a mount when its images were listed.*--relist"):
+            job.run(input=str(source), patience_seconds=0.3, **settings)
+        assert job.kinds() == []
+        mount(mounted)
+        write_photos(mounted / "deep", 4, seed=1)
+        job.run(input=str(source), **settings)
+        assert len(sha256s(job)) == num_images + (where == "below" and change == "an image more")
+
+    def test_away_and_excluded_when_another_listing_begins(self, job, mount):
+        write_photos(job.input / "a", 4)
+        write_photos(mount(job.input / "b"), 4, seed=1)
+        job.run()
+        subprocess.run(["umount", "-l", job.input / "b"], check=True)
+        assert job.run(exclude=("b",)).images == 4
+
     def test_an_image_or_a_folder_that_was_deleted_is_missing(self, job):
         paths = [path for name in "abc" for path in write_photos(job.input / name, 4, seed=ord(name))]
         job.run(limit=2)
@@ -1259,6 +1454,44 @@ class TestMountsBelowTheInput:
         (job.input / "c" / "more").mkdir()
         assert job.run().current_failures == {"missing": 5}
         assert job.kinds().count("missing") == 5
+
+
+def test_deterministic_captions_do_not_depend_on_what_lies_beside_them(job, tmp_path):
+    photos = write_photos(job.input, 9)
+    outputs, batch_sizes = [], []
+
+    def actor(settings: CaptioningSettings) -> CaptioningActor:
+        batch_sizes.append(settings.batch_size)
+        return CaptioningActor(settings)
+
+    for name, chosen in (("all", photos), ("some", photos[3:8])):
+        manifest, output = tmp_path / f"{name}.txt", str(tmp_path / name)
+        manifest.write_text("".join(f"{path}\n" for path in chosen))
+        settings = {"input": str(manifest), "output": output, "precision": "bf16", "batch_size": 9}
+        job.run(LocalExecutor(actor), deterministic=True, **settings)
+        rows = read_parts(output, "captions")
+        outputs.append({row["image_id"]: (row["caption"], row["log_prob"], row["alternatives"]) for row in rows})
+    assert batch_sizes == [1, 1]
+    every, some = outputs
+    assert some.keys() == set(photos[3:8]) and some == {key: every[key] for key in some}
+    with pytest.raises(ConfigError, match="deterministic: True -> False"):
+        job.run(**settings)
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_bad_images": 0.5}])
+def test_bad_images_that_come_first_stop_a_run_but_not_every_run(job, monkeypatch, limit):
+    """They are looked at again before it ends, and are out of the way of the next."""
+    monkeypatch.setattr("capray.captioning.failure_limits.HOPELESS_AFTER", 20)
+    photos = [Path(path) for path in write_photos(job.input, 40)]
+    for path in photos[:30]:
+        path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(CaprayError, match="2[0-9] of them as truncated|of the last 2[0-9] images failed"):
+        job.run(**limit)
+    assert job.kinds().count("truncated") >= 20
+    for _ in range(2):
+        with suppress(CaprayError):
+            job.run(**limit)
+    job.check(dict.fromkeys(map(str, photos[:30]), "truncated"))
 
 
 class TestBreaker:

@@ -44,9 +44,9 @@ def test_uncertain_kinds_are_called_by_a_transient_one():
 
 class TestWhen:
     def test_not_before_its_time_and_once(self, looks, clock):
-        looks.add(place("a"), "node-1")
+        looks.add(place("a"), "node-1", "missing")
         clock.now = 10
-        looks.add(place("b"), "node-1")
+        looks.add(place("b"), "node-1", "missing")
         clock.now = 29.9
         assert not looks.due()
         clock.now = 30
@@ -57,7 +57,7 @@ class TestWhen:
 
     def test_by_the_node_that_failed(self, looks, clock):
         for number in range(4):
-            looks.add(place(number), f"node-{number % 2}")
+            looks.add(place(number), f"node-{number % 2}", "missing")
         clock.now = 30
         assert {batch.node: [row["image_id"] for row in batch.places] for batch in looks.due()} == {
             "node-0": ["0", "2"],
@@ -68,7 +68,7 @@ class TestWhen:
         """A mount that fails for all does not flood the cluster with tasks, and none is forgotten."""
         number = 3 * LOOKS_PER_TASK * MAX_TASKS
         for name in range(number):
-            looks.add(place(name), "")
+            looks.add(place(name), "", "missing")
         clock.now, seen = 30, []
         while batches := ids(looks.due()):
             assert len(batches) <= MAX_TASKS and max(map(len, batches)) <= LOOKS_PER_TASK
@@ -80,12 +80,12 @@ class TestWhen:
 
     def test_memory_is_bounded(self, looks):
         for name in range(MAX_WAITING + 10):
-            looks.add({"image_id": str(name)}, "")
+            looks.add({"image_id": str(name)}, "", "missing")
         assert looks.num_open == MAX_WAITING
 
     def test_the_same_image_is_not_looked_at_twice_at_once(self, looks, clock):
-        looks.add(place("a"), "")
-        looks.add(place("a"), "")
+        looks.add(place("a"), "", "missing")
+        looks.add(place("a"), "", "missing")
         clock.now = 30
         assert ids(looks.due()) == [["a"]]
         looks.take(missing("a"))
@@ -95,7 +95,7 @@ class TestWhen:
 class TestWhatItDecides:
     @pytest.fixture
     def asked(self, looks, clock) -> SecondLooks:
-        looks.add(place("a"), "")
+        looks.add(place("a"), "", "missing")
         clock.now = 30
         looks.due()
         return looks
@@ -114,6 +114,14 @@ class TestWhatItDecides:
 
     def test_nor_is_what_stays_uncertain(self, asked):
         assert asked.take(missing("a", certain=False)) is None
+
+    @pytest.mark.parametrize("first", [("truncated", b"1"), ("missing", b"1")])
+    def test_nor_are_two_that_differ(self, looks, clock, first):
+        """Such an image is being written."""
+        looks.add(place("a"), "", *first)
+        clock.now = 30
+        looks.due()
+        assert looks.take(missing("a")) is None and looks.num_open == 0
 
     def test_another_kind_may_be_what_it_is(self, asked):
         row = asked.take(Look("a", "not_an_image", "no image", certain=True))

@@ -141,6 +141,47 @@ class TestFolder:
         assert sorted(ids(tmp_path / "in")) == sorted([*paths, *added])
         assert sorted(ids(tmp_path / "in", exclude=("a-latest/*",))) == sorted([*paths, *added])
 
+    def test_what_a_link_leads_to_is_listed_under_a_name_that_is_wanted(self, tmp_path):
+        folder = tmp_path / "in"
+        x, deep, tops = touch(folder, "x/x.jpg", "raw/deep/a.jpg", "raw/b.jpg")
+        touch(tmp_path / "real", "c.jpg", "sub/d.jpg")
+        (tmp_path / "real" / "loop").symlink_to(tmp_path / "real")
+        (tmp_path / "real" / "sub" / "up").symlink_to(tmp_path / "real")
+        for name in ("l", "m"):
+            (folder / name).symlink_to(tmp_path / "real")
+        (folder / "pick").symlink_to("raw/deep")
+        (folder / "raw" / "up").symlink_to(folder)
+        in_l, in_m, picked = (
+            [f"{folder}/{name}" for name in names]
+            for names in (("l/c.jpg", "l/sub/d.jpg"), ("m/c.jpg", "m/sub/d.jpg"), ("pick/a.jpg",))
+        )
+        assert sorted(ids(folder)) == sorted([x, deep, tops, *in_l])
+        for glob in ("l", "l/*", "l/"):
+            assert sorted(ids(folder, exclude=(glob,))) == sorted([x, deep, tops, *in_m])
+        assert sorted(ids(folder, exclude=("raw",))) == sorted([x, *picked, *in_l])
+        assert sorted(ids(folder, exclude=("raw/deep/*", "m"))) == sorted([x, tops, *picked, *in_l])
+        assert sorted(ids(folder, include=("pick/*", "m/s*", "x/x.jpg"))) == sorted([x, *picked, in_m[1]])
+        assert ids(folder, include=("*/deep/*",)) == [deep]
+
+    def test_tars_behind_a_link_beside_one_that_is_excluded(self, tmp_path):
+        tar = make_tar(tmp_path / "in" / "x.tar", ["a.jpg"])
+        make_tar(tmp_path / "real" / "y.tar", ["a.jpg"])
+        for name in ("l", "m"):
+            (tmp_path / "in" / name).symlink_to(tmp_path / "real")
+        for source in (tmp_path / "in", tmp_path / "in" / "**" / "*.tar"):
+            assert sorted(ids(source, exclude=("l",))) == [f"{tmp_path}/in/m/y.tar", tar]
+
+    def test_folders_of_one_inode_number_are_two_where_no_link_led(self, tmp_path, monkeypatch):
+        paths = touch(tmp_path / "in", "a/a.jpg", "b/b.jpg")
+        stat = os.stat
+
+        def alike(path, **options):
+            about = stat(path, **options)
+            return os.stat_result([about[0], 7, *about[2:10]]) if str(path).endswith(("/a", "/b")) else about
+
+        monkeypatch.setattr("capray.storage.os.stat", alike)
+        assert ids(tmp_path / "in") == paths
+
     def test_a_folder_that_cannot_be_listed_is_a_unit_of_its_own(self, tmp_path, monkeypatch):
         paths = touch(tmp_path / "in", "a/b.jpg", "lost+found/c.jpg", "z.jpg")
         denied, scandir = str(tmp_path / "in" / "lost+found"), os.scandir
@@ -161,6 +202,21 @@ class TestFolder:
         assert not any(page.found for page in excluding.pages(*excluding.units()))
         shutil.rmtree(denied)
         assert list(source.pages(unit)) == [], "it is gone"
+
+    def test_a_folder_too_deep_for_a_path_is_a_fault(self, tmp_path, monkeypatch):
+        """The system takes paths of 4,095 bytes."""
+        paths = touch(tmp_path / "in", "a.jpg", "z.jpg")
+        monkeypatch.chdir(tmp_path / "in")
+        for _ in range(21):
+            os.mkdir("d" * 200)
+            os.chdir("d" * 200)
+        Path("deep.jpg").write_bytes(b"x")
+        source = opened(tmp_path / "in")
+        pages = list(source.pages(*source.units()))
+        assert sorted(uri for page in pages for uri in page.rows["uri"].to_pylist()) == paths
+        ((unit,),) = [page.found for page in pages if page.found]
+        with pytest.raises(StorageError, match="File name too long"):
+            list(source.pages(unit))
 
     def test_a_mount_that_is_away_is_not_removed(self, tmp_path):
         (tmp_path / "in" / "disk").mkdir(parents=True)
@@ -671,6 +727,16 @@ class TestTars:
         assert ids(tmp_path / "in", exclude=["1.tar"]) == [tars[0], tars[2]]
         assert ids(tmp_path / "in", include=["*#a.jpg"]) == tars, "its members are not known yet"
 
+    def test_excluded_containers_are_none_of_the_input(self, tmp_path):
+        folder = tmp_path / "in"
+        write_table(folder / "a.parquet", {"uri": ["/a.jpg"]})
+        write_table(folder / "old" / "b.parquet", {"uri": ["/b.jpg"]})
+        (folder / "c.parquet").write_bytes(b"no table")
+        source = opened(folder, exclude=["c.*", "old"])
+        assert [*source.versions()] == source.units() == [f"{folder}/a.parquet"]
+        assert ids(folder, exclude=["c.*", "old"]) == ["/a.jpg"]
+        assert ids(folder / "a.parquet", exclude=["*/in/*"]) == ["/a.jpg"], "what is named itself is asked for"
+
     @pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.tar.zst"])
     def test_compressed_ones_are_refused(self, tmp_path, name):
         touch(tmp_path / "in", name)
@@ -687,9 +753,10 @@ class TestKinds:
             (["a.jpg", "a.txt", "a.csv"], "images"),
             (["a.txt"], "images"),
             (["a.csv", "a.txt"], "images"),
-            (["a.csv", "b/c.JSONL.gz", "_d.jpg"], "manifest"),
+            (["a.csv", "b/c.JSONL.gz", ".d.jpg", "_SUCCESS"], "manifest"),
+            (["a.csv", "_MG_0001.JPG"], "images"),
             (["a.tar", "a.json", "a.parquet", "a.txt"], "tar"),
-            (["_x/a.jpg", "b/a.tar"], "tar"),
+            (["_x/a.jpg", "b/a.tar", "_delta_log/_last_checkpoint"], "tar"),
         ],
     )
     def test_are_judged_from_names(self, tmp_path, names, kind):
@@ -698,6 +765,18 @@ class TestKinds:
             if name.endswith(".parquet"):
                 write_table(tmp_path / "in" / name, {"key": ["0"]})
         assert opened(tmp_path / "in").kind == kind
+
+    @pytest.mark.parametrize("photo", ["_MG_0001.JPG", "x/_a.jpg"])
+    def test_an_underscore_hides_no_images_from_tables_or_tars(self, tmp_path, photo):
+        """Cameras write such names; what writes tables lays other files of such names beside them."""
+        touch(tmp_path / "in", photo, "_SUCCESS", "_delta_log/_last_checkpoint")
+        touch(tmp_path / "in", "_old.parquet", ".thumbs/a.webp", "_x/a.jpg")
+        write_table(tmp_path / "in" / "t.parquet", {"uri": ["/a.jpg"]})
+        with pytest.raises(ConfigError, match=f"holds parquet files .* other kinds .*{photo}"):
+            opened(tmp_path / "in")
+        source = opened(tmp_path / "in", exclude=(photo,))
+        assert [row["image_id"] for row in listed(source)] == ["/a.jpg"]
+        assert hidden(source) == 3, "the table and the images"
 
     @pytest.mark.parametrize(("name", "kind"), [("b.parquet", "parquet"), ("b.tar", "tar")])
     def test_tables_or_tars_among_other_files_have_to_be_named(self, tmp_path, name, kind):

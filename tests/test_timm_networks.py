@@ -24,7 +24,7 @@ class TestWithoutTimm:
         monkeypatch.setitem(sys.modules, "timm", None)
 
     def test_it_is_told_what_to_install(self):
-        with pytest.raises(ConfigError, match=r"needs timm: install capray\[timm\]"):
+        with pytest.raises(ConfigError, match=r"needs timm: uv sync --extra timm"):
             Encoder(LITE0)
 
 
@@ -119,7 +119,7 @@ class TestWeights:
             Encoder(LITE0, "imagenet")
 
     def test_torchvisions_names_of_weights_are_refused(self, timm):
-        with pytest.raises(ConfigError, match="IMAGENET1K_V1.*set weights to imagenet"):
+        with pytest.raises(ConfigError, match="IMAGENET1K_V1.*give --weights imagenet"):
             Encoder(LITE0, "IMAGENET1K_V1")
 
     def test_those_of_imagenet(self, timm):
@@ -156,5 +156,5 @@ class TestCaptioner:
     def test_without_timm_it_is_told_what_to_install(self, captioner, tmp_path, monkeypatch):
         save_captioner(captioner, str(tmp_path / "model"))
         monkeypatch.setitem(sys.modules, "timm", None)
-        with pytest.raises(CheckpointError, match=r"install capray\[timm\]"):
+        with pytest.raises(CheckpointError, match=r"uv sync --extra timm"):
             load_captioner(str(tmp_path / "model"))

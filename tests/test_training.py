@@ -238,7 +238,7 @@ class TestRefusals:
 
     def test_a_captioner_of_another_shape_to_start_from(self, samples, model, tmp_path):
         settings = {"samples": samples, "output": str(tmp_path / "out"), "init_from": model}
-        with pytest.raises(ConfigError, match="hidden_dim 64 does not fit the captioner .*, which has 32"):
+        with pytest.raises(ConfigError, match="--hidden-dim 64 does not fit the captioner .*, which has 32"):
             train(TrainConfig(**settings, hidden_dim=64))
         with pytest.raises(ConfigError, match="not a captioner folder"):
             train(TrainConfig(**settings | {"init_from": str(tmp_path)}))
@@ -249,7 +249,7 @@ class TestRefusals:
             run(samples, tmp_path / "out", word_vectors=str(tmp_path / "vectors.txt"))
 
     def test_a_remote_output_needs_a_tracking_server(self, samples, s3):
-        with pytest.raises(ConfigError, match="tracking_uri is needed"):
+        with pytest.raises(ConfigError, match="needs --tracking-uri: an MLflow server"):
             run(samples, f"{s3}/training")
 
     def test_an_output_that_holds_other_things(self, samples, tmp_path):
@@ -379,8 +379,8 @@ class TestATrainingWhoseWorkerIsKilled:
 
     def test_what_is_left_out_is_said(self, trainings):
         assert "word vectors for 2 of " in trainings.said
-        assert "2 captions have no word and are left out" in trainings.said
-        assert "1 images could not be decoded" in trainings.said
+        assert "2 captions without a word left out" in trainings.said
+        assert "1 image that could not be decoded" in trainings.said
 
     def test_its_figures(self, trainings):
         metrics = trainings.whole.metrics
@@ -404,7 +404,7 @@ class TestATrainingWhoseWorkerIsKilled:
 
     def test_other_settings_are_refused(self, trainings):
         settings = {**trainings.settings, "tracking_uri": trainings.store, "learning_rate": 0.5}
-        with pytest.raises(OutputConflictError, match="learning_rate: 0.001 -> 0.5"):
+        with pytest.raises(OutputConflictError, match="--learning-rate: 0.001 -> 0.5"):
             run(trainings.samples, trainings.output, epochs=4, **settings)
 
     def test_a_second_stage_starts_from_its_captioner(self, trainings, tmp_path):

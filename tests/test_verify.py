@@ -211,9 +211,9 @@ def _job(out: Path) -> None:
         (_another_schema, "part-run-1-00001.parquet has another schema than .*score: double"),
         (_another_version, "part-run-1-00001.parquet has another schema than .*metadata"),
         (_without_column, "part-run-1-00001.parquet has another schema than .*sha256 is missing"),
-        (_null, "part-run-1-00001.parquet has 1 rows without caption"),
-        (_another_model, "1 captions of .* are by model 'other', job.json names 'm': .*part-run-1-00001.parquet"),
-        (_unknown_kind, "1 failures have an unknown error_type, 'bad_luck'"),
+        (_null, "part-run-1-00001.parquet has 1 row without caption"),
+        (_another_model, "1 caption of .* by model 'other', job.json names 'm': .*part-run-1-00001.parquet"),
+        (_unknown_kind, "1 failure has an unknown error_type, 'bad_luck'"),
         (_changed_bytes, "the bytes of .*004.jpg .* are not those that were captioned"),
         (_lost_image, "the image of .*004.jpg cannot be read again: missing"),
         (_kept_columns, "carries the columns \\[\\], job.json says \\['n'\\]"),
@@ -235,7 +235,7 @@ def test_all_problems_are_collected(out: Path) -> None:
     problems = "\n".join(run(out, check_bytes=100).problems)
     assert "cannot be read" in problems
     assert "3 ids of the source" in problems
-    assert "1 ids have more than one caption" in problems
+    assert "1 id has more than one caption" in problems
 
 
 def test_a_part_without_the_needed_columns_does_not_end_it(out: Path) -> None:
@@ -283,7 +283,7 @@ def test_shards_that_overlap_are_named(tmp_path: Path) -> None:
     add_captions(Output(str(second)), [stray], 7)
     (problem,) = run(first, second).problems
     assert problem == (
-        f"1 ids have more than one caption: {stray} ({first}/captions/part-run-1-00000.parquet and "
+        f"1 id has more than one caption: {stray} ({first}/captions/part-run-1-00000.parquet and "
         f"{second}/captions/part-run-1-00007.parquet)"
     )
 
@@ -294,7 +294,7 @@ def test_an_id_that_failed_in_one_shard_and_is_captioned_in_another_is_a_note(tm
     write_failures(Output(str(first)), [(str(tmp_path / "photos/001.jpg"), "denied")], number=5)
     result = run(first, second)
     assert result.problems == []
-    assert result.notes == ["1 ids failed in one output and are captioned in another"]
+    assert result.notes == ["1 id failed in one output and captioned in another"]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_what_is_no_fault_is_noted(out: Path) -> None:
     assert [note.rpartition(str(out))[2] or note for note in result.notes] == [
         " has a lease: a run is writing it, or was killed",
         " is failed, not complete",
-        "1 ids of the outputs are not in the source",
+        "1 id of the outputs not in the source",
     ]
 
 
@@ -358,7 +358,7 @@ def test_the_members_of_tars_are_wanted_and_read_again(tmp_path: Path) -> None:
     digests[1] = b"\2" * 32
     add_captions(output, uris[1:], 0, digests[1:])
     problems = "\n".join(run(tmp_path / "out", check_bytes=10).problems)
-    assert "1 ids of the source" in problems and uris[0] in problems
+    assert "1 id of the source" in problems and uris[0] in problems
     assert f"the image of {uris[4]} cannot be read again: it is not there" in problems
     assert f"the bytes of {uris[1]}" in problems
 
@@ -398,9 +398,9 @@ def test_rows_of_tables_count(tmp_path: Path) -> None:
     write_job(output)
     result = run(tmp_path / "out", check_bytes=5)
     missing, other = result.problems
-    assert missing == "1 ids of the source have neither a caption nor a failure: c"
+    assert missing == "1 id of the source has neither a caption nor a failure: c"
     assert other.startswith("the bytes of b at")
-    assert result.notes == ["1 rows of the source repeat an image id"]
+    assert result.notes == ["1 row of the source with a repeated image id"]
     assert (result.counts["images_read_again"], result.counts["images_same"]) == (2, 1)
 
 

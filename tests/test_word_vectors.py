@@ -32,7 +32,7 @@ def test_compressed_with_a_header_and_on_s3(tmp_path, s3, header):
 def test_another_width_names_the_one_to_set(tmp_path):
     file = tmp_path / "glove.txt"
     file.write_text(TEXT)
-    with pytest.raises(ConfigError, match="3 numbers each and embed_dim is 300: set embed_dim to 3"):
+    with pytest.raises(ConfigError, match="3 numbers each and --embed-dim is 300: give --embed-dim 3"):
         read_word_vectors(str(file), VOCABULARY, 300)
 
 

@@ -273,7 +273,9 @@ class CaptioningActor:
         never when it was killed from outside."""
         try:
             call = partial(self._child.call, [row])
-            (outcome,) = self._patiently("no image can be captioned carefully", call, CannotStart, StorageError)
+            (outcome,) = self._patiently(
+                "no child process can be started to caption a suspect image", call, CannotStart, StorageError
+            )
         except Crashed as error:
             self._check_device()
             is_proof = row["careful"] and not isinstance(error, KilledFromOutside)
@@ -322,7 +324,7 @@ class CaptioningActor:
         os._exit(1)
 
     def _result(self, row: Row, outcome: Outcome | None, now: int) -> Row:
-        passed_on = ("image_id", "uri", "error_type", "message", "certain", "place", "node")
+        passed_on = ("image_id", "uri", "error_type", "message", "certain", "place", "node", "sha256")
         result = {name: row[name] for name in passed_on}
         if outcome is None:
             return result
@@ -339,7 +341,6 @@ class CaptioningActor:
             "alternatives": [{"caption": h.caption, "log_prob": h.log_prob, "score": h.score} for h in others],
             "width": row["width"],
             "height": row["height"],
-            "sha256": row["sha256"],
             "model_id": self.settings.model_id,
             "captioned_at": now,
             "source": row.get("source"),

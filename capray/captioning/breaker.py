@@ -31,7 +31,7 @@ class Breaker:
         self._asked: dict[str, bytes] = {}
 
     def add(self, results: pa.Table, is_healthy: bool) -> None:
-        """Take RESULTS rows. While it ``is_healthy``, failures from before the window are forgotten."""
+        """Take rows of ``results_schema``. While it ``is_healthy``, failures from before the window are forgotten."""
         while is_healthy and self._finals and self._finals[0][0] <= self._num_done - SUDDEN_WINDOW:
             self._finals.popleft()
         self._num_done += results.num_rows

@@ -1,13 +1,14 @@
 """Which version of each table, tar and manifest the runs on an output have read: what has failed is attempted again when its
 container is another one since, whatever clocks and file times say.
 
-Each run adds one file, ``_capray/versions/<number>-<run id>.parquet``, of the containers that are new or changed since the
-files before it. Knows nothing of images and failures.
+Each run adds a file, ``_capray/versions/<number>-<run id>.parquet``, of the containers that are new or changed since the
+files before it, and others of those that change while it runs. Knows nothing of images and failures.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -28,32 +29,54 @@ class ContainerVersions:
     """The versions of the containers of ``sources``, as they are and as earlier runs have read them.
 
     Attributes:
-        runs: the number of each run that is known; of two the later has the higher one.
+        runs: the number of the last file of each run that is known; of two runs the later has the higher one.
         same_since: by a container's URI the number of the run since which it is as it is now.
     """
 
     def __init__(self, output: Output, sources: list[Source]):
-        self.folder = output.private.join("versions")
+        self.folder = output.versions
         self._now = {uri: version for source in sources for uri, version in source.versions().items()}
-        names = [match for name in list_names(self.folder, ".parquet") if (match := _FILE.fullmatch(name))]
+        names = _files_in(self.folder)
         self.runs = {match[2]: int(match[1]) for match in names}
         self._next = 1 + max(self.runs.values(), default=0)
         self.same_since = dict.fromkeys(self._now, self._next)
-        with ThreadPoolExecutor(_NUM_READERS) as pool:
-            tables = pool.map(_read, (self.folder.join(match[0]) for match in names))
-            for match, table in zip(names, tables, strict=True):
-                for uri, version in zip(table["container"].to_pylist(), table["version"].to_pylist(), strict=True):
-                    if uri in self._now:
-                        self.same_since[uri] = int(match[1]) if version == self._now[uri] else self._next
+        for match, table in zip(names, _read_all(self.folder, names), strict=True):
+            for uri, version in zip(table["container"].to_pylist(), table["version"].to_pylist(), strict=True):
+                if uri in self._now:
+                    self.same_since[uri] = int(match[1]) if version == self._now[uri] else self._next
 
     def record(self, run_id: str, write: Write) -> None:
-        """Add this run's file, if there are containers."""
-        if not self._now:
-            return
-        new = [uri for uri, since in self.same_since.items() if since == self._next]
-        table = pa.table([new, [self._now[uri] for uri in new]], schema=_SCHEMA)
+        """Add this run's first file, if there are containers."""
+        if self._now:
+            self._add([uri for uri, since in self.same_since.items() if since == self._next], run_id, write)
+
+    def record_changed(self, versions: dict[str, str], run_id: str, write: Write) -> None:
+        """Add a file of those of ``versions``, as they are now, that are others than this run knew; none when all are."""
+        if changed := {uri: version for uri, version in versions.items() if self._now.get(uri) != version}:
+            self._now |= changed
+            self.same_since |= dict.fromkeys(changed, self._next)
+            self._add(list(changed), run_id, write)
+
+    def _add(self, containers: list[str], run_id: str, write: Write) -> None:
+        table = pa.table([containers, [self._now[uri] for uri in containers]], schema=_SCHEMA)
         write(self.folder.join(f"{self._next:06d}-{run_id}.parquet"), encode_parquet(table))
         self.runs[run_id] = self._next
+        self._next += 1
+
+
+def containers_read(output: Output) -> set[str]:
+    """The containers that any run on ``output`` has read."""
+    folder = output.versions
+    return {uri for table in _read_all(folder, _files_in(folder)) for uri in table["container"].to_pylist()}
+
+
+def _files_in(folder: Location) -> list[re.Match[str]]:
+    return [match for name in list_names(folder, ".parquet") if (match := _FILE.fullmatch(name))]
+
+
+def _read_all(folder: Location, names: list[re.Match[str]]) -> Iterator[pa.Table]:
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        yield from pool.map(_read, (folder.join(match[0]) for match in names))
 
 
 def _read(file: Location) -> pa.Table:

@@ -24,6 +24,7 @@ from capray.inputs.reader import Reader
 from capray.output import Output, create_view
 from capray.progress import ProgressDisplay, duration
 from capray.storage import locate, write_atomic
+from capray.wording import counted
 
 SAMPLE_IMAGES = 32
 _RUN_ID = "dry-run"
@@ -54,15 +55,15 @@ class DryRun:
     def text(self) -> str:
         lines = []
         for plan in self.inputs:
-            tars = f" and {plan.unread_tars:,} tar shards not read yet" if plan.unread_tars else ""
+            tars = f" and {counted(plan.unread_tars, 'tar shard')} not read yet" if plan.unread_tars else ""
             size = f", {plan.bytes / 1e9:,.2f} GB" if plan.bytes else ""
             lines.append(
-                f"{plan.uri} ({plan.kind}): {plan.listed:,} images listed, {plan.to_do:,} to do{tars}; "
-                f"{plan.reads:,} GETs{size}"
+                f"{plan.uri} ({plan.kind}): {counted(plan.listed, 'image')} listed, {plan.to_do:,} to do{tars}; "
+                f"{counted(plan.reads, 'GET')}{size}"
             )
         if self.duplicates:
-            lines.append(f"{self.duplicates:,} rows repeat an image id")
-        lines.append(f"{self.parts:,} parts of captions")
+            lines.append(f"{counted(self.duplicates, 'row')} with a repeated image id")
+        lines.append(f"{counted(self.parts, 'part')} of captions")
         if self.images_per_second:
             seconds = sum(plan.to_do for plan in self.inputs) / self.images_per_second
             lines.append(
@@ -83,7 +84,7 @@ def dry_run(config: CaptionConfig) -> DryRun:
             plan = Plan(output, _RUN_ID, listing, settled, write_atomic)
             while not listing.is_complete:
                 listing.wait(len(listing.chunks()), 0.5)
-                display.update(0, f"{listing.num_rows:,} images listed", "listing")
+                display.update(0, f"{counted(listing.num_rows, 'image')} listed", "listing")
             block_rows = block_rows_of(job.preprocessing.size, config.batch_size)
             work = plan.remaining(block_rows, config.limit)
             inputs = _by_input(output, listing, work, sources)

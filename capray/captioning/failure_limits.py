@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from capray.errors import CaprayError
 from capray.tables import FINAL_FAILURES, TRANSIENT_FAILURES
+from capray.wording import counted
 
 HOPELESS_AFTER = 200
 """When this many first results are all failures, the fault is not the images'. Rates are judged from here on."""
@@ -76,7 +77,7 @@ class FailureLimits:
         if total < HOPELESS_AFTER:
             return
         if not self.results[CAPTIONED] and not self.has_captions:
-            raise CaprayError(f"the first {total} images all failed, {self.most_common()}: {self.example}")
+            raise CaprayError(f"the first {total:,} images all failed, {self.most_common()}: {self.example}")
         recent = Counter(self._recent)
         for flag, limit, kinds in self._shares:
             failed = sum(recent[kind] for kind in kinds)
@@ -90,14 +91,14 @@ class FailureLimits:
         """Raise CaprayError when there is no caption and every result is a failure that may pass."""
         if self.results and not self.has_captions and all(kind in TRANSIENT_FAILURES for kind in self.results):
             raise CaprayError(
-                f"no image could be captioned, all {self.results.total()} attempts failed, {self.most_common()}: "
+                f"no image could be captioned in {counted(self.results.total(), 'attempt')}, {self.most_common()}: "
                 f"{self.example}"
             )
 
     def most_common(self) -> str:
         failed = Counter({kind: count for kind, count in self.results.items() if kind != CAPTIONED})
         ((kind, count),) = failed.most_common(1)
-        return f"{count} of them as {kind}"
+        return f"{count:,} of them as {kind}"
 
     def text(self) -> str:
         """The failures by kind."""

@@ -23,13 +23,13 @@ import pyarrow as pa
 
 from capray import cluster
 from capray.captioning.isolation import CannotStart, Crashed, Isolated, KilledFromOutside
-from capray.captioning.rows import BLOCK, block_of, fetched_schema, unit_of, unit_row
+from capray.captioning.rows import BLOCK, FETCHED, block_of, unit_of, unit_row
 from capray.captioning.units import num_blocks, read_units
 from capray.config import ImageLimits, Preprocessing
 from capray.errors import TryAgain
 from capray.images import UNCERTAIN, ImageError, load
 from capray.inputs.base import Event, Failed, Found
-from capray.inputs.places import Row
+from capray.inputs.places import Row, with_source
 from capray.inputs.reader import FetchOutcome, Reader
 from capray.storage import locate
 
@@ -86,7 +86,7 @@ class Fetcher:
     schema: pa.Schema = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "schema", fetched_schema(self.source_type))
+        object.__setattr__(self, "schema", with_source(FETCHED, self.source_type))
 
     def fetch(self, places: pa.Table, skipped: Container[bytes] = (), careful: bool = False) -> Iterator[pa.Table]:
         """The ``num_blocks`` BLOCK rows of a unit. Of a tar that holds more images than fit into them the rest is not
@@ -165,6 +165,7 @@ class Fetcher:
         try:
             if isinstance(outcome, Failed):
                 raise outcome.error
+            result["sha256"] = hashlib.sha256(outcome.data).digest()
             pixels, width, height = decode(outcome.data)
         except ImageError as error:
             return result | _failure(place, error), place
@@ -180,7 +181,6 @@ class Fetcher:
             "input_width": pixels.shape[1],
             "width": width,
             "height": height,
-            "sha256": hashlib.sha256(outcome.data).digest(),
         }
         return result | found, place
 

@@ -5,14 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings
+from capray.captioning.container_versions import containers_read
+from capray.config import CaptionConfig, Decoding, Preprocessing, SourceSettings, flag_of
 from capray.errors import CaprayError, ConfigError, DataError, OutputConflictError, TryAgain
 from capray.inputs import NothingThere, Source, open_sources
+from capray.inputs.base import root_of
 from capray.model.captioner_files import FILES, model_id_of
 from capray.output import Output
-from capray.storage import exists, is_within, list_names, locate, read_bytes
+from capray.storage import (
+    Location,
+    exists,
+    file_above,
+    glob_names,
+    identity,
+    is_glob,
+    is_within,
+    list_names,
+    locate,
+    read_bytes,
+)
 from capray.tables import SCHEMA_VERSION
 from capray.tracking.registry import find_model, find_model_of, say_model
+from capray.wording import counted
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ def _open_as_before(config: CaptionConfig, output: Output) -> list[Source]:
     Raises:
         TryAgain: they could be read then, or were tables, tars or lists, and a mount that is away may be why.
     """
+    _check_globs(config, output)
     before = output.last_inputs()
     if list(before) != list(config.inputs):
         before = {}
@@ -93,10 +108,20 @@ def _open_as_before(config: CaptionConfig, output: Output) -> list[Source]:
         for source, (uri, kind) in zip(sources, before.items(), strict=False):
             if source.kind == "images" and kind not in ("", "images"):
                 raise TryAgain(
-                    f"{uri!r} was read as {kind} by a run on this output, and now there are other files alone: is a mount "
-                    "away? Else say --input-kind images"
+                    f"{uri!r} was read as {kind} by a run on this output, and now holds none: if a mount is away, mount it; "
+                    "if the input is images now, give --input-kind images"
                 )
     return sources
+
+
+def _check_globs(config: CaptionConfig, output: Output) -> None:
+    """Raise TryAgain when what would be taken for a glob is the name of a file that is gone."""
+    globs = {uri for uri in config.inputs if is_glob(locate(uri))}
+    if globs and (gone := globs & containers_read(output)):
+        raise TryAgain(
+            f"{min(gone)!r} was a file that a run on this output read, and is gone: put it back (files "
+            "that match it as a glob were not meant)"
+        )
 
 
 def _with_absolute_paths(config: CaptionConfig) -> CaptionConfig:
@@ -138,13 +163,28 @@ def _model_id_in(folder: str) -> str | None:
 
 
 def _check_apart(config: CaptionConfig, output: Output) -> None:
-    """Raise ConfigError when the output lies inside an input."""
+    """Raise ConfigError when the output lies inside an input, or below a file."""
+    if (file := file_above(output.root)) is not None:
+        raise ConfigError(f"the output {config.output!r} cannot be made: {file!r} is a file, or a link to nowhere")
     for uri in config.inputs:
-        if is_within(output.root, locate(uri)):
+        if _would_be_read(output, locate(uri)):
             raise ConfigError(
                 f"the output {config.output!r} lies inside the input {uri!r}, where its files would be taken for images: "
                 "choose an output beside it"
             )
+
+
+def _would_be_read(output: Output, place: Location) -> bool:
+    """Whether the files of ``output`` would be among those of the input at ``place``."""
+    if not is_glob(place):
+        return is_within(output.root, place)
+    above = locate(root_of(place))
+    if not is_within(output.root, above):
+        return False
+    below = identity(output.root).removeprefix(identity(above).rstrip("/"))
+    part = output.new_part_name(output.new_run_id(), 0)
+    tables = (folder.uri.removeprefix(output.root.uri.rstrip("/")) for folder in (output.captions, output.failures))
+    return any(glob_names(place, f"{above.path.rstrip('/')}{below}{table}/{part}") for table in tables)
 
 
 def _job_of(config: CaptionConfig, model_id: str, sources: list[Source]) -> dict[str, Any]:
@@ -157,6 +197,7 @@ def _job_of(config: CaptionConfig, model_id: str, sources: list[Source]) -> dict
         "kept_columns": {} if source_type is None else {field.name: str(field.type) for field in source_type},
         "attention": config.attention,
         "shard": config.shard,
+        "deterministic": config.deterministic,
     }
 
 
@@ -178,17 +219,22 @@ def _check_job(config: CaptionConfig, output: Output, model_id: str, sources: li
     defaults = {name: field.default for name, field in Decoding.model_fields.items()}
     pairs = {name: (job["decoding"].get(name, defaults[name]), value) for name, value in now["decoding"].items()}
     pairs["schema_version"] = (job["schema_version"], SCHEMA_VERSION)
-    for name, default in (("kept_columns", {}), ("attention", False), ("shard", None)):
+    for name, default in (("kept_columns", {}), ("attention", False), ("shard", None), ("deterministic", False)):
         pairs[name] = (job.get(name) or default, now[name])
     if config.precision != "auto" and "precision" in job:
         pairs["precision"] = (job["precision"], config.precision)
-    changed = [f"{name}: {before} -> {value}" for name, (before, value) in pairs.items() if before != value]
+    changed = [f"{_spelled(name)}: {before} -> {value}" for name, (before, value) in pairs.items() if before != value]
     if changed:
         raise OutputConflictError(
             f"{config.output!r} was written with other settings ({'; '.join(changed)}): choose another output, or the same "
             "settings"
         )
     return job
+
+
+def _spelled(name: str) -> str:
+    """A setting of job.json as the user knows it."""
+    return {"kept_columns": "--keep", "schema_version": "schema version"}.get(name) or flag_of(name)
 
 
 def _check_empty(config: CaptionConfig, output: Output) -> None:
@@ -201,6 +247,6 @@ def _check_empty(config: CaptionConfig, output: Output) -> None:
     parts = [*output.parts(output.captions), *output.parts(output.failures)]
     if parts:
         raise OutputConflictError(
-            f"{config.output!r} holds {len(parts)} parts ({parts[0].uri} …) whose {output.job.uri} is gone, so it is not "
-            "known which model and settings they are of: put that file back, or choose another output"
+            f"{config.output!r} holds {counted(len(parts), 'part')} ({parts[0].uri} …) whose {output.job.uri} is gone, so "
+            "it is not known which model and settings they are of: put that file back, or choose another output"
         )

@@ -7,12 +7,12 @@ import os
 import sys
 
 from capray import cluster
-from capray.config import CaptionConfig, Decoding, ImageLimits
+from capray.config import CaptionConfig, Decoding, ImageLimits, flag_of
 from capray.errors import ConfigError
+from capray.images import ends_like_image
 from capray.inputs import are_containers
 from capray.storage import list_names, locate
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 _SETTINGS = {
     *("input", "output", "also", "model", "tracking_uri", "precision"),
     *Decoding.model_fields,
@@ -21,10 +21,10 @@ _SETTINGS = {
 
 
 def are_photos(paths: list[str]) -> bool:
-    """Whether the arguments name photos and nothing else: the last has an image's suffix, or is a local file that is no
-    table, tar or list."""
+    """Whether these are photos to caption, judged by the last argument: it ends like an image's name, or is a local file
+    that is no table, tar or list."""
     last = paths[-1]
-    return last.lower().endswith(_SUFFIXES) or (os.path.isfile(last) and not are_containers(last))
+    return ends_like_image(last) or (os.path.isfile(last) and not are_containers(last))
 
 
 def photos_in(folder: str) -> list[str]:
@@ -34,9 +34,9 @@ def photos_in(folder: str) -> list[str]:
         ConfigError: there are none.
     """
     place = locate(folder)
-    names = [name for name in list_names(place) if name.lower().endswith(_SUFFIXES)]
+    names = [name for name in list_names(place) if ends_like_image(name)]
     if not names:
-        raise ConfigError(f"no photos in {folder!r}: give a folder of {', '.join(_SUFFIXES[:3])} …")
+        raise ConfigError(f"no photos in {folder!r}: give a folder of .jpg, .png …")
     return [place.join(name).uri for name in names]
 
 
@@ -48,7 +48,7 @@ def caption_photos(paths: list[str], config: CaptionConfig, as_json: bool = Fals
         CheckpointError: the model cannot be loaded.
     """
     if tables_only := config.model_fields_set - _SETTINGS:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(tables_only))
+        flags = ", ".join(map(flag_of, sorted(tables_only)))
         raise ConfigError(f"{flags}: not for single photos, which give lines and no tables (capray caption INPUT OUTPUT)")
     for path in paths:
         place = locate(path)

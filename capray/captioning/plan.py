@@ -20,7 +20,7 @@ from capray.captioning.container_versions import ContainerVersions
 from capray.captioning.settled import ID, TAR, Settled, insert
 from capray.captioning.units import UnitFiles, Work
 from capray.errors import ConfigError, StorageError
-from capray.inputs.base import lists_uris, names_uris
+from capray.inputs.base import lists_uris, may_have_other_ids
 from capray.inputs.listing import ALL_ROWS, Listing
 from capray.output import Output, duckdb_errors, first_row, parquet_files
 from capray.storage import Location, Write, read_bytes
@@ -64,13 +64,17 @@ class _Chunk:
 class Plan:
     """The plan of one run on ``output``: what is listed, less what is settled.
 
-    In the connection of ``settled`` it keeps what was taken in of the listing: ``listed`` (position, id, container, is_tar,
-    folder, uri): containers by number, of manifests in several folders that of each id which is a path below it, and where
-    ids need not be URIs the hash of the URI; ``containers`` (number, since, is_read, changed_at, name, noticed_at,
-    modified_at, same_since), those whose rows before a position do not count, tars whose members are known, when they
-    changed, and those that may be other ones than when an image failed: when that was noticed, when they were last written,
-    and the number of the run since which they are as now; ``runs`` (run_id, run), their numbers; and ``counted``, the rows
-    of ``listed`` that count.
+    In the connection of ``settled`` it keeps these tables of what was taken in of the listing:
+
+    listed (position, id, container, is_tar, folder, uri): the rows. ``container`` is a number; ``folder`` that of the
+        manifest, where there are several folders of them and the id is a path below it; ``uri`` the hash of the URI, where
+        ids need not be URIs.
+    counted: the rows of ``listed`` that count.
+    containers (number, since, is_read, changed_at, name, noticed_at, modified_at, same_since): those of which something is
+        known. Rows before the position ``since`` do not count; ``is_read`` is of tars whose members are known;
+        ``changed_at`` when it changed. Of one that may be another than when an image failed: when that was noticed, when it
+        was last written, and the number of the run since which it is as now.
+    runs (run_id, run): the runs' numbers.
 
     Attributes:
         versions: of the containers; a run is to record them.
@@ -84,7 +88,7 @@ class Plan:
         lists = [uri for source in listing.sources if lists_uris(source) for uri in source.units()]
         folders = sorted({posixpath.dirname(uri) for uri in lists})
         self._folders = folders if len(folders) > 1 else []
-        self._has_uris = any(names_uris(source) for source in listing.sources)
+        self._has_uris = any(may_have_other_ids(source) for source in listing.sources)
         self._modified = {
             (number, uri): at for number, source in enumerate(listing.sources) for uri, at in source.modified().items()
         }

@@ -26,6 +26,7 @@ from capray.output import Output
 from capray.progress import duration
 from capray.storage import Write
 from capray.tables import FINAL_FAILURES
+from capray.wording import counted
 
 HEARTBEAT_SECONDS = 30.0
 _VERSIONS = ("ray", "torch", "torchvision", "pyarrow", "pillow", "duckdb", "s3fs")
@@ -72,32 +73,39 @@ class Summary:
 
     def text(self) -> str:
         lines = [
-            f"{self.images:,} images: {self.captioned_before + self.captions:,} captioned, "
+            f"{counted(self.images, 'image')}: {self.captioned_before + self.captions:,} captioned, "
             f"{sum(self.current_failures.values()):,} failed",
-            f"this run: {self.captions:,} captions, {sum(self.failures.values()):,} failed attempts in "
-            f"{duration(self.seconds)} ({self.images_per_second:.1f} images/s), {self.parts} parts",
+            f"this run: {counted(self.captions, 'caption')}, {counted(sum(self.failures.values()), 'failed attempt')} in "
+            f"{duration(self.seconds)} ({self.images_per_second:.1f} images/s), {counted(self.parts, 'part')}",
         ]
         lines += [f"  {kind}: {count:,}" for kind, count in sorted(self.current_failures.items())]
         notes = []
         if self.duplicates:
-            notes.append(f"{self.duplicates:,} rows of the input repeat an image id and were captioned once")
+            notes.append(f"{counted(self.duplicates, 'row')} of the input with a repeated image id, captioned once")
         if self.kept:
-            notes.append(f"{self.kept:,} captions are of tables or shards that have changed since, and were kept")
+            notes.append(f"{counted(self.kept, 'caption')} kept, of tables or shards that have changed since")
         if self.first_elsewhere:
             image_id, before, now = self.first_elsewhere
             notes.append(
-                f"{self.elsewhere:,} captions under these ids are of images at other URIs, first: {image_id} is of "
-                f"{before}, not {now}: give --id-column, or another output; moved data sets are fine as they are"
+                f"{counted(self.elsewhere, 'caption')} whose image is at another URI than its id is listed at, first: "
+                f"{image_id} is of {before}, not {now}: give --id-column, or another output; moved data sets are fine "
+                "as they are"
             )
         if final := sum(number for kind, number in self.current_failures.items() if kind in FINAL_FAILURES):
-            notes.append(f"{final:,} failures are final: --retry-failed attempts them again (mended images, say)")
+            notes.append(f"{counted(final, 'final failure')}: --retry-failed attempts such images again (mended ones, say)")
         if self.left:
-            notes.append(f"stopped at the limit; the same command goes on ({self.left:,} images or shards known of)")
+            notes.append(
+                "stopped at the limit; the same command goes on "
+                f"({counted(self.left, 'image or shard', 'images or shards')} known of)"
+            )
         if self.hidden_files:
             notes.append(
-                f"{self.hidden_files:,} hidden files (names that begin with ., in tables and shards _) were left out"
+                f"{counted(self.hidden_files, 'hidden file')} left out (names that begin with ., in tables and shards _)"
             )
-        notes += [f"{number:,} {LEFT_OUT[reason]} ({name})" for reason, (number, name) in self.left_out.items()]
+        notes += [
+            f"{counted(number, 'file')} in tars left out: {LEFT_OUT[reason]} ({name})"
+            for reason, (number, name) in self.left_out.items()
+        ]
         return "\n".join([*lines, *(f"  note: {note}" for note in notes), f"tables in {self.output}"])
 
 

@@ -48,11 +48,6 @@ UNIT = pa.schema([("places", pa.binary()), ("skipped", pa.binary())])
 """One row: the places of a unit, and the MD5 digests of the ids that a tar is to be read without, one behind the other."""
 
 
-def fetched_schema(source: pa.DataType | None = None) -> pa.Schema:
-    """FETCHED, with the carried columns ``source`` where there are any."""
-    return FETCHED if source is None else FETCHED.append(pa.field("source", source))
-
-
 def results_schema(source: pa.DataType | None = None, attention: bool = False) -> pa.Schema:
     """The columns of a caption, or else why there is none."""
     return pa.schema([*(pa.field(field.name, field.type) for field in captions_schema(source, attention)), *_LOOK])

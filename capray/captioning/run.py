@@ -40,6 +40,7 @@ from capray.inputs.reader import Reader
 from capray.output import first_row
 from capray.progress import ProgressDisplay
 from capray.tables import FINAL_FAILURES
+from capray.wording import counted
 
 MAX_WAVES = 5
 """At most this many passes while the listing goes on; the last waits for its end."""
@@ -71,7 +72,6 @@ class Run:
         self.summary = Summary(output.root.uri, run_id, job.model_id)
         self.source_type = sources[0].source_type
         self.listing = Listing(output.plan, run_id, sources, config, self.write, config.relist)
-        self.reader = Reader.of(sources, config.subset(ImageLimits), config.fetch_concurrency, config.patience_seconds)
         self.settled = Settled(output, run_id, retried_kinds(config))
         self.plan = Plan(output, run_id, self.listing, self.settled, self.write)
         self.limits = FailureLimits(config.max_failure_rate, config.max_bad_images)
@@ -134,8 +134,8 @@ class Run:
         if self.listing.resumed_at is not None:
             listed_at = datetime.fromtimestamp(self.listing.resumed_at, UTC)
             self.display.say(
-                f"going on with the listing begun at {listed_at:%Y-%m-%d %H:%M} UTC ({self.listing.num_rows:,} images so "
-                "far); --relist starts over"
+                f"going on with the listing begun at {listed_at:%Y-%m-%d %H:%M} UTC "
+                f"({counted(self.listing.num_rows, 'image')} so far); --relist starts over"
             )
         if self.config.batch_size is not None and self.block_rows < self.config.batch_size:
             self.display.say(
@@ -193,7 +193,7 @@ class Run:
             if more and (enough or self.listing.is_complete):
                 return
             rows, rate = self.listing.num_rows, self.listing.keys_per_second
-            self._watch(f"{rows:,} images listed  {rate:,.0f}/s", "listing")
+            self._watch(f"{counted(rows, 'image')} listed  {rate:,.0f}/s", "listing")
             if more:
                 time.sleep(0.2)  # `wait` returns at once.
 
@@ -250,11 +250,12 @@ class Run:
         self.display.update(0, "", "starting Ray")
         with self.signals.interrupting():
             pool, settings = self.executor.pool, self._settings()
+            self.plan.versions.record_changed(self.listing.versions_listed_again(), self.summary.run_id, self.write)
         self.record.write()
-        tars = f" and {work.num_tars:,} tar shards" if work.num_tars else ""
+        tars = f" and {counted(work.num_tars, 'tar shard')}" if work.num_tars else ""
         listed = "" if self.listing.is_complete else " (listing goes on)"
         self.display.say(
-            f"{doing} {work.num_images:,} images{tars} with {pool.num_actors} actor{'s' if pool.num_actors > 1 else ''}, "
+            f"{doing} {counted(work.num_images, 'image')}{tars} with {counted(pool.num_actors, 'actor')}, "
             f"{settings.precision}{listed}"
         )
         started, before, done_before = time.monotonic(), self.seconds_in_passes, self.num_done
@@ -276,8 +277,11 @@ class Run:
 
     @property
     def fetcher(self) -> Fetcher:
+        """What fetches as things are known now: listing finds mounts, and images that kill processes turn up."""
+        config = self.config
+        limits = config.subset(ImageLimits)
         return Fetcher(
-            self.reader,
+            Reader.of(self.job.sources, limits, config.fetch_concurrency, config.patience_seconds),
             self.job.preprocessing,
             self.block_rows,
             self.summary.run_id,
@@ -293,7 +297,7 @@ class Run:
             config.subset(Decoding),
             self.precision,
             config.attention,
-            config.batch_size,
+            1 if config.deterministic else config.batch_size,
             self.executor.pool.gpus_per_actor > 0,
             self.executor.pool.threads,
             source_type=self.source_type,
@@ -332,7 +336,14 @@ class Run:
         if any(kinds):
             if self.limits.has_tripped:
                 self._look_at_witnesses()
-            self.limits.check()
+            try:
+                self.limits.check()
+            except CaprayError:
+                # Or the next run would begin with the same images, and end as this one.
+                if self.looks.num_open:
+                    self.display.say("too many images fail: looking again at those that failed once, and then stopping")
+                    self._await_second_looks()
+                raise
 
     def _take_event(self, event: Event) -> None:
         if isinstance(event, Changed):
@@ -363,7 +374,8 @@ class Run:
             if kinds[i] == "crashed":
                 self._take_care_of(table["image_id"][i].as_py())
             if places[i] is not None:
-                self.looks.add(json.loads(places[i]), table["node"][i].as_py() or "")
+                node, sha256 = (table[name][i].as_py() for name in ("node", "sha256"))
+                self.looks.add(json.loads(places[i]), node or "", kinds[i], sha256)
             messages[i] = f"{kinds[i]}, to be looked at again: {messages[i]}"
             kinds[i] = AS_TRANSIENT[kinds[i]]
         for name, values in (("error_type", kinds), ("message", messages)):
@@ -396,7 +408,7 @@ class Run:
     def _await_second_looks(self) -> None:
         """Until all second looks were taken, and what killed a process may be tried again."""
         while (waiting := self.looks.num_open) or (self._careful and time.monotonic() < self._careful_from):
-            self._watch(f"{waiting or len(self._careful):,} images", "looking again at")
+            self._watch(counted(waiting or len(self._careful), "image"), "looking again at")
             time.sleep(0.1)
         self.writer.flush()
 
@@ -457,7 +469,8 @@ class Run:
         lost, names = self.plan.unaccounted()
         if self._room_left() != 0 and lost and not self._faults:
             raise TryAgain(
-                f"{lost} images have neither a caption nor a failure after {summary.passes} passes: "
+                f"{counted(lost, 'image has', 'images have')} neither a caption nor a failure after "
+                f"{counted(summary.passes, 'pass', 'passes')}: "
                 f"{', '.join(names)}{' …' if lost > len(names) else ''}; run the same command again"
             )
         unread = [uri for uri in unread if uri not in faults]
@@ -466,15 +479,16 @@ class Run:
             some = "; ".join(f"{uri}: {reason}" for uri, reason in list(faults.items())[:5])
             passes_by_itself = all(isinstance(reason, TryAgain) for reason in faults.values())
             raise (TryAgain if passes_by_itself else DataError)(
-                f"{len(faults)} files or folders of the input cannot be read: {some}; "
-                f"{'all else is done; ' if self._room_left() is None else ''}mend them and run the same command again, or "
-                "leave them out with --exclude"
+                f"{counted(len(faults), 'file or folder', 'files or folders')} of the input cannot be read: {some}; "
+                f"{'all else is done; ' if self._room_left() is None else ''}mend that and run the same command again, or "
+                "leave it out with --exclude"
             )
         if self._room_left() is None and not self.listing.is_complete:
             raise TryAgain("not all was listed: run the same command again")
         if unread and self._room_left() is None:
             raise TryAgain(
-                f"{len(unread)} tars were not read to their ends after {summary.passes} passes: "
+                f"{counted(len(unread), 'tar was not read to its end', 'tars were not read to their ends')} after "
+                f"{counted(summary.passes, 'pass', 'passes')}: "
                 f"{', '.join(unread[:10])}{' …' if len(unread) > 10 else ''}; run the same command again"
             )
         self.limits.check_any()
@@ -550,7 +564,7 @@ class Run:
 
 
 def _removed(num: int) -> str:
-    return f"{num:,} duplicate captions were removed (of ids in two inputs, or by a run that had lost its lease)"
+    return f"{counted(num, 'duplicate caption')} removed (of ids in two inputs, or by a run that had lost its lease)"
 
 
 def retried_kinds(config: CaptionConfig) -> tuple[str, ...]:

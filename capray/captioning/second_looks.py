@@ -1,5 +1,5 @@
-"""Second looks: a failure that a fault of a disk, node or device could have caused is final only when it is seen again,
-later and, where it can be, on another node.
+"""Second looks: a failure that a fault of a disk, node or device could have caused is final only when the very same is seen
+again, later and, where it can be, on another node.
 
 Says which images are due and what a look means; knows nothing of how one is taken.
 """
@@ -36,6 +36,8 @@ class _Waiting:
     due: float
     place: Row
     node: str
+    kind: str
+    sha256: bytes | None
 
 
 class SecondLooks:
@@ -45,17 +47,17 @@ class SecondLooks:
         self.seconds, self._clock = seconds, clock
         self.num_taken = 0
         self._waiting: deque[_Waiting] = deque()
-        self._in_flight: dict[str, Row] = {}
+        self._in_flight: dict[str, _Waiting] = {}
 
     @property
     def num_open(self) -> int:
         """Looks that wait or are under way."""
         return len(self._waiting) + len(self._in_flight)
 
-    def add(self, place: Row, node: str) -> None:
-        """Look at ``place`` again, which ``node`` has failed to read."""
+    def add(self, place: Row, node: str, kind: str, sha256: bytes | None = None) -> None:
+        """Look at ``place`` again, where ``node`` has met with a failure of ``kind``, in bytes of ``sha256`` if in any."""
         if len(self._waiting) < MAX_WAITING:
-            self._waiting.append(_Waiting(self._clock() + self.seconds, place, node))
+            self._waiting.append(_Waiting(self._clock() + self.seconds, place, node, kind, sha256))
 
     def due(self) -> list[LookGroup]:
         """What is to be looked at now."""
@@ -64,7 +66,7 @@ class SecondLooks:
         while room > 0 and self._waiting and self._waiting[0].due <= self._clock():
             item = self._waiting.popleft()
             if item.place["image_id"] not in self._in_flight:
-                self._in_flight[item.place["image_id"]] = item.place
+                self._in_flight[item.place["image_id"]] = item
                 by_node[item.node].append(item.place)
                 room -= 1
         return [
@@ -78,9 +80,12 @@ class SecondLooks:
         return look.image_id in self._in_flight
 
     def take(self, look: Look) -> Row | None:
-        """What ``look`` has decided: the row of a final failure; None when the image is to be attempted again."""
-        place = self._in_flight.pop(look.image_id, None)
+        """What ``look`` has decided: the row of a final failure; None when the image is to be attempted again, also since
+        another failure or other bytes are seen now (it is just being written)."""
+        first = self._in_flight.pop(look.image_id, None)
         self.num_taken += 1
-        if place is None or not look.certain or look.kind not in FINAL_FAILURES:
+        if first is None or not look.certain or look.kind not in FINAL_FAILURES:
             return None
-        return {"image_id": look.image_id, "uri": place["uri"], "error_type": look.kind, "message": look.message}
+        if look.kind in AS_TRANSIENT and (look.kind, look.sha256) != (first.kind, first.sha256):
+            return None
+        return {"image_id": look.image_id, "uri": first.place["uri"], "error_type": look.kind, "message": look.message}

@@ -27,6 +27,7 @@ from capray.errors import StorageError
 from capray.output import MEND_PART, Output, first_row, open_duckdb
 from capray.storage import Location, Write, read_ahead, read_bytes, storage_errors
 from capray.tables import FAILURES, FINAL_FAILURES, encode_parquet
+from capray.wording import counted
 
 if TYPE_CHECKING:
     import duckdb
@@ -52,7 +53,8 @@ TAR = "CASE WHEN contains(lower(image_id), '.tar#') THEN hash(split_part(lower(i
 class Settled:
     """The settled ids of ``output``, as a context: a DuckDB ``connection`` with these tables and views.
 
-    captioned (id, tar, part): the captions, ``id`` being the hash, ``tar`` TAR and ``part`` the number of the part.
+    captioned (id, tar, part): the captions, ``id`` being the hash, ``tar`` the hash that the members of one tar
+        share (``TAR``), null for others, and ``part`` the number of the part.
     failed (id, tar, part, error_type, failed_at, run_id, uri): the failure log, ``uri`` being a hash.
     current_failures (error_type): the latest failure of each id that has no caption.
     rewritten (id, written_at): failed ids whose container was written anew then, or that are listed elsewhere now, for
@@ -159,8 +161,8 @@ class Settled:
         free = shutil.disk_usage(self.folder).free
         if num_ids * BYTES_PER_ID > free:
             raise StorageError(
-                f"{num_ids:,} ids need up to {num_ids * BYTES_PER_ID / 1e9:,.1f} GB of temporary space, and "
-                f"{self.folder!r} has {free / 1e9:,.1f} GB: set TMPDIR to a folder on a larger disk"
+                f"{counted(num_ids, 'id needs', 'ids need')} up to {num_ids * BYTES_PER_ID / 1e9:,.1f} GB of temporary "
+                f"space, and {self.folder!r} has {free / 1e9:,.1f} GB: set TMPDIR to a folder on a larger disk"
             )
 
     def slices(self, num_ids: int) -> list[str]:

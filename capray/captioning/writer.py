@@ -112,7 +112,7 @@ class PartWriter:
         self._publishing: Future[None] | None = None
 
     def add(self, results: pa.Table) -> None:
-        """Take RESULTS rows, and cut the parts they fill."""
+        """Take rows of ``results_schema``, and cut the parts they fill."""
         if not self._held.num_rows:
             self._oldest = self.clock()
         self._held = pa.concat_tables([self._held, results.cast(self._results)])
@@ -159,7 +159,7 @@ class PartWriter:
         self._settle()
         size = min(self.part_rows, max(1, int(self._held.num_rows * MAX_PART_BYTES / max(1, self._held.nbytes))))
         rows = self._held.slice(0, size)
-        name = f"part-{self.run_id}-{self._sequence:05d}.parquet"
+        name = self.output.new_part_name(self.run_id, self._sequence)
         failed = pc.field("error_type").is_valid()
         captions = self._with_run(rows.filter(~failed), self._captions)
         failures = rows.filter(failed)

@@ -18,6 +18,7 @@ from capray.datasets.selection import RawDataset, prepare_dataset
 from capray.datasets.settings import CocoConfig
 from capray.errors import ConfigError, DataError
 from capray.storage import Location, check_empty
+from capray.wording import counted
 
 _YEARS = ("2014", "2017")
 _SPLITS = {"train": "train", "val": "dev"}
@@ -167,9 +168,9 @@ def _read_official(place: Location, notes: list[str]) -> dict[str, list[str]]:
             captions.setdefault(names[image_id], []).append(text)
         seen.add(own_id)
     if num_repeated:
-        notes.append(f"{file}: {num_repeated} entries repeat an id")
+        notes.append(f"{file}: {counted(num_repeated, 'entry', 'entries')} with a repeated id")
     if num_stray:
-        notes.append(f"{file}: {num_stray} captions are of images it does not list")
+        notes.append(f"{file}: {counted(num_stray, 'caption')} without an image in it")
     return captions | {name: [] for name in names.values() if name not in captions}
 
 

@@ -25,6 +25,7 @@ from capray.datasets.selection import RawDataset, prepare_dataset
 from capray.datasets.settings import Flickr30kConfig
 from capray.errors import ConfigError, DataError
 from capray.storage import Location, check_empty, is_file, locate
+from capray.wording import counted
 
 _IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images/flickr30k_images", "flickr30k_images", "Images")
 _TEXT_FOLDERS = ("", "flickr30k_images", "flickr30k")
@@ -78,7 +79,7 @@ def _listing(raw: Location, config: Flickr30kConfig) -> RawDataset:
 
 
 def _read_kaggle(place: Location, notes: list[str]) -> dict[str, list[str]]:
-    """The captions by image name, in the order of their numbers.."""
+    """The captions by image name, in the order of their numbers."""
     header, _, body = read_text(place).partition("\n")
     if not _KAGGLE_HEADER.fullmatch(header.strip()):
         raise DataError(f"{_KAGGLE}: expected the header image_name| comment_number| comment, not {header[:60]!r}")
@@ -91,7 +92,7 @@ def _read_kaggle(place: Location, notes: list[str]) -> dict[str, list[str]]:
         num_without_bar += not match["bar"]
         numbered.setdefault(match["name"].strip(), []).append((int(match["number"]), match["caption"].strip()))
     if num_without_bar:
-        notes.append(f"{_KAGGLE}: {num_without_bar} lines lack the second |; read as number and caption")
+        notes.append(f"{_KAGGLE}: {counted(num_without_bar, 'line')} without the second |, read as number and caption")
     return in_order(numbered)
 
 

@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capray.config import flag_of
 from capray.datasets.raw_folder import decode_text, open_folder
 from capray.datasets.samples import Prepared
 from capray.datasets.selection import RawDataset, prepare_dataset
 from capray.datasets.settings import FolderConfig, check_split_name
 from capray.errors import ConfigError, DataError
+from capray.images import ends_like_image
 from capray.manifests import csv_rows, json_rows
 from capray.storage import Location, check_empty, is_file, iter_files, list_names, locate, read_bytes
 
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _IMAGE_NAMES = ("file_name", "filename", "image", "file", "path")
 _CAPTION_NAMES = ("caption", "captions", "text")
 
@@ -63,7 +64,7 @@ def prepare_folder(config: FolderConfig) -> Prepared:
             listing.splits[split].append(name)
     for entry in iter_files(raw):
         name = entry.path[len(raw.path.rstrip("/")) + 1 :]
-        if name in listing.captions or name.lower().endswith(_IMAGES):
+        if name in listing.captions or ends_like_image(name):
             listing.images[name] = raw.join(name)
     return prepare_dataset(listing, config, "folder")
 
@@ -141,7 +142,7 @@ def _choose(given: str | None, guesses: tuple[str, ...], columns: list[str], set
     found = [name for name in ((given,) if given else guesses) if name in columns]
     if len(found) == 1:
         return found[0]
-    flag = f"--{setting.replace('_', '-')}"
+    flag = flag_of(setting)
     if found:
         raise ConfigError(f"{manifest.uri!r} has the columns {', '.join(found)}: choose with {flag}")
     wanted = repr(given) if given else f"{', '.join(guesses)}: name it with {flag}"

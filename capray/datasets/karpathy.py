@@ -14,6 +14,7 @@ from capray.datasets.archives import Archive
 from capray.datasets.raw_folder import find_file, read_json
 from capray.errors import DataError
 from capray.storage import Location
+from capray.wording import counted
 
 KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
@@ -86,5 +87,5 @@ def read_karpathy(place: Location, dataset: str, notes: list[str], keep_restval:
         if own_split != "restval" or keep_restval:
             found.splits[SPLITS[own_split]].append(name)
     if num_repeated:
-        notes.append(f"{place.path.rsplit('/', 1)[-1]}: {num_repeated} entries repeat an image")
+        notes.append(f"{place.path.rsplit('/', 1)[-1]}: {counted(num_repeated, 'entry', 'entries')} with a repeated image")
     return found

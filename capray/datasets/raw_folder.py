@@ -12,6 +12,7 @@ from typing import Any
 
 from capray.errors import DataError
 from capray.storage import Location, is_folder, list_names, locate, read_bytes
+from capray.wording import counted
 
 PHOTOS = (".jpg", ".jpeg")
 
@@ -84,7 +85,7 @@ def read_names(place: Location, notes: list[str]) -> list[str]:
     lines = [line.strip() for _, line in lines_of(read_text(place))]
     names = list(dict.fromkeys(lines))
     if len(names) < len(lines):
-        notes.append(f"{place.path.rsplit('/', 1)[-1]}: {len(lines) - len(names)} lines repeat an image")
+        notes.append(f"{place.path.rsplit('/', 1)[-1]}: {counted(len(lines) - len(names), 'line')} with a repeated image")
     return names
 
 

@@ -27,6 +27,11 @@ IMAGES_PER_ROW_GROUP = 125
 RECORD = "_dataset.json"
 
 
+def names_and_sizes(samples: str) -> str:
+    """The names and sizes of the table's files, one a line: what changes with a table that is edited."""
+    return "".join(f"{entry.path.rsplit('/', 1)[-1]} {entry.size}\n" for entry in find_parquet(samples))
+
+
 class Sample(NamedTuple):
     """An image with its reference captions."""
 

@@ -13,7 +13,8 @@ from capray.datasets.samples import Prepared, Sample, write_samples
 from capray.datasets.settings import PrepareSettings
 from capray.errors import DataError
 from capray.progress import ProgressDisplay
-from capray.storage import Location, check_empty, read_ahead, read_bytes
+from capray.storage import Location, read_ahead, read_bytes
+from capray.wording import counted
 
 NUM_READERS = 16
 NUM_READ_AHEAD = 64
@@ -45,12 +46,11 @@ def prepare_dataset(listing: RawDataset, settings: PrepareSettings, dataset: str
         ConfigError: the output is not empty.
         DataError: an image is in two splits, or no image can be used.
     """
-    check_empty(settings.output)
     notes = listing.notes
     captions = {name: [text for text in texts if text.strip()] for name, texts in listing.captions.items()}
     num_empty = sum(map(len, listing.captions.values())) - sum(map(len, captions.values()))
     if num_empty:
-        notes.append(f"{num_empty} captions are empty and are left out")
+        notes.append(f"{counted(num_empty, 'empty caption')} left out")
     usable = [name for name, texts in captions.items() if texts and name in listing.images]
     chosen = usable[: settings.first]
     fractions = settings.fractions
@@ -66,9 +66,9 @@ def prepare_dataset(listing: RawDataset, settings: PrepareSettings, dataset: str
     _judge_rest(listing.images, captions, listed, fractions is not None, notes)
     if settings.first is not None:
         if len(usable) < settings.first:
-            notes.append(f"there are {len(usable)} images with captions, fewer than the first {settings.first}")
+            notes.append(f"only {counted(len(usable), 'image')} with captions, fewer than the first {settings.first:,}")
         elif len(usable) > settings.first:
-            notes.append(f"{len(usable) - settings.first} images come after the first {settings.first} and are left out")
+            notes.append(f"{counted(len(usable) - settings.first, 'image')} after the first {settings.first:,} left out")
     samples = _samples(listing.images, captions, splits, dataset)
     return write_samples(samples, settings.output, dataset, notes)
 
@@ -102,9 +102,9 @@ def _check_splits(
         present = [name for name in names if name in images]
         num_captioned = sum(bool(captions.get(name)) for name in present)
         if len(present) < len(names):
-            notes.append(f"{split}: {len(names) - len(present)} of {len(names)} listed images are missing")
+            notes.append(f"{split}: {len(names) - len(present):,} of {counted(len(names), 'listed image')} missing")
         if num_captioned < len(present):
-            notes.append(f"{split}: {len(present) - num_captioned} images have no captions and are left out")
+            notes.append(f"{split}: {counted(len(present) - num_captioned, 'image')} without captions left out")
     return set(listed)
 
 
@@ -113,11 +113,11 @@ def _judge_rest(
 ) -> None:
     unlisted = sum(name not in listed for name in images)
     if unlisted:
-        notes.append(f"{unlisted} images {'have no captions' if divided else 'are in no split'} and are left out")
+        notes.append(f"{counted(unlisted, 'image')} {'without captions' if divided else 'in no split'} left out")
     stray = sorted(name for name in captions if name not in images and name not in listed)
     if stray:
         more = " …" if len(stray) > _NAMES_SHOWN else ""
-        notes.append(f"{len(stray)} caption ids name no image: {', '.join(stray[:_NAMES_SHOWN])}{more}")
+        notes.append(f"{counted(len(stray), 'caption id')} without an image: {', '.join(stray[:_NAMES_SHOWN])}{more}")
 
 
 def _samples(

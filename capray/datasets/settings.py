@@ -105,7 +105,7 @@ class Flickr30kConfig(PrepareSettings):
     @model_validator(mode="after")
     def _one_division(self) -> Self:
         if self.split_lists and self.split_fractions:
-            raise ValueError("split_lists and split_fractions both divide the images: give one")
+            raise ValueError("`split_lists` and `split_fractions` both divide the images: give one")
         return self
 
 
@@ -131,7 +131,7 @@ class CocoConfig(PrepareSettings):
     @model_validator(mode="after")
     def _something_to_fetch(self) -> Self:
         if self.fetch and self.splits is None:
-            raise ValueError("fetch needs splits: which COCO to download (2014, 2017, karpathy)")
+            raise ValueError("`fetch` needs `splits`: which COCO to download (2014, 2017, karpathy)")
         return self
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import posixpath
 import re
@@ -10,20 +9,34 @@ from collections.abc import Iterable, Iterator
 
 from capray.config import SourceSettings
 from capray.errors import ConfigError, StorageError
+from capray.images import ENDINGS
 from capray.inputs.base import Containers, Selection, Source, is_hidden, root_of
-from capray.inputs.files import Images
+from capray.inputs.files import CONTAINERS, Images
 from capray.inputs.parquet import MANIFESTS, Inventory, Manifest, Parquet
 from capray.inputs.tars import Tars
 from capray.inputs.versions import entry_at
-from capray.inputs.witnesses import mounts_of, opens
-from capray.storage import Entry, Location, glob_files, is_file, is_glob, is_there, iter_files, leads_nowhere, locate, uri_of
+from capray.inputs.witnesses import mount_points, opens
+from capray.storage import (
+    PRIVATE,
+    Entry,
+    Location,
+    glob_files,
+    is_file,
+    is_glob,
+    is_there,
+    iter_files,
+    leads_nowhere,
+    locate,
+    uri_of,
+)
 
 _SAMPLE = 1000
 _ENDINGS = {"manifest": MANIFESTS, "parquet": (".parquet",), "tar": (".tar",)}
 _BESIDE = {"manifest": (), "parquet": (".json", ".md"), "tar": (".parquet", ".json", ".txt", ".csv", ".md", ".idx")}
 """What lies beside the files of a kind."""
 _NUM_WITNESSES = 4
-_HIDDEN = (".", "_")
+_COMPRESSED = re.compile(r"\.tgz$|\.tar\.[^/]*$")
+_IMAGES = tuple(f".{ending}" for ending in ENDINGS)
 
 __all__ = ["NothingThere", "Source", "are_containers", "open_sources"]
 
@@ -73,11 +86,11 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
         )
     denied: list[str] = []
     selection = Selection.of(settings, root_of(place))
-    mounts = mounts_of(selection.root) if place.is_local else set()
-    files = _files(place, denied, _HIDDEN)
+    points = mount_points() if place.is_local else set()
+    files = _files(place, denied, PRIVATE, selection)
     sample = list(itertools.islice(files, _SAMPLE))
     if not sample:  # Hidden for tables and tars, not for images.
-        files = _files(place, denied, Images.hidden_signs)
+        files = _files(place, denied, Images.hidden_prefixes, selection)
         sample = list(itertools.islice(files, _SAMPLE))
     while sample and not _shown(place, sample[-_SAMPLE:], selection):
         if not (more := list(itertools.islice(files, _SAMPLE))):
@@ -87,7 +100,8 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
         raise StorageError(f"nothing can be read at {uri!r}: {closed[0]!r} cannot be listed, or does not answer")
     if not sample:
         what = "no file matches" if is_glob(place) else "there are no images at"
-        raise NothingThere(f"{what} {uri!r}" + ("" if is_glob(place) else ": it is empty, or does not exist"))
+        but = ", or all of it is excluded" if settings.exclude else ""
+        raise NothingThere(f"{what} {uri!r}" + ("" if is_glob(place) else f": it is empty, or does not exist{but}"))
     kind = settings.input_kind if settings.input_kind != "auto" else _kind_of(place, sample, selection)
     source = _source_of(kind, place, settings, keep, itertools.chain(sample, files), selection, denied)
     if kind != "images" and (closed := _wanted(place, denied, selection)):
@@ -95,7 +109,8 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
             f"{closed[0]!r} cannot be listed, or links to nowhere, and may hold files of this input: let it be read, or "
             "--exclude it"
         )
-    source.mounts |= mounts
+    if place.is_local:
+        source.note_folders((), points)
     source.check_mounts()
     if place.is_local and (kind in ("images", "tar") or source.image_column):
         source.witnesses = tuple(itertools.islice((entry.path for entry in sample if opens(entry.path)), _NUM_WITNESSES))
@@ -116,7 +131,7 @@ def _wanted(place: Location, denied: list[str], selection: Selection) -> list[st
     return [
         path
         for path in denied
-        if not selection.excludes_folder(uri_of(place, path)) and not is_hidden(path.removeprefix(root), _HIDDEN)
+        if not selection.excludes_folder(uri_of(place, path)) and not is_hidden(path.removeprefix(root), PRIVATE)
     ]
 
 
@@ -141,11 +156,13 @@ def _source_of(
     shown: list[Entry] = []
     hidden = 0
     for entry in files:
-        if is_hidden(_below(place, entry), _HIDDEN):
-            hidden += entry.path.lower().endswith(endings)
+        if _is_hidden(place, entry):
+            hidden += entry.path.lower().endswith((*endings, *CONTAINERS, *_IMAGES))
         else:
             shown.append(entry)
-    found = [entry for entry in shown if entry.path.lower().endswith(endings)]
+    there = [entry for entry in shown if entry.path.lower().endswith(endings)]
+    # What the input itself names is asked for.
+    found = [entry for entry in there if entry.path == place.path or not selection.excludes(entry.uri)]
     if not found:
         raise NothingThere(f"no files ending in {' or '.join(endings)} at {uri!r}")
     is_auto = settings.input_kind == "auto"
@@ -159,7 +176,7 @@ def _source_of(
         return Parquet(place, settings, keep, found, hidden)
     assert kind == "tar", kind
     beside = {posixpath.splitext(entry.uri)[0]: entry for entry in shown if entry.uri.lower().endswith(".parquet")}
-    sidecars = {tar.uri: beside.pop(stem) for tar in found if (stem := posixpath.splitext(tar.uri)[0]) in beside}
+    sidecars = {tar.uri: beside.pop(stem) for tar in there if (stem := posixpath.splitext(tar.uri)[0]) in beside}
     return Tars(place, settings, keep, found, sidecars, hidden, list(beside.values()) if is_auto else [])
 
 
@@ -185,29 +202,42 @@ def _others(place: Location, kind: str, files: list[Entry]) -> tuple[list[Entry]
     return others, away
 
 
-def _files(place: Location, denied: list[str], signs: tuple[str, ...]) -> Iterator[Entry]:
-    """The files the input names: itself, the matches of its glob, or all below it but for what is in folders ``denied``."""
+def _files(place: Location, denied: list[str], prefixes: tuple[str, ...], selection: Selection) -> Iterator[Entry]:
+    """The files the input names: itself, the matches of its glob, or all below it but for what is in folders ``denied`` or
+    excluded."""
+
+    def excludes(path: str) -> bool:
+        return selection.excludes_folder(uri_of(place, path))
+
     if is_glob(place):
-        yield from glob_files(place, denied)
+        yield from glob_files(place, denied, excludes)
     elif place.is_local and not is_there(place):
         raise NothingThere(f"there is nothing at {place.uri!r}")
     elif is_file(place):
         yield entry_at(place)
     else:
-        yield from iter_files(place, denied, signs)
+        yield from iter_files(place, denied, prefixes, excludes)
 
 
 def _below(place: Location, entry: Entry) -> str:
-    """The part of ``entry``'s path below the input; of a glob's match, below the folders in front of the first sign."""
+    """The part of ``entry``'s path below the input; of a glob's match, below the folders before the first wildcard."""
     root = place.path
     if not entry.path.startswith(root):
         root = re.split(r"[*?\[]", root, maxsplit=1)[0].rpartition("/")[0]
     return entry.path[len(root) :]
 
 
+def _is_hidden(place: Location, entry: Entry) -> bool:
+    """Whether ``entry`` is no file of the input for its name, or one on the way to it. Among tables "_" begins the names of
+    files and folders that those who write them lay beside them; an image's own is as good as any (``_MG_0001.JPG``)."""
+    folder, _, name = _below(place, entry).rpartition("/")
+    is_image = name.lower().endswith(_IMAGES)
+    return is_hidden(folder, PRIVATE) or is_hidden(name, Images.hidden_prefixes if is_image else PRIVATE)
+
+
 def _shown(place: Location, files: list[Entry], selection: Selection) -> list[Entry]:
     """Those of ``files`` that are neither hidden nor excluded; of them those that --include names, if it names files."""
-    shown = [entry for entry in files if not is_hidden(_below(place, entry), _HIDDEN)]
+    shown = [entry for entry in files if not _is_hidden(place, entry)]
     shown = [entry for entry in shown if not selection.excludes(entry.uri)]
     return [entry for entry in shown if selection.has(entry.uri)] or shown
 
@@ -223,7 +253,7 @@ def _kind_of(place: Location, sample: list[Entry], selection: Selection) -> str:
             return "inventory"
     names = [entry.path.lower() for entry in shown]
     for name in names:
-        if fnmatch.fnmatch(name, "*.tar.*") or name.endswith(".tgz"):
+        if _COMPRESSED.search(name) and not name.endswith((*_IMAGES, *_BESIDE["tar"])):
             raise ConfigError(f"{name!r} is a compressed tar, which is not read: unpack the compression (gunzip) first")
     for kind in ("tar", "parquet"):
         if found := [entry for entry in shown if entry.path.lower().endswith(_ENDINGS[kind])]:

@@ -19,13 +19,13 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from capray.config import SourceSettings
+from capray.config import SourceSettings, flag_of
 from capray.errors import ConfigError, DataError, StorageError, StorageUnavailable, TryAgain
 from capray.images import ImageError
 from capray.inputs.places import PLACES, Kind, Row
 from capray.inputs.versions import VersionChanged
 from capray.inputs.witnesses import OR_RELIST, WAS_A_MOUNT, Known, is_mount, mounts_of
-from capray.storage import Entry, Location, is_glob, is_of_arrow, path_of, storage_errors
+from capray.storage import PRIVATE, Entry, Location, is_glob, is_of_arrow, path_of, storage_errors, text_of
 
 MAX_FOLDERS = 1000
 """Folders named by the lists of an input whose mounts are noted."""
@@ -102,8 +102,8 @@ class LeftOut:
 
 
 LEFT_OUT = {
-    "no_image": "files in tars neither have an image's name nor begin like an image, and were left out",
-    "unnamed": "images in tars are not named by the Parquet sidecars beside these, and were left out",
+    "no_image": "without an image's name, and not beginning like an image",
+    "unnamed": "not named by the Parquet sidecar beside the tar",
 }
 """Why files of tars are left out, in words for the user."""
 
@@ -164,6 +164,13 @@ class Selection:
         """Whether the globs name the folder itself, or all in it."""
         return self.excludes(name) or self.excludes(f"{name}/")
 
+    def leaves_out(self, folder: str) -> bool:
+        """Whether no image can be wanted whose id is its URI and begins with ``folder``."""
+        inside = f"{folder.removeprefix(self.root)}/"
+        begins = [re.split(r"[*?[]", glob, maxsplit=1)[0] for glob in self.include]
+        is_elsewhere = self.include and not any(begin.startswith(inside) or inside.startswith(begin) for begin in begins)
+        return bool(is_elsewhere) or self.excludes_folder(folder)
+
     def in_shard(self, key: str) -> bool:
         """Whether ``key`` falls to this shard, by CRC-32 of its UTF-8."""
         if self.shard is None:
@@ -215,8 +222,8 @@ class Source(ABC):
     """
 
     kind: ClassVar[str]
-    hidden_signs: ClassVar[tuple[str, ...]] = (".", "_")
-    """Files below a name that begins so are left out, and counted."""
+    hidden_prefixes: ClassVar[tuple[str, ...]] = PRIVATE
+    """Files below a name that begins with one of these are left out, and counted."""
 
     def __init__(self, place: Location, settings: SourceSettings, keep: tuple[str, ...] = ()):
         self.place, self.settings, self.keep = place, settings, keep
@@ -246,9 +253,21 @@ class Source(ABC):
         """What tells, of an input on a file system, whether that is away."""
         return Known(self.witnesses, self.selection.root, tuple(sorted(self.mounts)))
 
-    def note_folders(self, folders: Iterable[str]) -> None:
-        """Note which mounts ``folders`` of the input are on."""
-        self.mounts.update(mounts_of(self.selection.root, folders))
+    def note_folders(self, folders: Iterable[str], points: set[str] | None = None) -> None:
+        """Note which mounts ``folders`` of the input are on, and those below it, but for what is hidden or excluded;
+        ``points`` are the mounts of the machine when these were looked at."""
+        shown = [folder for folder in folders if not self._leaves_out(folder)]
+        self.mounts.update(mounts_of(self.selection.root, shown, self._leaves_out, points))
+
+    def remember_mounts(self, points: Iterable[str]) -> None:
+        """What was a mount when the input was listed before is to be one still, unless it is hidden or excluded by now."""
+        self.mounts.update(point for point in points if not self._leaves_out(point))
+
+    def _leaves_out(self, folder: str) -> bool:
+        """Whether ``folder`` lies in the input, and is hidden or excluded."""
+        below = folder.removeprefix(self.selection.root)
+        is_below = below != folder
+        return is_below and (is_hidden(below, self.hidden_prefixes) or self.selection.excludes_folder(text_of(folder)))
 
     def check_mounts(self) -> None:
         """What was listed from a folder whose mount is away is not all of it.
@@ -291,11 +310,13 @@ class Source(ABC):
         for name in names:
             value = self.keep if name == "keep" else getattr(self.settings, name)
             if value:
-                raise ConfigError(f"{name} {value!r} does not apply to {self.place.uri!r}, which is {_KINDS[self.kind]}")
+                raise ConfigError(
+                    f"{flag_of(name)} {value!r} does not apply to {self.place.uri!r}, which is {_KINDS[self.kind]}"
+                )
 
 
 def root_of(place: Location) -> str:
-    """The URI of the folder that the names of an input's images begin with: of a glob, that in front of the first sign."""
+    """The URI of the folder that the names of an input's images begin with: of a glob, that before the first wildcard."""
     return posixpath.dirname(re.split(r"[*?[]", place.uri)[0]) if is_glob(place) else place.uri
 
 
@@ -304,7 +325,7 @@ def lists_uris(source: Source) -> bool:
     return source.kind in ("manifest", "parquet") and source.image_column is None
 
 
-def names_uris(source: Source) -> bool:
+def may_have_other_ids(source: Source) -> bool:
     """Whether images of ``source`` may have other ids than their URIs: those of lists and tables of URIs, and with a column
     of ids."""
     return lists_uris(source) or (source.image_column is None and bool(source.settings.id_column))
@@ -400,5 +421,5 @@ def rows_of(kind: Kind, columns: dict[str, Any], **same: Any) -> pa.Table:
     )
 
 
-def is_hidden(relative: str, signs: tuple[str, ...]) -> bool:
-    return any(part.startswith(signs) for part in relative.strip("/").split("/"))
+def is_hidden(relative: str, prefixes: tuple[str, ...]) -> bool:
+    return any(part.startswith(prefixes) for part in relative.strip("/").split("/"))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from capray.errors import DataError
 from capray.inputs.base import ROWS_PER_PAGE, Page, Source, is_hidden, rows_of
-from capray.storage import Location, is_file, is_unanswered, s3_pages, stat_of, storage_errors, text_of, walk, was_removed
+from capray.storage import Location, is_file, is_unanswered, s3_pages, stat_of, storage_errors, uri_of, walk, was_removed
 
 MAX_LEVELS = 3
 """Levels below the input that are looked into for prefixes to list side by side."""
@@ -20,13 +20,13 @@ MAX_LEVELS = 3
 _LAST = "\U0010ffff"
 
 
-_CONTAINERS = (".tar", ".parquet")
+CONTAINERS = (".tar", ".parquet")
 """Endings of files that hold images, and are none."""
 
 
 class Images(Source):
     kind = "images"
-    hidden_signs: ClassVar[tuple[str, ...]] = (".",)
+    hidden_prefixes: ClassVar[tuple[str, ...]] = (".",)
 
     def __init__(self, place: Location, settings, keep=()):
         super().__init__(place, settings, keep)
@@ -41,6 +41,9 @@ class Images(Source):
     def pages(self, unit: str, after: Any = None) -> Iterator[Page]:
         level, path = unit.split(":", 1)
         if level == "container":
+            with storage_errors(f"looking for {self._uri(path)}"):
+                if not self.place.fs.exists(path):  # Moved away, as it was asked for.
+                    return
             raise DataError(
                 f"{self._uri(path)!r} lies among images: caption it as another input, and leave it out here with --exclude; "
                 "--input-kind images takes every file for an image"
@@ -63,20 +66,18 @@ class Images(Source):
 
     def _page(self, files: list[tuple[str, int]], after: Any = None, found: tuple[str, ...] = ()) -> Page:
         root = self.place.path
-        shown = [(path, size) for path, size in files if not is_hidden(path[len(root) :], self.hidden_signs)]
+        shown = [(path, size) for path, size in files if not is_hidden(path[len(root) :], self.hidden_prefixes)]
         num_hidden = len(files) - len(shown)
         if self.settings.input_kind == "auto":
-            held = [path for path, _ in shown if path.lower().endswith(_CONTAINERS)]
-            shown = [(path, size) for path, size in shown if not path.lower().endswith(_CONTAINERS)]
+            held = [path for path, _ in shown if path.lower().endswith(CONTAINERS)]
+            shown = [(path, size) for path, size in shown if not path.lower().endswith(CONTAINERS)]
             found += tuple(f"container:{path}" for path in held if self.selection.has(self._uri(path)))
         uris = [self._uri(path) for path, _ in shown]
         rows = rows_of("object", {"image_id": uris, "uri": uris, "size": [size for _, size in shown]})
         return Page(rows, after, found, num_hidden)
 
     def _uri(self, path: str) -> str:
-        if self.place.is_local:
-            return text_of(path)
-        return f"{self.place.uri.split('://', 1)[0]}://{path}"
+        return uri_of(self.place, path)
 
     def _list_folder(self, root: str, after: list[str] | None) -> Iterator[Page]:
         """Every regular file below ``root`` in the order of its folders' names. A folder that cannot be listed is a unit of
@@ -85,7 +86,9 @@ class Images(Source):
         files: list[tuple[str, int]] = []
         last = after
         denied: list[str] = []
-        for folder, names in walk(root, denied):
+        for folder, names in walk(
+            root, denied, self.hidden_prefixes, lambda path: self.selection.leaves_out(self._uri(path))
+        ):
             for name in names:
                 path = os.path.join(folder, name)
                 # By order, not by finding it again: what the last page ended with may be gone.
@@ -110,8 +113,8 @@ class Images(Source):
         wanted = [
             path
             for path in denied
-            if not self.selection.excludes_folder(self._uri(path))
-            and not is_hidden(path.removeprefix(self.place.path), self.hidden_signs)
+            if not self.selection.leaves_out(self._uri(path))
+            and not is_hidden(path.removeprefix(self.place.path), self.hidden_prefixes)
         ]
         self.note_folders(folders)
         self.check_mounts()

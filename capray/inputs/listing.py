@@ -27,10 +27,10 @@ import pyarrow.parquet as pq
 from capray.config import CaptionConfig, SourceSettings
 from capray.errors import CaprayError, ConfigError, StorageUnavailable
 from capray.inputs.base import ContainerChanged, LeftOut, Page, Source, TarMembers, lists_uris
-from capray.inputs.places import encode_places, places_schema
-from capray.inputs.versions import entry_at
+from capray.inputs.places import PLACES, encode_places, with_source
+from capray.inputs.versions import container_at
 from capray.inputs.witnesses import witnesses
-from capray.storage import Location, Write, is_of_arrow, locate, path_of, storage_errors
+from capray.storage import Location, Write, is_of_arrow, path_of, storage_errors
 
 NUM_LISTERS = 16
 FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 100_000, 1_000_000
@@ -92,7 +92,7 @@ class Listing:
         self, plan: Location, run_id: str, sources: list[Source], config: CaptionConfig, write: Write, relist: bool = False
     ):
         self.plan, self.sources, self.write = plan, sources, write
-        self.schema = places_schema(sources[0].source_type)
+        self.schema = with_source(PLACES, sources[0].source_type)
         self.superseded: dict[_Key, int] = {}
         self.changed: dict[_Key, float] = {}
         self.known_tars: set[_Key] = set()
@@ -118,6 +118,9 @@ class Listing:
         self.folder = self.plan.join(f"{self.number:06d}-{run_id}")
         if not relist:
             self._take_up(folders)
+        if not self._units:
+            for source in sources:
+                source.check_mounts()
         self._compare()
         self._num_rows_at_start, self._started = self.num_rows, time.monotonic()
         self._num_stored = self._hidden = self._num_held = self._num_queued = 0
@@ -155,20 +158,22 @@ class Listing:
         if newest is None:
             return
         own = sorted((int(match[1]), name) for name in folders[newest[0]] if (match := _CHUNK.fullmatch(name)))
-        if not own or [number for number, _ in own] != list(range(len(own))):
+        if not own:
             return
         names = [f"{newest[0]}/{name}" for _, name in own]
         there = {f"{folder}/{name}" for folder, inside in folders.items() for name in inside}
         try:
-            (first,) = self._progress(names[:1])
+            first, last = self._progress([names[0], names[-1]])
+            for source in self.sources:  # Also when another list is begun: of what lay on them nothing else tells.
+                source.remember_mounts(last.get("mounts_of", {}).get(source.place.uri, ()))
+            if last["closed"] or [number for number, _ in own] != list(range(len(own))):
+                return
             if first["inputs"] != self._digest or not there.issuperset(first["adopted"]):
                 return
             names = [*first["adopted"], *names]
             progress = self._progress(names)
         except (pa.ArrowInvalid, ValueError, KeyError, TypeError):
             return  # A chunk is damaged, or somebody else's.
-        if progress[-1]["closed"]:
-            return
         for name, each in zip(names, progress, strict=True):
             self._add_progress(each)
             if each["rows"]:
@@ -177,9 +182,6 @@ class Listing:
                 self._adopted.append(name)
         if self._adopted:
             self.resumed_at = progress[0]["at"]
-        for each in progress:
-            for source, mounts in zip(self.sources, each.get("mounts", ()), strict=False):
-                source.mounts.update(mounts)
 
     def _progress(self, names: list[str]) -> list[dict[str, Any]]:
         """What the metadata of chunks say."""
@@ -323,7 +325,7 @@ class Listing:
 
         def is_rewritten(key: _Key) -> bool:
             try:
-                return entry_at(locate(key[1])).version != listed[key]
+                return container_at(key[1]).version != listed[key]
             except CaprayError:
                 return False
 
@@ -333,6 +335,11 @@ class Listing:
     def _may_relist(self, key: _Key) -> bool:
         self._num_relists[key] += 1
         return self._num_relists[key] <= MAX_RELISTS
+
+    def versions_listed_again(self) -> dict[str, str]:
+        """Of the containers that were begun again in this run, the version of each that is listed now."""
+        with self._state:
+            return {key[1]: version for key in self._num_relists if (version := self._units[key].version) is not None}
 
     def add_members(self, event: TarMembers) -> None:
         """Take the images of a tar that was read to its end. They are stored with those of others, or by ``flush``."""
@@ -538,7 +545,7 @@ class Listing:
             "tars": sorted(tars),
             "left_out": [astuple(event) for event in self._new_left_out],
             "adopted": adopted,
-            "mounts": [sorted(source.mounts) for source in self.sources],
+            "mounts_of": {source.place.uri: sorted(source.mounts) for source in self.sources},
             "closed": closed,
         }
         rows = rows.set_column(0, self.schema.field(0), positions)

@@ -26,11 +26,10 @@ from capray.inputs.byte_reader import CHUNK_BYTES, Stream
 from capray.inputs.versions import check_version
 from capray.manifests import csv_rows, json_rows
 from capray.storage import Entry, Location, object_version, read_bytes
+from capray.wording import counted
 
 _ABSOLUTE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.\-]*://")
 CSV_BLOCK_BYTES = 16 * 2**20
-_MOST_TRIED = 20
-"""Files that are tried for their schema: when so many in a row are no Parquet, the input is none."""
 _URI_NAMES = ("uri", "url", "path")
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".ndjson.gz", ".txt.gz")
 
@@ -46,7 +45,8 @@ def _choose(given: str | None, guesses: tuple[str, ...], columns: list[str], whe
 def _require(name: str, columns: list[str], where: str) -> None:
     if name not in columns:
         raise ConfigError(
-            f"{where!r} has no column {name!r}; its columns: {', '.join(columns)} (what is named, every input needs)"
+            f"{where!r} has no column {name!r}; its columns: {', '.join(columns)} (every input must have a "
+            "column that is named)"
         )
 
 
@@ -104,7 +104,7 @@ class Parquet(Containers):
             table, numbers = table.filter(mask), numbers.filter(mask)
         ids = table[self.id_column].cast(pa.string())
         if ids.null_count:
-            raise DataError(f"column {self.id_column!r} of {uri!r} has {ids.null_count} rows without an image id")
+            raise DataError(f"column {self.id_column!r} of {uri!r} has {counted(ids.null_count, 'row')} without an image id")
         columns: dict[str, Any] = {"image_id": ids}
         if self.keep:
             columns["source"] = _struct(table, self.keep, self.source_type)
@@ -138,8 +138,8 @@ def first_schema(files: list[Entry], used: Container[str] = ()) -> tuple[str, pa
     Raises:
         DataError, StorageError: none can be, and what is wrong with the first.
     """
-    faults: list[CaprayError] = []
-    for entry in files[:_MOST_TRIED]:
+    fault: CaprayError | None = None
+    for entry in files:
         try:
             with reading_errors(entry.uri):
                 schema = opened_parquet(Stream(entry.uri)).schema_arrow
@@ -149,8 +149,9 @@ def first_schema(files: list[Entry], used: Container[str] = ()) -> tuple[str, pa
         except TryAgain:
             raise
         except CaprayError as error:
-            faults.append(error)
-    raise faults[0]
+            fault = fault or error
+    assert fault is not None, "files"
+    raise fault
 
 
 def opened_parquet(stream: Stream) -> pq.ParquetFile:
@@ -295,8 +296,8 @@ class Manifest(Containers):
         return _choose(self.settings.id_column, ("image_id",), columns, uri) or chosen, chosen
 
     def _table(self, table: pa.Table, id_column: str, uri_column: str, uri: str) -> pa.Table:
-        if table[id_column].null_count:
-            raise DataError(f"column {id_column!r} of {uri!r} has {table[id_column].null_count} rows without a value")
+        if nulls := table[id_column].null_count:
+            raise DataError(f"column {id_column!r} of {uri!r} has {counted(nulls, 'row')} without a value")
         columns = {"image_id": table[id_column], "uri": table[uri_column]}
         if self.keep:
             columns["source"] = _struct(table, self.keep, self.source_type)

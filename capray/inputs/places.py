@@ -54,9 +54,9 @@ Row = dict[str, Any]
 """A row of PLACES."""
 
 
-def places_schema(source: pa.DataType | None = None) -> pa.Schema:
-    """PLACES, with the carried columns ``source`` where there are any."""
-    return PLACES if source is None else PLACES.append(pa.field("source", source))
+def with_source(schema: pa.Schema, source: pa.DataType | None) -> pa.Schema:
+    """``schema``, with the carried columns ``source`` where there are any."""
+    return schema if source is None else schema.append(pa.field("source", source))
 
 
 def encode_places(rows: pa.Table) -> bytes:

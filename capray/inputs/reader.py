@@ -104,7 +104,7 @@ class Reader:
             return Failed(row, ImageError("unreadable_storage", str(error)))
 
     def _too_large(self, size: int) -> ImageError:
-        return ImageError("too_large", f"{size} bytes, over the limit of {self.limits.max_image_bytes}")
+        return ImageError("too_large", f"{size:,} bytes, over the limit of {self.limits.max_image_bytes:,}")
 
     def _of_container(
         self, kind: str, rows: list[Row], skipped: Container[bytes], patience: Patience

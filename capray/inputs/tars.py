@@ -21,8 +21,9 @@ from capray.images import ENDINGS, begins_like_image
 from capray.inputs.base import Containers, reading_errors, rows_of
 from capray.inputs.byte_reader import CHUNK_BYTES, Stream
 from capray.inputs.parquet import _choose, _require, _struct, first_schema, opened_parquet
-from capray.inputs.versions import check_version, entry_at
-from capray.storage import Entry, Location, locate, text_of
+from capray.inputs.versions import check_version, container_at
+from capray.storage import Entry, Location, text_of
+from capray.wording import counted
 
 BEHIND_TAR = re.compile(r"(?<=\.tar)#", re.IGNORECASE)
 """Where the URI of a tar's member names the member."""
@@ -96,7 +97,7 @@ class Tars(Containers):
                 rows, version = self._by_sidecar(unit, Stream(self._sidecars[unit].uri))
         else:
             # What is listed again has changed since the source was opened.
-            entry = self._as_opened.pop(unit, None) or entry_at(locate(unit))
+            entry = self._as_opened.pop(unit, None) or container_at(unit)
             rows = rows_of("tar", {"image_id": [unit]}, container=unit, version=entry.version, size=entry.size)
             version = entry.version
         check_version(wanted, version)
@@ -115,7 +116,9 @@ class Tars(Containers):
         id_column = _choose(self.settings.id_column, (), table.column_names, sidecar.uri)
         ids = table[id_column].cast(pa.string()) if id_column else uris
         if ids.null_count:
-            raise DataError(f"column {id_column!r} of {sidecar.uri!r} has {ids.null_count} rows without an image id")
+            raise DataError(
+                f"column {id_column!r} of {sidecar.uri!r} has {counted(ids.null_count, 'row')} without an image id"
+            )
         columns: dict[str, Any] = {"image_id": ids, "uri": uris, "member": members}
         if self.keep:
             columns["source"] = _struct(table, self.keep, self.source_type)

@@ -6,8 +6,10 @@ none: it is read in one request, and its SHA-256 says which bytes those were.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from capray.errors import DataError
-from capray.storage import Entry, Location, entry_of, storage_errors
+from capray.storage import Entry, Location, entry_of, locate, path_of, storage_errors
 
 
 class VersionChanged(Exception):
@@ -26,6 +28,12 @@ def entry_at(place: Location) -> Entry:
             return entry_of(place, place.path, place.fs.info(place.path))
         except FileNotFoundError as error:
             raise DataError(f"{place.uri!r} is gone") from error
+
+
+def container_at(uri: str) -> Entry:
+    """The container that was listed under ``uri``, as it is now; raises as ``entry_at`` does."""
+    place = locate(uri)
+    return entry_at(replace(place, path=path_of(place.path)) if place.is_local else place)
 
 
 def check_version(wanted: str | None, found: str) -> None:

@@ -17,7 +17,7 @@ from itertools import islice
 
 from capray.deadlines import within
 from capray.errors import TryAgain
-from capray.storage import lstat_of
+from capray.storage import Excludes, lstat_of, nothing
 
 WAS_A_MOUNT = "{} was a mount when its images were listed, and is none now"
 OR_RELIST = "(or run with --relist, if it is to be none)"
@@ -145,15 +145,23 @@ class Witnesses:
         return _View(witness=opening or left.folder if is_near and (same or left.is_readable) else None)
 
 
-def mounts_of(root: str, folders: Iterable[str] = ()) -> set[str]:
+def mounts_of(
+    root: str, folders: Iterable[str] = (), excludes: Excludes = nothing, points: set[str] | None = None
+) -> set[str]:
     """Where other file systems begin below ``root``, and those that it and ``folders`` are on, by links too, as far as the
-    system tells (Linux); of folders that do not answer in time, nothing."""
-    points = _mount_points() or set()
+    system tells (Linux); of folders that do not answer in time, nothing.
+
+    Args:
+        excludes: says of folders below ``root`` that what begins there does not matter.
+        points: what ``mount_points`` gave earlier.
+    """
+    points = mount_points() if points is None else points
     try:
         real = within(OPEN_SECONDS, lambda: [os.path.realpath(folder) for folder in (root, *folders)])
     except OSError:
         return set()
-    found = {point for point in points if point.startswith(f"{real[0].rstrip('/')}/")}
+    inside, above = f"{real[0].rstrip('/')}/", f"{root.rstrip('/')}/"
+    found = {point for point in points if point.startswith(inside) and not excludes(above + point.removeprefix(inside))}
     for folder in set(real):
         holding = (point for point in points if f"{folder}/".startswith(f"{point.rstrip('/')}/"))
         found.add(max(holding, key=len, default="/"))
@@ -164,6 +172,11 @@ def _with_one_more_name(folder: str, path: str) -> str:
     """``folder`` and the next name of ``path``, which goes on from it."""
     inside = folder.rstrip("/") + "/"
     return inside + path.removeprefix(inside).split("/", 1)[0]
+
+
+def mount_points() -> set[str]:
+    """Where file systems begin now, as far as the system tells."""
+    return _mount_points() or set()
 
 
 def _mount_points() -> set[str] | None:

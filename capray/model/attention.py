@@ -138,7 +138,7 @@ def build_attention(architecture: Architecture, grid_dim: int) -> Attention | No
         return GeneralAttention(grid_dim, hidden_dim)
     if grid_dim != hidden_dim:
         raise ConfigError(
-            f"multiplicative_score 'dot' needs hidden_dim equal to the encoder's {grid_dim} channels, not {hidden_dim}: "
-            f"set hidden_dim to {grid_dim} or multiplicative_score to 'general'"
+            f"--multiplicative-score dot needs --hidden-dim equal to the encoder's {grid_dim} channels, not {hidden_dim}: "
+            f"give --hidden-dim {grid_dim} or --multiplicative-score general"
         )
     return DotAttention()

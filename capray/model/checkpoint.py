@@ -94,7 +94,7 @@ def check_finite(captioner: Captioner, source: str) -> None:
     """Raise CheckpointError, naming ``source``, when weights of ``captioner`` are not finite numbers."""
     for name, values in captioner.state_dict().items():
         if not values.isfinite().all():
-            raise CheckpointError(f"{source!r} has weights that are not finite numbers, in {name}: it gives no captions")
+            raise CheckpointError(f"{source!r}: weight {name} holds NaN or infinity: it cannot caption")
 
 
 def _read_files(folder: str) -> dict[str, bytes]:

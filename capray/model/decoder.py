@@ -38,11 +38,6 @@ class State(NamedTuple):
     hidden_BKH: torch.Tensor
     cell_BKH: torch.Tensor
 
-    def select(self, beams_BK: torch.Tensor) -> State:
-        """The states of the beams ``beams_BK`` (indices along K) of each image."""
-        index_BKH = beams_BK[..., None].expand(-1, -1, self.hidden_BKH.shape[-1])
-        return State(*(part.gather(1, index_BKH) for part in self))
-
 
 class Weights(NamedTuple):
     """The weights every step multiplies by, concatenated and cast once for many steps."""
@@ -136,8 +131,7 @@ class Decoder(nn.Module):
 
     def weights(self) -> Weights:
         """The weights of ``step``, in the precision that autocast asks for."""
-        layers = [self.gate, self.attention.query] if self.attention is not None else []
-        layers = [layer for layer in layers if layer is not None]
+        layers = self._state_layers()
         words_GE, context_GD = self.cell.weight_ih.tensor_split([self.embedding.embedding_dim], 1)
         state_OH = torch.cat([self.cell.weight_hh, *(layer.weight for layer in layers)])
         bias_O = torch.cat([self.cell.bias_hh, *(layer.bias for layer in layers)])
@@ -194,9 +188,13 @@ class Decoder(nn.Module):
     def parts_of_state(self, hidden_NH: torch.Tensor, bias_O: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, ...]:
         """What the state brings to the cell's gates and, where there are such, to the context's gate and to attention's
         query."""
-        layers = [self.gate, self.attention.query] if self.attention is not None else []
-        sizes = [len(self.cell.weight_hh), *(layer.out_features for layer in layers if layer is not None)]
+        sizes = [len(self.cell.weight_hh), *(layer.out_features for layer in self._state_layers())]
         return torch.addmm(bias_O, hidden_NH, weights.state_OH.T).split(sizes, 1)
+
+    def _state_layers(self) -> list[nn.Linear]:
+        """The layers over the state besides the cell's, in the order of their weights in ``Weights.state_OH``."""
+        layers = [self.gate, self.attention.query] if self.attention is not None else []
+        return [layer for layer in layers if layer is not None]
 
     def _recur(
         self, inputs_NG: torch.Tensor, gates_NG: torch.Tensor, hidden_NH: torch.Tensor, cell_NH: torch.Tensor

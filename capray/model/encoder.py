@@ -131,10 +131,10 @@ class Encoder(nn.Module):
         published = weights is not None and (weights == "imagenet" or weights.startswith("IMAGENET"))
         published_name = ("DEFAULT" if weights == "imagenet" else weights) if published else None
         if published and name == "tiny":
-            raise ConfigError("encoder 'tiny' has no published weights: leave weights out and set fine_tune_from: all")
+            raise ConfigError("encoder 'tiny' has no published weights: leave --weights out and give --fine-tune-from all")
         if published and self._is_timm and weights != "imagenet":
             raise ConfigError(
-                f"weights {weights!r} is torchvision's, and encoder {name!r} timm's: set weights to imagenet, and choose "
+                f"weights {weights!r} is torchvision's, and encoder {name!r} timm's: give --weights imagenet, and choose "
                 "among timm's by the encoder's tag (timm/NAME.TAG)"
             )
         self.backbone = _backbone(name, published_name).to(memory_format=torch.channels_last)
@@ -167,7 +167,7 @@ class Encoder(nn.Module):
         elif fine_tune_from in names:
             first = names.index(fine_tune_from)
         else:
-            raise ConfigError(f"fine_tune_from {fine_tune_from!r} is no block of the encoder: {', '.join(names)}, all")
+            raise ConfigError(f"--fine-tune-from {fine_tune_from!r} is no block of the encoder: {', '.join(names)}, all")
         self._frozen_names = tuple(f"backbone.{name}." for name in names[:first])
         self._frozen = [block for _, block in blocks[:first]]
         self._tuned = [block for _, block in blocks[first:]]

@@ -29,7 +29,7 @@ def children(encoder: str, pretrained: bool) -> list[tuple[str, nn.Module]]:
     try:
         import timm
     except ImportError as error:
-        raise ConfigError(f"encoder {encoder!r} needs timm: install capray[timm] ({error})") from error
+        raise ConfigError(f"encoder {encoder!r} needs timm: uv sync --extra timm ({error})") from error
     name = encoder.removeprefix(PREFIX)
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 6, 0.5)

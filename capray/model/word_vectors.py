@@ -42,8 +42,8 @@ def read_word_vectors(uri: str, vocabulary: Vocabulary, embed_dim: int) -> WordV
                 if number == 1 and width == 1:
                     continue
                 raise ConfigError(
-                    f"the word vectors {uri!r} have {width} numbers each and embed_dim is {embed_dim}: set embed_dim to "
-                    f"{width}"
+                    f"the word vectors {uri!r} have {width} numbers each and --embed-dim is {embed_dim}: give "
+                    f"--embed-dim {width}"
                 )
             fields = line.rstrip().rsplit(b" ", embed_dim)
             i = wanted.get(fields[0])

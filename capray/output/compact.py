@@ -35,6 +35,7 @@ from capray.storage import (
     write_atomic,
 )
 from capray.tables import CAPTIONS, FAILURES, encode_parquet
+from capray.wording import counted
 
 if TYPE_CHECKING:
     import duckdb
@@ -67,9 +68,9 @@ class Compaction:
 
     def text(self) -> str:
         return (
-            f"{self.captions:,} captions and {self.failures:,} rows of the failure log: {self.parts_before:,} parts of "
-            f"{self.output} are {self.parts:,} in {self.new}, sorted by image_id\n"
-            f"the copy was read back and holds the same rows; {duration(self.seconds)}"
+            f"{counted(self.captions, 'caption')} and {counted(self.failures, 'row')} of the failure log: "
+            f"{counted(self.parts_before, 'part')} of {self.output} became {self.parts:,} in {self.new}, sorted "
+            f"by image_id\nthe copy was read back and holds the same rows; {duration(self.seconds)}"
         )
 
 
@@ -95,7 +96,7 @@ class _Copy:
         self.run_id = Output.new_run_id()
         self.marker = new.private.join(MARKER)
         self.job = read_bytes(old.job)
-        self.runs = list_names(old.runs, ".json")
+        self.runs, self.versions = list_names(old.runs, ".json"), list_names(old.versions, ".parquet")
         self.files = {"captions": old.parts(old.captions), "failure_log": old.parts(old.failures)}
         self.schemas = {
             "captions": _common_schema(self.files["captions"], CAPTIONS),
@@ -111,8 +112,8 @@ class _Copy:
                 captions, different, _ = digests["captions"]
                 if captions != different:
                     raise ConfigError(
-                        f"{captions - different:,} captions of {self.old.root.uri!r} have an image id that stands there "
-                        "twice: running capray caption again removes them"
+                        f"{counted(captions - different, 'caption')} of {self.old.root.uri!r} with an image id that stands "
+                        "there twice: running capray caption again removes them"
                     )
                 self._begin()
                 total = captions + digests["failure_log"][0]
@@ -122,9 +123,11 @@ class _Copy:
                     for part in self._parts(connection, view):
                         self._publish(part, folder, view)
                         done += part.num_rows
-                        display.update(done, f"{done:,} rows", "writing")
-            for name in self.runs:
-                write_atomic(self.new.runs.join(name), read_bytes(self.old.runs.join(name)), self.new.scratch)
+                        display.update(done, counted(done, "row"), "writing")
+            kept = [(self.old.runs, self.new.runs, self.runs), (self.old.versions, self.new.versions, self.versions)]
+            for old, new, names in kept:
+                for name in names:
+                    write_atomic(new.join(name), read_bytes(old.join(name)), self.new.scratch)
             display.update(total, "", "reading back")
             with self.new.connect() as connection:
                 copied = {view: _digest(connection, view, schema) for view, schema in self.schemas.items()}
@@ -157,7 +160,7 @@ class _Copy:
                 raise OutputConflictError(
                     f"{uri!r} holds the beginning of a copy of {mark['output']!r}: choose a new folder or empty it"
                 )
-            is_ours = _files_of(mark["run_id"], mark["runs"])
+            is_ours = _files_of(mark["run_id"], mark.get("kept", mark.get("runs", [])))
         for name in names:
             if not is_ours.fullmatch(name):
                 raise OutputConflictError(f"{uri!r} holds {name!r}: choose a new folder or empty it")
@@ -165,7 +168,7 @@ class _Copy:
             for name in names:
                 if name != f"_capray/{MARKER}":
                     self.new.root.fs.rm_file(self.new.root.join(name).path)
-        mark = {"output": identity(self.old.root), "run_id": self.run_id, "runs": self.runs}
+        mark = {"output": identity(self.old.root), "run_id": self.run_id, "kept": [*self.runs, *self.versions]}
         write_atomic(self.marker, json.dumps(mark).encode(), self.new.scratch)
 
     def _parts(self, connection: duckdb.DuckDBPyConnection, view: str) -> Iterator[pa.Table]:
@@ -213,11 +216,11 @@ class _Copy:
             self.marker.fs.rm_file(self.marker.path)
 
 
-def _files_of(run_id: str, runs: list[str]) -> re.Pattern[str]:
+def _files_of(run_id: str, kept: list[str]) -> re.Pattern[str]:
     """The files of a copy, by their paths in it: published, or about to be."""
     part = rf"part-{re.escape(run_id)}-\d+\.parquet"
-    record = "|".join([re.escape(name) for name in runs] or ["(?!)"])
-    published = rf"(captions|failures)/{part}|_capray/runs/({record})|_capray/{re.escape(MARKER)}"
+    record = "|".join([re.escape(name) for name in kept] or ["(?!)"])
+    published = rf"(captions|failures)/{part}|_capray/(runs|versions)/({record})|_capray/{re.escape(MARKER)}"
     return re.compile(rf"{published}|_capray/tmp/\.({part}|{record}|{re.escape(MARKER)}|job\.json)\.\w+")
 
 

@@ -52,6 +52,7 @@ class Output:
         self.private = self.root.join("_capray")
         self.job = self.private.join("job.json")
         self.runs = self.private.join("runs")
+        self.versions = self.private.join("versions")
         self.plan = self.private.join("plan")
         self.scratch = self.private.join("tmp")
 
@@ -60,6 +61,11 @@ class Output:
         """The id of a run that begins now; of two runs the later id string is the newer."""
         now = datetime.now(UTC)
         return f"{now:%Y%m%dT%H%M%S}-{now.microsecond:05x}{secrets.randbelow(16**3):03x}"
+
+    @staticmethod
+    def new_part_name(run_id: str, number: int) -> str:
+        """The name of the part that a run writes after ``number`` others."""
+        return f"part-{run_id}-{number:05d}.parquet"
 
     def read_job(self) -> dict[str, Any] | None:
         """What job.json says; None when nothing was ever written here.

@@ -8,7 +8,6 @@ noticed. Knows nothing of models; ids and parts are held by DuckDB, out of core.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import resource
@@ -31,7 +30,7 @@ from capray.config import ImageLimits, SourceSettings
 from capray.errors import CaprayError, ConfigError, DataError
 from capray.images import ImageError
 from capray.inputs import Source, open_sources
-from capray.inputs.base import Changed, Failed, Found, TarUnreadable, names_uris
+from capray.inputs.base import Changed, Failed, Found, TarUnreadable, may_have_other_ids
 from capray.inputs.byte_reader import read_image
 from capray.inputs.places import PLACES, Row
 from capray.inputs.reader import Reader
@@ -41,6 +40,7 @@ from capray.output import Output, create_view, first_row, open_duckdb, parquet_f
 from capray.progress import ProgressDisplay, duration
 from capray.storage import Location, exists, identity, list_names, locate, read_bytes
 from capray.tables import CAPTIONS, FAILURES, FINAL_FAILURES, TRANSIENT_FAILURES
+from capray.wording import counted
 
 if TYPE_CHECKING:
     import duckdb
@@ -239,15 +239,15 @@ class _Verifier:
                 for problem in part.problems:
                     self._problem(problem)
                 rows += part.rows
-                display.update(len(parts), f"{rows:,} rows", total=len(tasks))
+                display.update(len(parts), counted(rows, "row"), total=len(tasks))
         for number, output in enumerate(self.outputs):
             mine = [part for part in parts if part.output == number]
             rows_of = Counter[str]()
             for part in mine:
                 rows_of[part.table] += part.rows
             self.result.checked.append(
-                f"every value of {rows_of['captions']:,} captions and {rows_of['failures']:,} rows of the failure log in "
-                f"{len(mine):,} parts of {output.root.uri}"
+                f"every value of {counted(rows_of['captions'], 'caption')} and {counted(rows_of['failures'], 'row')} of the "
+                f"failure log in {counted(len(mine), 'part')} of {output.root.uri}"
             )
         self.result.counts |= {
             "caption_rows": sum(part.rows for part in parts if part.table == "captions"),
@@ -319,9 +319,9 @@ class _Verifier:
                         if (number, name) not in known:
                             known.add((number, name))
                             running[start(number, name)] = number
-                display.update(num_done, f"{wanted.num_rows:,} ids", "listing the source", len(known))
+                display.update(num_done, counted(wanted.num_rows, "id"), "listing the source", len(known))
         listed = ", ".join(source.place.uri for source in self.sources)
-        self.result.checked.append(f"that each of {wanted.num_rows:,} rows of {listed} is captioned or failed")
+        self.result.checked.append(f"that each of {counted(wanted.num_rows, 'row')} of {listed} is captioned or failed")
         if files := wanted.close():
             chunks = parquet_files([locate(file) for file in files])
             connection.execute(f"CREATE OR REPLACE VIEW wanted AS SELECT * FROM {chunks}")
@@ -357,7 +357,7 @@ class _Verifier:
             job = self.jobs[number]
             if job and model_id != job.get("model_id"):
                 self._problem(
-                    f"{count:,} captions of {self.outputs[number].root.uri} are by model {model_id!r}, job.json names "
+                    f"{counted(count, 'caption')} of {self.outputs[number].root.uri} by model {model_id!r}, job.json names "
                     f"{job.get('model_id')!r}",
                     len(files),
                     files[:NUM_EXAMPLES],
@@ -370,7 +370,7 @@ class _Verifier:
             f"SELECT error_type, count(*), any_value(file) FROM failures WHERE error_type NOT IN ({known}) GROUP BY ALL"
         ).fetchall()
         for kind, count, file in rows:
-            self._problem(f"{count:,} failures have an unknown error_type, {kind!r}", 1, [file])
+            self._problem(f"{counted(count, 'failure has', 'failures have')} an unknown error_type, {kind!r}", 1, [file])
         if len(self.outputs) > 1:
             crossed = """
                 SELECT count(DISTINCT f.image_id) FROM failures f JOIN captions c USING (image_id)
@@ -379,7 +379,7 @@ class _Verifier:
             """
             (count,) = first_row(connection, crossed)
             if count:
-                self.result.notes.append(f"{count:,} ids failed in one output and are captioned in another")
+                self.result.notes.append(f"{counted(count, 'id')} failed in one output and captioned in another")
 
     def _check_ids(self, connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute(f"CREATE VIEW ids AS {_IDS}")
@@ -391,7 +391,7 @@ class _Verifier:
                 ORDER BY image_id LIMIT {NUM_EXAMPLES}
             """).fetchall()
             examples = [f"{image_id} ({' and '.join(files)})" for image_id, files in rows]
-            self._problem(f"{doubled:,} ids have more than one caption", doubled, examples)
+            self._problem(f"{counted(doubled, 'id has', 'ids have')} more than one caption", doubled, examples)
         self.result.checked.append("that no id has two captions")
         if not self.sources:
             return
@@ -407,13 +407,15 @@ class _Verifier:
                 f"ORDER BY image_id LIMIT {NUM_EXAMPLES}"
             ).fetchall()
             self._problem(
-                f"{missing:,} ids of the source have neither a caption nor a failure", missing, [name for (name,) in rows]
+                counted(missing, "id of the source has", "ids of the source have") + " neither a caption nor a failure",
+                missing,
+                [name for (name,) in rows],
             )
         if unwanted:
-            self.result.notes.append(f"{unwanted:,} ids of the outputs are not in the source")
+            self.result.notes.append(f"{counted(unwanted, 'id')} of the outputs not in the source")
         if repeated:
-            self.result.notes.append(f"{repeated:,} rows of the source repeat an image id")
-        if any(names_uris(source) for source in self.sources):
+            self.result.notes.append(f"{counted(repeated, 'row')} of the source with a repeated image id")
+        if any(may_have_other_ids(source) for source in self.sources):
             self._check_uris(connection)
 
     def _check_uris(self, connection: duckdb.DuckDBPyConnection) -> None:
@@ -430,7 +432,7 @@ class _Verifier:
         self.result.counts["ids_elsewhere"] = number
         if number:
             self.result.notes.append(
-                f"{number:,} captions are of images at other URIs than the source lists under their ids, first: "
+                f"{counted(number, 'caption')} whose image is at another URI than the source lists its id at, first: "
                 f"{first['image_id']} is of {first['before']}, not {first['now']}; moved data sets are fine as they are"
             )
 
@@ -461,7 +463,9 @@ class _Verifier:
                     self._compare(expected[image_id], digest, read)
                 display.update(read["all"], f"{read['same']:,} same", "reading images", len(drawn))
         self.result.counts |= {"images_read_again": read["all"], "images_same": read["same"]}
-        self.result.checked.append(f"the bytes of {read['all']:,} images drawn at random: {read['same']:,} are the same")
+        self.result.checked.append(
+            f"the bytes of {counted(read['all'], 'image')} drawn at random: {read['same']:,} the same"
+        )
 
     def _compare(self, drawn: _Drawn, digest: bytes | str | None, read: dict[str, int]) -> None:
         read["all"] += 1
@@ -564,7 +568,7 @@ def _list_unit(number: int, source: Source, unit: str, wanted: _Chunks, sought: 
             sought.add(number, rows)
             is_tar = pc.field("kind") == "tar"
             images = rows.filter(~is_tar)
-            uris = images["uri"].combine_chunks() if names_uris(source) and "uri" in images.column_names else None
+            uris = images["uri"].combine_chunks() if may_have_other_ids(source) and "uri" in images.column_names else None
             wanted.add(images["image_id"].combine_chunks(), uris)
             for tar in rows.filter(is_tar)["image_id"].to_pylist():
                 try:
@@ -616,11 +620,13 @@ def _read_part(table: str, output: int, file: Location) -> _Part:
                     if name in batch.schema.names:
                         nulls[name] += batch[name].null_count
             if rows != part.metadata.num_rows:
-                return _Part(table, output, file, problems=(f"{file.uri} has {rows:,} rows, its footer says otherwise",))
+                return _Part(
+                    table, output, file, problems=(f"{file.uri} has {counted(rows, 'row')}, its footer says otherwise",)
+                )
             schema = part.schema_arrow
     except (pa.ArrowException, OSError, CaprayError) as error:
         return _Part(table, output, file, problems=(f"{file.uri} cannot be read: {error}",))
-    problems = [f"{file.uri} has {count:,} rows without {name}" for name, count in nulls.items() if count]
+    problems = [f"{file.uri} has {counted(count, 'row')} without {name}" for name, count in nulls.items() if count]
     return _Part(table, output, file, rows, schema, tuple(problems))
 
 
@@ -649,7 +655,11 @@ def _read_by_uri(place: str, drawn: list[_Drawn]) -> _Digests:
         missing = error.message
     except (CaprayError, VersionChanged) as error:
         missing = str(error)
-    return digests | dict.fromkeys(itertools.chain(*members.values()), missing)
+    for name, image_ids in members.items():
+        # A file's own name may look like a member's.
+        whole = _digest(f"{place}#{name}", limit)
+        digests |= dict.fromkeys(image_ids, missing if isinstance(whole, str) else whole)
+    return digests
 
 
 def _digest(uri: str, limit: int) -> bytes | str | None:

@@ -18,6 +18,7 @@ from capray.query.export import export
 from capray.query.search import search_sql
 from capray.query.views import NAMES, create_views
 from capray.storage import locate
+from capray.wording import counted
 
 if TYPE_CHECKING:
     import duckdb
@@ -55,7 +56,7 @@ def run_query(config: QueryConfig, stream: TextIO | None = None) -> None:
             create_views(connection, config.join)
             if config.export is not None and config.out is not None:
                 count = export(connection, _question(connection, config) or "FROM captions", config)
-                print(f"wrote {count:,} rows to {config.out}", file=stream)
+                print(f"wrote {counted(count, 'row')} to {config.out}", file=stream)
                 return
             question = _question(connection, config)
             answers = [_answer(connection, sql) for sql in ([question] if question else _summary(connection))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from capray.errors import ConfigError
-from capray.storage import find_parquet, locate
+from capray.storage import Location, find_parquet, locate
 
 if TYPE_CHECKING:
     import duckdb
@@ -63,4 +63,5 @@ def _reader(uri: str) -> str:
     ):
         if uri.lower().endswith(suffixes):
             return f"{function}({quoted(duckdb_path(location))})"
-    return parquet_files([locate(entry.uri) for entry in find_parquet(uri)], "union_by_name")
+    files = [Location(entry.uri, location.fs, entry.path) for entry in find_parquet(uri)]
+    return parquet_files(files, "union_by_name")

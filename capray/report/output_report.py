@@ -20,6 +20,7 @@ from capray.query.views import create_views
 from capray.report.charts import bars, lines
 from capray.report.rendering import data_uri, encoded, render
 from capray.storage import locate, write_atomic
+from capray.wording import counted
 
 if TYPE_CHECKING:
     import duckdb
@@ -79,7 +80,7 @@ def report_output(config: ReportConfig) -> str:
         )
     write_atomic(locate(config.html), html.encode())
     shown = sum(picture is not None for picture in pictures.values())
-    return f"wrote {config.html}: {shown} of {len(pictures)} pictures could be shown"
+    return f"wrote {config.html}: {shown} of {counted(len(pictures), 'picture')} could be shown"
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, sql: str, *values: Any) -> list[Row]:
@@ -114,8 +115,8 @@ def _failures(connection: duckdb.DuckDBPyConnection) -> list[Row]:
 
 
 def _rate(connection: duckdb.DuckDBPyConnection) -> str | None:
-    """Images a second over the hours of work; None when it took less than half a minute. Pauses between runs of a job are
-    shown as they are: nothing was done in them."""
+    """The chart of images a second over the hours of work; None when it took less than half a minute. Pauses between runs
+    of a job are shown as they are: nothing was done in them."""
     (seconds,) = first_row(connection, "SELECT extract(epoch FROM max(captioned_at) - min(captioned_at)) FROM captions")
     if seconds is None or seconds < 30:
         return None

@@ -13,6 +13,7 @@ from capray.report.rendering import data_uri, render
 from capray.report.training_samples import pick_pictures
 from capray.storage import exists, locate, read_bytes, write_atomic
 from capray.training_files import HISTORY, SAMPLES, SETTINGS
+from capray.wording import counted
 
 CURVES = (
     ("loss", {"train_loss": "training", "val_loss": "validation"}),
@@ -62,7 +63,7 @@ def report_training(config: ReportConfig) -> str:
         note=note,
     )
     write_atomic(locate(config.html), html.encode())
-    return f"wrote {config.html}: {len(epochs)} epochs, {len(samples)} samples"
+    return f"wrote {config.html}: {counted(len(epochs), 'epoch')}, {counted(len(samples), 'sample')}"
 
 
 def _pictures(settings: dict[str, Any], ids: set[str]) -> tuple[dict[str, str], str]:

@@ -82,7 +82,8 @@ class Replica:
         return answers
 
     def _outcomes(self, rows: list[Row]) -> list[Outcome]:
-        """Nothing works any more in a process whose device failed: Ray Serve starts another."""
+        """The captions of ``rows``. When the device fails, nothing works in this process any more: it ends, and Ray Serve
+        starts another."""
         try:
             return self.captioning(rows)
         except DeviceError as error:

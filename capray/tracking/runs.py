@@ -184,9 +184,7 @@ class Tracker:
         if self.uri is None:
             output = locate(config.output)
             if not output.is_local:
-                raise ConfigError(
-                    f"tracking_uri is needed with the remote output {config.output!r}: name an MLflow server, or 'none'"
-                )
+                raise ConfigError(f"the remote output {config.output!r} needs --tracking-uri: an MLflow server, or none")
             self.uri = f"sqlite:///{output.join('mlflow.db').path}"
             self._artifacts = output.join("mlartifacts").path
             return

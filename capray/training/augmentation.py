@@ -1,5 +1,5 @@
-"""Chance for training images, at the encoder's input size: mirrored, cropped and coloured otherwise. Knows nothing of Ray;
-the caller seeds it.
+"""Random augmentation of training images, at the encoder's input size: mirroring, cropping, colour jitter. Knows nothing of
+Ray; the caller seeds it.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from capray.training.features import (
     view_seed,
 )
 from capray.vocabulary import tokenise
+from capray.wording import counted
 
 IMAGES_PER_BATCH = 32
 IMAGES_PER_ACTOR = 50
@@ -69,7 +70,7 @@ def build_cache(
         names = set(list_names(folder, ".arrow"))
         told = f"split {split}" + (f", view {view + 1} of {config.cached_views}," if view else "")
         if cached is None or not names.issuperset(cached.files):
-            display.say(f"encoding the {text.num_images:,} images of {told} once, into {folder.uri}")
+            display.say(f"encoding the {counted(text.num_images, 'image')} of {told} once, into {folder.uri}")
             missing.append(_Missing(split, of_view, text, folder, names))
         else:
             display.say(f"features of {told} are read from {folder.uri}")
@@ -113,7 +114,7 @@ class _Missing:
     def publish(self) -> CachedSplit:
         if self.images != self.text.num_images:
             raise DataError(
-                f"split {self.split!r} changed while it was encoded: {self.images} images, not {self.text.num_images}"
+                f"split {self.split!r} changed while it was encoded: {self.images:,} images, not {self.text.num_images:,}"
             )
         manifest = {
             "identity": self.identity.plain(),
@@ -160,7 +161,7 @@ def _build(
             if len(part.files) == len(part.text.units):
                 found[key] = part.publish()
             images = sum(part.images for part in missing)
-            display.update(images, f"{images:,} images", "encoding", num_images)
+            display.update(images, counted(images, "image"), "encoding", num_images)
     except RayError as error:
         raise cluster.own_error(error) or error from error
     return found
@@ -219,7 +220,7 @@ class _Encoding:
             grids += self._grids(batch)
         for image_id, grid in zip(ids, grids, strict=True):
             if grid is not None and not np.isfinite(grid).all():
-                raise DataError(f"features of {image_id!r} are beyond float16: set feature_cache to none")
+                raise DataError(f"features of {image_id!r} are beyond float16: give --feature-cache none")
         shapes = [(None, None) if grid is None else grid.shape[1:] for grid in grids]
         heights, widths = zip(*shapes, strict=True)
         data = [None if grid is None else grid.tobytes() for grid in grids]
@@ -251,7 +252,8 @@ def _decoded(image: bytes, settings: tuple[Preprocessing, ImageLimits]) -> np.nd
 def _augmented(
     pixels: np.ndarray | None, image_id: str, captions: list[str], config: TrainConfig, view: int
 ) -> np.ndarray | None:
-    """Not in the threads that decode: torch has one source of random numbers."""
+    """An image as the augmentation changes it in ``view``, None as it is; not called in the threads that decode, as torch
+    has one source of random numbers."""
     if pixels is None:
         return None
     words = [tokenise(caption) for caption in captions]

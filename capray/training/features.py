@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from capray.config import Augmentation, ImageLimits, Preprocessing, TrainConfig
-from capray.datasets.samples import SplitText, read_unit
+from capray.datasets.samples import SplitText, names_and_sizes, read_unit
 from capray.errors import ConfigError, DataError, StorageError
-from capray.storage import Location, exists, find_parquet, is_folder, locate, read_bytes, write_atomic
+from capray.storage import Location, exists, is_folder, locate, read_bytes, write_atomic
 from capray.training.mirroring import is_mirrored, mirrored_words
 from capray.training.sample_stream import DECODED, EpochSeed, stream
 from capray.vocabulary import Vocabulary, tokenise
@@ -88,8 +88,7 @@ def identify(config: TrainConfig, encoder: Encoder, dataset_digest: str) -> Feat
     """The identity of ``config``'s features; ``dataset_digest`` is told together with the sizes of the table's files,
     which change with a table that is edited after `capray prepare`."""
     preprocessing, limits = (config.subset(group).model_dump(mode="json") for group in (Preprocessing, ImageLimits))
-    sizes = "".join(f"{entry.path.rsplit('/', 1)[-1]} {entry.size}\n" for entry in find_parquet(config.samples))
-    dataset_digest = hashlib.sha256((dataset_digest + sizes).encode()).hexdigest()
+    dataset_digest = hashlib.sha256((dataset_digest + names_and_sizes(config.samples)).encode()).hexdigest()
     name = config.encoder if encoder.is_frozen else f"{config.encoder} before {config.fine_tune_from}"
     return FeatureIdentity(SCHEMA_VERSION, name, digest_of(encoder), preprocessing, limits, dataset_digest)
 
@@ -120,18 +119,18 @@ def choose_root(config: TrainConfig, encoder: Encoder) -> str | None:
     """
     reason = None
     if not encoder.has_frozen_blocks:
-        reason = f"frozen blocks of the encoder, and fine_tune_from is {config.fine_tune_from!r}"
+        reason = f"frozen blocks of the encoder, and --fine-tune-from is {config.fine_tune_from!r}"
     elif config.augments and config.cached_views == 1:
-        reason = "images that are the same in every epoch, and they are augmented (cached_views 2 or more keeps views)"
+        reason = "images that are the same in every epoch, and they are augmented (--cached-views 2 or more keeps views)"
     if config.feature_cache == "none" or (config.feature_cache == "auto" and (reason or not encoder.is_frozen)):
         if config.cached_views > 1:
             raise ConfigError(
-                f"cached_views {config.cached_views} needs a feature cache: name a folder for feature_cache"
+                f"--cached-views {config.cached_views} needs a feature cache: give --feature-cache FOLDER"
                 + (f", and {reason}" if reason else "")
             )
         return None
     if reason:
-        raise ConfigError(f"feature_cache {config.feature_cache!r} needs {reason}: set it to auto or none")
+        raise ConfigError(f"--feature-cache {config.feature_cache!r} needs {reason}: give auto or none")
     if config.feature_cache != "auto":
         return config.feature_cache
     beside = locate(config.samples)
@@ -148,7 +147,7 @@ def read_manifest(folder: Location, identity: FeatureIdentity, split: str, text:
     place = folder.join(MANIFEST)
     if not exists(place):
         return None
-    way_out = f"delete {folder.uri!r} to have it rebuilt, or choose another feature_cache"
+    way_out = f"delete {folder.uri!r} to have it rebuilt, or choose another --feature-cache"
     try:
         manifest = json.loads(read_bytes(place))
         files = [str(name) for name in manifest["files"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from capray.config import Architecture, Preprocessing, TrainConfig
+from capray.config import Architecture, Preprocessing, TrainConfig, flag_of
 from capray.errors import ConfigError
 from capray.model.captioner import Captioner
 from capray.model.checkpoint import load_captioner
@@ -35,7 +35,9 @@ def adopt_captioner(config: TrainConfig) -> tuple[TrainConfig, Vocabulary, Weigh
     for name in Architecture.model_fields:
         wanted, found = getattr(config, name), getattr(architecture, name)
         if name in given and name not in MAY_DIFFER and wanted != found:
-            raise ConfigError(f"{name} {wanted!r} does not fit the captioner {config.init_from!r}, which has {found!r}")
+            raise ConfigError(
+                f"{flag_of(name)} {wanted!r} does not fit the captioner {config.init_from!r}, which has {found!r}"
+            )
     adopted = {name: getattr(architecture, name) for name in Architecture.model_fields if name not in given}
     return TrainConfig.create(config.model_dump(), **adopted), captioner.vocabulary, captioner.state_dict()
 

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 
 from capray import cluster
-from capray.config import Augmentation, Decoding, ImageLimits, Preprocessing, TrainConfig
-from capray.datasets.samples import RECORD, SplitText, read_captions
+from capray.config import Augmentation, Decoding, ImageLimits, Preprocessing, TrainConfig, flag_of
+from capray.datasets.samples import RECORD, SplitText, names_and_sizes, read_captions
 from capray.errors import CaprayError, Interrupted, OutputConflictError
 from capray.model.captioner_files import FILES, model_id_of
 from capray.model.word_vectors import WordVectors, read_word_vectors
 from capray.progress import ProgressDisplay
 from capray.report.training_samples import pick_pictures
-from capray.storage import exists, find_parquet, list_names, locate, read_bytes, write_atomic
+from capray.storage import exists, list_names, locate, read_bytes, write_atomic
 from capray.tracking.model_format import write_model
 from capray.tracking.registry import is_registered
 from capray.tracking.runs import Model, Tracker
@@ -34,6 +34,7 @@ from capray.training.stages import prepare_stage
 from capray.training.worker import WorkerSettings, is_finished, train_worker
 from capray.training_files import HISTORY, SETTINGS
 from capray.vocabulary import Vocabulary, tokenise
+from capray.wording import counted
 
 NOT_IDENTITY = {
     "output",
@@ -362,16 +363,16 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 def _describe(material: Material, parameters: int, trained: int, config: TrainConfig) -> str:
     captions = [words for image in material.tokens for words in image]
     lines = [
-        f"training on {len(material.tokens):,} images with {len(captions):,} captions, validating on "
-        f"{material.validation.num_images:,} images; {len(material.vocabulary):,} words; {parameters:,} parameters, "
-        f"{trained:,} trained"
+        f"training on {counted(len(material.tokens), 'image')} with {counted(len(captions), 'caption')}, validating on "
+        f"{counted(material.validation.num_images, 'image')}; {counted(len(material.vocabulary), 'word')}; "
+        f"{parameters:,} parameters, {trained:,} trained"
     ]
     cut = sum(len(words) > config.max_caption_words for words in captions)
     if cut:
-        lines.append(f"{cut} captions are longer than {config.max_caption_words} words and are cut")
+        lines.append(f"{counted(cut, 'caption')} cut after {counted(config.max_caption_words, 'word')}")
     empty = sum(not words for words in captions)
     if empty:
-        lines.append(f"{empty} captions have no word and are left out")
+        lines.append(f"{counted(empty, 'caption')} without a word left out")
     return "\n".join(lines)
 
 
@@ -380,8 +381,7 @@ def _digest(samples: str) -> str:
     record = locate(samples).join(RECORD)
     if exists(record):
         return json.loads(read_bytes(record))["digest"]
-    listing = "".join(f"{entry.path.rsplit('/', 1)[-1]} {entry.size}\n" for entry in find_parquet(samples))
-    return hashlib.sha256(listing.encode()).hexdigest()
+    return hashlib.sha256(names_and_sizes(samples).encode()).hexdigest()
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
@@ -403,7 +403,9 @@ def _check_output(config: TrainConfig) -> dict[str, Any]:
     defaults = {name: field.default for name, field in TrainConfig.model_fields.items() if not field.is_required()}
     # What an older version did not know had its default.
     then = json.loads(json.dumps(defaults)) | previous["settings"]
-    changed = [f"{name}: {then.get(name)!r} -> {now!r}" for name, now in _identity(config).items() if now != then.get(name)]
+    changed = [
+        f"{flag_of(name)}: {then.get(name)!r} -> {now!r}" for name, now in _identity(config).items() if now != then.get(name)
+    ]
     if changed:
         raise OutputConflictError(
             f"{config.output!r} holds a training with other settings ({'; '.join(changed)}): choose another output, or "

@@ -1,4 +1,5 @@
-"""What the processes of a training tell each other."""
+"""The board: an actor through which workers report metrics, lines and faults to the driver, and reading tasks learn the
+epoch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From gradients to weights: optimiser, course of the learning rate, moving average, and all of their state in one.
+"""From gradients to weights: optimiser, learning-rate schedule, moving average, and all of their state in one.
 
 torch's own implementations, put together from settings. Knows nothing of Ray or of images.
 """
@@ -38,8 +38,8 @@ def build_optimizer(captioner: Captioner, config: Optimisation) -> torch.optim.O
 
 
 class CosineWithWarmup:
-    """The factor of the learning rate before step ``step`` (from 0): a line up to 1, then half a cosine down to 0 (SGDR's
-    eq. 5 without restarts, Loshchilov and Hutter 2017)."""
+    """The factor of the learning rate before step ``step`` (from 0): linear warm-up to 1, then half a cosine down to 0
+    (SGDR's eq. 5 without restarts, Loshchilov and Hutter 2017)."""
 
     def __init__(self, warmup_steps: int, num_steps: int):
         self.warmup_steps = warmup_steps
@@ -80,7 +80,7 @@ class Optimiser:
 
     Args:
         captioner: what is trained; its requires_grad are as they will stay.
-        config: how.
+        config: optimiser, schedule and averaging.
         num_steps: the steps the whole training will take, for the cosine.
     """
 

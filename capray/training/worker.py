@@ -45,6 +45,7 @@ from capray.training.sample_stream import ImageBatch, Reading
 from capray.training.stages import Stage, Sums
 from capray.training_files import HISTORY, SAMPLES
 from capray.vocabulary import Vocabulary
+from capray.wording import counted
 
 CAPTIONER_WEIGHTS = "captioner.pt"
 TRAINER_STATE = "trainer.pt"
@@ -189,7 +190,7 @@ class Worker:
         if self.encoder_sha256 is not None and digest_of(self.captioner.encoder) != self.encoder_sha256:
             raise DataError(
                 f"the encoder's weights {config.weights!r} are no longer those this training began with: put them back, "
-                "or set feature_cache to none"
+                "or give --feature-cache none"
             )
 
     def _restore(self, checkpoint: ray.train.Checkpoint) -> None:
@@ -338,7 +339,7 @@ class Worker:
             texts = [hypotheses[0].caption if hypotheses else "" for hypotheses in best]
             captioned += zip(images.ids, texts, images.captions, strict=True)
             if self.rank == 0:
-                self.board.post.remote({"figures": f"validating  {len(captioned)} images"})
+                self.board.post.remote({"figures": f"validating  {counted(len(captioned), 'image')}"})
         everyone = {image_id: rest for share in gather_objects(captioned) for image_id, *rest in share}
         nll, forced_hits, free_hits, tokens = reduce_sums(sums.tolist(), self.device)
         if not everyone:
@@ -403,9 +404,9 @@ class Worker:
             f"{metrics['train_images_per_second']:.1f} images/s{'  (best)' if improved else ''}"
         )
         if undecodable:
-            line += f"\n  {undecodable:.0f} images could not be decoded and were left out"
+            line += f"\n  {counted(undecodable, 'image')} that could not be decoded left out"
         if without_captions:
-            line += f"\n  {without_captions:.0f} images have no caption with a word and were left out"
+            line += f"\n  {counted(without_captions, 'image')} without a caption with a word left out"
         self.board.say.remote(line)
 
 

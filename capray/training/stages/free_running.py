@@ -1,4 +1,4 @@
-"""Cross-entropy with the captioner's own words given, always or by chance (scheduled sampling).
+"""Cross-entropy with the captioner's own words fed, always or at random (scheduled sampling).
 
 Bengio, Vinyals, Jaitly, Shazeer (2015), *Scheduled Sampling for Sequence Prediction with Recurrent Neural Networks*.
 
@@ -42,7 +42,7 @@ class FreeRunning(CrossEntropy):
 
 
 def teacher_forcing_ratio(config: Feeding, epoch: int) -> float:
-    """The probability at ``epoch`` (from 0) that the decoder is given the reference's word (section 2.4)."""
+    """The probability at ``epoch`` (from 0) that the decoder is fed the reference's previous word (section 2.4)."""
     decay = config.teacher_forcing_decay
     ratio = config.teacher_forcing_ratio
     if decay is None:
