@@ -186,10 +186,41 @@ def gpus_each(wanted: float | None) -> float:
 
 
 def resolved_precision(wanted: str, on_gpu: bool) -> str:
-    """``wanted``, where `auto` is bf16 on GPUs and fp32 on CPUs."""
+    """``wanted``, where `auto` is bf16 on GPUs, and on CPUs where all nodes of the cluster compute in it; else fp32."""
     if wanted != "auto":
         return wanted
-    return "bf16" if on_gpu else "fp32"
+    return "bf16" if on_gpu or _have_bf16() else "fp32"
+
+
+def _have_bf16() -> bool:
+    if not has_bf16():
+        return False
+    others = alive_nodes() - {node_id()} if _worker() else set()
+    if not others:
+        return True
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    on = [NodeAffinitySchedulingStrategy(node, soft=True) for node in others]
+    asked = [ray.remote(has_bf16).options(num_cpus=0, scheduling_strategy=node).remote() for node in on]
+    try:
+        return all(ray.get(asked, timeout=_ASKING_SECONDS))
+    except ray.exceptions.RayError:
+        return False
+
+
+def has_bf16() -> bool:
+    """Whether the CPU of this machine computes in bf16, as Linux tells of those of Intel and AMD."""
+    try:
+        with open(CPU_FLAGS) as file:
+            flags = next((line for line in file if line.startswith("flags")), "").split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+CPU_FLAGS = "/proc/cpuinfo"
+_ASKING_SECONDS = 60.0
 
 
 def task_attempt() -> int:

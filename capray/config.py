@@ -542,7 +542,8 @@ class CaptionerSettings(RegistrySettings):
     """Captioner: a folder or URI, or one in MLflow: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/ID/captioner`; when
     not given, the one that comes with capray (`caption`: the one its output was begun with)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the encoder and decoder; auto is bf16 on GPUs and fp32 on CPUs."""
+    """Precision of the encoder and decoder; auto is bf16 on GPUs and on CPUs that compute in it (AVX-512 BF16 or
+    AMX), else fp32."""
 
 
 class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):

@@ -26,6 +26,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Its 15 leave workers waitin
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # Two seconds of a CPU for each training.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from capray import cluster
 from capray.config import Architecture
 from capray.datasets.settings import ShapesConfig
 from capray.datasets.shapes import prepare_shapes
@@ -40,6 +41,11 @@ TINY = {
     "grid_dropout": 0.0,
     "output_dropout": 0.0,
 }
+
+
+@pytest.fixture(autouse=True)
+def auto_is_fp32_on_any_cpu(monkeypatch) -> None:
+    monkeypatch.setattr(cluster, "CPU_FLAGS", os.devnull)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -78,3 +78,26 @@ def test_a_signal_waits_until_ray_has_started():
     finally:
         signal.signal(signal.SIGINT, before)
     assert done == ["started"]
+
+
+class TestAutoPrecision:
+    @pytest.fixture(params=["avx512_bf16", "amx_bf16", "avx512f", None])
+    def flag(self, request, tmp_path, monkeypatch) -> str | None:
+        file = tmp_path / "cpuinfo"
+        if request.param:
+            file.write_text(f"processor\t: 0\nflags\t\t: fpu {request.param} sse\n\nprocessor\t: 1\nflags\t\t: amx_bf16\n")
+        monkeypatch.setattr(cluster, "CPU_FLAGS", str(file))
+        return request.param
+
+    def test_is_bf16_where_the_device_computes_in_it(self, flag):
+        on_cpu = "bf16" if flag and "bf16" in flag else "fp32"
+        assert cluster.resolved_precision("auto", on_gpu=False) == on_cpu
+        assert cluster.resolved_precision("auto", on_gpu=True) == "bf16"
+        assert cluster.resolved_precision("fp32", on_gpu=True) == "fp32"
+        assert cluster.resolved_precision("bf16", on_gpu=False) == "bf16"
+
+    @pytest.mark.parametrize("there", [True, False])
+    def test_asks_the_other_nodes(self, ray_cluster, monkeypatch, there):
+        monkeypatch.setattr(cluster, "node_id", lambda: "another")  # So this one is asked by a task.
+        monkeypatch.setattr(cluster, "has_bf16", lambda here=os.getpid(), there=there: there or os.getpid() == here)
+        assert cluster.resolved_precision("auto", on_gpu=False) == ("bf16" if there else "fp32")
