@@ -198,7 +198,7 @@ def _have_bf16() -> bool:
     others = alive_nodes() - {node_id()} if _worker() else set()
     if not others:
         return True
-    import ray
+    import ray.exceptions
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     on = [NodeAffinitySchedulingStrategy(node, soft=True) for node in others]
