@@ -118,7 +118,7 @@ class World:
         command = [sys.executable, "-m", "capray", "caption", f"{self.bucket}/photos", output, "--model", self.model]
         command += ["--batch-size", str(BATCH_SIZE), "--num-actors", str(num_actors)]
         command += ["--part-rows", str(PART_ROWS), "--part-seconds", "5"]
-        command += ["--second-look-seconds", "1", "--patience-seconds", "20"]
+        command += ["--precision", "fp32", "--second-look-seconds", "1", "--patience-seconds", "20"]
         with log.open("w") as file:
             return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 

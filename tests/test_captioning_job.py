@@ -206,7 +206,7 @@ def test_a_manifest_with_kept_columns_and_attention(tmp_path, photos, model):
         assert len(row["tokens"]) == len(row["attention"]) == row["num_tokens"]
         assert " ".join(token for token in row["tokens"] if token != "<end>") == row["caption"]
         assert all(sum(weights) == pytest.approx(1, abs=1e-3) for weights in row["attention"])
-    with pytest.raises(OutputConflictError, match="kept_columns"):
+    with pytest.raises(OutputConflictError, match="--keep"):
         run(tmp_path / "list.csv", tmp_path / "out", model, attention=True)
 
 

@@ -27,7 +27,13 @@ def server(ray_cluster, model):
     from ray import serve
 
     config = ServeConfig(
-        model=model, port=free_port(), batch_wait_ms=200, max_image_bytes=200_000, max_requests=64, **DECODING
+        precision="fp32",
+        model=model,
+        port=free_port(),
+        batch_wait_ms=200,
+        max_image_bytes=200_000,
+        max_requests=64,
+        **DECODING,
     )
     address = start(config)
     with httpx.Client(base_url=address, timeout=60) as client:

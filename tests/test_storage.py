@@ -145,6 +145,7 @@ class TestDeadline:
             write_atomic(place, b"bytes", deadline=now() + 1.5)
         assert time.monotonic() - started < 3
         assert caught.value.exit_code == 75
+        time.sleep(0.3)  # What was on its way arrives.
         sent = proxy.requests["PUT"]
         assert sent > 0
         time.sleep(2)

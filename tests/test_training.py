@@ -245,7 +245,7 @@ class TestRefusals:
 
     def test_word_vectors_of_another_width(self, samples, tmp_path):
         (tmp_path / "vectors.txt").write_text("circle 1 2 3\n")
-        with pytest.raises(ConfigError, match="set embed_dim to 3"):
+        with pytest.raises(ConfigError, match="give --embed-dim 3"):
             run(samples, tmp_path / "out", word_vectors=str(tmp_path / "vectors.txt"))
 
     def test_a_remote_output_needs_a_tracking_server(self, samples, s3):
