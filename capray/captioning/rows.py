@@ -6,12 +6,12 @@ of this job travels as one row of a Ray block, its table encoded in the column `
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
-from capray.inputs.base import Event
+from capray.inputs.base import Changed, Event, LeftOut, TarMembers, TarUnreadable
+from capray.inputs.places import MEMBERS
 from capray.tables import captions_schema
 
 _LOOK = [
@@ -41,8 +41,22 @@ FETCHED = pa.schema(
 """``pixels`` are uint8 at the encoder's input size; null, with the reason, where there is no image. A ``careful`` one has
 killed a process before."""
 
+EVENTS = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("input", pa.int16()),
+        ("container", pa.string()),
+        ("version", pa.string()),
+        ("message", pa.string()),
+        ("number", pa.int64()),
+        ("example", pa.string()),
+        ("members", pa.list_(pa.struct(MEMBERS))),
+    ]
+)
+"""What was found out about containers while they were read."""
+
 BLOCK = pa.schema([("block", pa.binary()), ("events", pa.binary())])
-"""One row: a block, and the events (what was found out about containers while they were read) that came with it."""
+"""One row: a block, and the EVENTS that came with it."""
 
 UNIT = pa.schema([("places", pa.binary()), ("skipped", pa.binary())])
 """One row: the places of a unit, and the MD5 digests of the ids that a tar is to be read without, one behind the other."""
@@ -55,7 +69,8 @@ def results_schema(source: pa.DataType | None = None, attention: bool = False) -
 
 def block_of(table: pa.Table, events: Sequence[Event] = ()) -> pa.Table:
     """``table`` as a BLOCK row."""
-    return pa.table({"block": [pack(table)], "events": [pickle.dumps(list(events)) if events else None]}, schema=BLOCK)
+    packed = pack(pa.Table.from_pylist([_event_row(event) for event in events], EVENTS)) if events else None
+    return pa.table({"block": [pack(table)], "events": pa.array([packed], pa.binary())}, schema=BLOCK)
 
 
 def with_table(row: pa.Table, table: pa.Table) -> pa.Table:
@@ -70,8 +85,9 @@ def table_of(row: pa.Table) -> pa.Table:
 
 def events_of(row: pa.Table) -> list[Event]:
     """The events in a BLOCK row."""
-    packed = row["events"][0].as_py()
-    return [] if packed is None else pickle.loads(packed)  # noqa: S301 (this run's own)
+    if not row["events"][0].is_valid:
+        return []
+    return [_event(values) for values in unpack(row["events"][0]).to_pylist()]
 
 
 def unit_row(places: pa.Table, skipped: Iterable[bytes] = ()) -> pa.Table:
@@ -94,3 +110,23 @@ def pack(table: pa.Table) -> bytes:
 
 def unpack(value: pa.Scalar) -> pa.Table:
     return pa.ipc.open_stream(value.as_buffer()).read_all()
+
+
+def _event_row(event: Event) -> dict:
+    row = {"kind": type(event).__name__, "input": event.input, "container": event.container}
+    if isinstance(event, TarMembers):
+        return row | {"version": event.version, "members": event.members.to_pylist()}
+    if isinstance(event, LeftOut):
+        return row | {"message": event.reason, "number": event.number, "example": event.example}
+    return row | ({"message": event.message} if isinstance(event, TarUnreadable) else {})
+
+
+def _event(row: dict) -> Event:
+    number, container = row["input"], row["container"]
+    if row["kind"] == Changed.__name__:
+        return Changed(number, container)
+    if row["kind"] == TarUnreadable.__name__:
+        return TarUnreadable(number, container, row["message"])
+    if row["kind"] == LeftOut.__name__:
+        return LeftOut(number, container, row["message"], row["number"], row["example"])
+    return TarMembers(number, container, row["version"], pa.Table.from_pylist(row["members"], MEMBERS))
