@@ -24,6 +24,11 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 _NAMESPACE = "capray"
 """Of what is kept in the cluster's key-value store."""
 
+_ASKING_SECONDS = 60.0
+"""How long nodes are asked what their CPUs can."""
+
+CPU_FLAGS = "/proc/cpuinfo"
+
 _started_here = False
 """Whether this process started the Ray it uses."""
 
@@ -189,10 +194,10 @@ def resolved_precision(wanted: str, on_gpu: bool) -> str:
     """``wanted``, where `auto` is bf16 on GPUs, and on CPUs where all nodes of the cluster compute in it; else fp32."""
     if wanted != "auto":
         return wanted
-    return "bf16" if on_gpu or _have_bf16() else "fp32"
+    return "bf16" if on_gpu or _all_nodes_have_bf16() else "fp32"
 
 
-def _have_bf16() -> bool:
+def _all_nodes_have_bf16() -> bool:
     if not has_bf16():
         return False
     others = alive_nodes() - {node_id()} if _worker() else set()
@@ -217,10 +222,6 @@ def has_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-CPU_FLAGS = "/proc/cpuinfo"
-_ASKING_SECONDS = 60.0
 
 
 def task_attempt() -> int:

@@ -157,7 +157,9 @@ def _score(corpora: list[Corpus], config: EvaluateConfig, training: list[str], e
     for other in others:
         baseline = _statistics(other, config, training, evaluation)
         evaluation.differences.update(paired_bootstrap(statistics, baseline, config.resamples, config.seed))
-        same = mean_of("same_captions", [ours == theirs for ours, theirs in zip(corpus[1], other[1], strict=True)])
+        same = mean_of(
+            "same_captions", [ours == theirs for ours, theirs in zip(corpus.hypotheses, other.hypotheses, strict=True)]
+        )
         evaluation.figures.update(bootstrap([same], config.resamples, config.seed))
     if "diversity" in (config.metrics or ALL_METRICS):
         evaluation.figures["distinct_captions"] = Figure(distinct_captions(corpus.hypotheses))

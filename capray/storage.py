@@ -264,13 +264,16 @@ def uri_of(root: Location, path: str) -> str:
     return text_of(path) if root.is_local else f"{root.uri.split('://', 1)[0]}://{path}"
 
 
-def nothing(path: str) -> bool:
-    """Excludes no folder."""
+def excludes_nothing(path: str) -> bool:
+    """Leaves no folder out."""
     return False
 
 
 def iter_files(
-    root: Location, denied: list[str] | None = None, prefixes: tuple[str, ...] = (".",), excludes: Excludes = nothing
+    root: Location,
+    denied: list[str] | None = None,
+    prefixes: tuple[str, ...] = (".",),
+    excludes: Excludes = excludes_nothing,
 ) -> Iterator[Entry]:
     """Every file below ``root``, in the order the store lists them; see ``walk``, by which a local folder is listed, for the
     other arguments.
@@ -293,7 +296,7 @@ def iter_files(
             yield entry_of(root, path, info)
 
 
-def glob_files(place: Location, denied: list[str] | None = None, excludes: Excludes = nothing) -> Iterator[Entry]:
+def glob_files(place: Location, denied: list[str] | None = None, excludes: Excludes = excludes_nothing) -> Iterator[Entry]:
     """The files that match the glob ``place``. On a file system links are followed, as ``iter_files`` does, and one to
     nowhere is a file, too; folders on the way that cannot be listed are added to ``denied``.
 
@@ -399,7 +402,7 @@ def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], 
 
 
 def walk(
-    root: str, denied: list[str] | None = None, prefixes: tuple[str, ...] = (".",), excludes: Excludes = nothing
+    root: str, denied: list[str] | None = None, prefixes: tuple[str, ...] = (".",), excludes: Excludes = excludes_nothing
 ) -> Iterator[tuple[str, list[str]]]:
     """The folders from ``root`` down in the order of their names, with the names of the files in it, sorted.
 

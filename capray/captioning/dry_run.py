@@ -128,9 +128,9 @@ def _rate(job: OpenedJob, work: Work, block_rows: int) -> float:
     reader = Reader.of(sources, config.subset(ImageLimits), config.fetch_concurrency, config.patience_seconds)
     fetcher = Fetcher(reader, job.preprocessing, block_rows, _RUN_ID, source_type=sources[0].source_type)
     precision = cluster.resolved_precision(config.precision, on_gpu=False)
-    decoding = config.subset(Decoding)
+    decoding, together = config.subset(Decoding), 1 if config.deterministic else 8
     captioning = Captioning(
-        CaptioningSettings(config.model, job.model_id, decoding, precision, False, 8, False, config.threads_per_actor)
+        CaptioningSettings(config.model, job.model_id, decoding, precision, False, together, False, config.threads_per_actor)
     )
     unit = next(iter(read_units(work.files[0])))
     started = time.monotonic()

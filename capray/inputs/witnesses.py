@@ -17,7 +17,7 @@ from itertools import islice
 
 from capray.deadlines import within
 from capray.errors import TryAgain
-from capray.storage import Excludes, lstat_of, nothing
+from capray.storage import Excludes, excludes_nothing, lstat_of
 
 WAS_A_MOUNT = "{} was a mount when its images were listed, and is none now"
 OR_RELIST = "(or run with --relist, if it is to be none)"
@@ -146,7 +146,7 @@ class Witnesses:
 
 
 def mounts_of(
-    root: str, folders: Iterable[str] = (), excludes: Excludes = nothing, points: set[str] | None = None
+    root: str, folders: Iterable[str] = (), excludes: Excludes = excludes_nothing, points: set[str] | None = None
 ) -> set[str]:
     """Where other file systems begin below ``root``, and those that it and ``folders`` are on, by links too, as far as the
     system tells (Linux); of folders that do not answer in time, nothing.
