@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from capray.config import SourceSettings
 from capray.errors import ConfigError, StorageError
-from capray.images import ENDINGS
+from capray.images import ends_like_image
 from capray.inputs.base import Containers, Selection, Source, is_hidden, root_of
 from capray.inputs.files import CONTAINERS, Images
 from capray.inputs.parquet import MANIFESTS, Inventory, Manifest, Parquet
@@ -36,7 +36,6 @@ _BESIDE = {"manifest": (), "parquet": (".json", ".md"), "tar": (".parquet", ".js
 """What lies beside the files of a kind."""
 _NUM_WITNESSES = 4
 _COMPRESSED = re.compile(r"\.tgz$|\.tar\.[^/]*$")
-_IMAGES = tuple(f".{ending}" for ending in ENDINGS)
 
 __all__ = ["NothingThere", "Source", "are_containers", "open_sources"]
 
@@ -157,7 +156,7 @@ def _source_of(
     hidden = 0
     for entry in files:
         if _is_hidden(place, entry):
-            hidden += entry.path.lower().endswith((*endings, *CONTAINERS, *_IMAGES))
+            hidden += ends_like_image(entry.path) or entry.path.lower().endswith((*endings, *CONTAINERS))
         else:
             shown.append(entry)
     there = [entry for entry in shown if entry.path.lower().endswith(endings)]
@@ -231,8 +230,7 @@ def _is_hidden(place: Location, entry: Entry) -> bool:
     """Whether ``entry`` is no file of the input for its name, or one on the way to it. Among tables "_" begins the names of
     files and folders that those who write them lay beside them; an image's own is as good as any (``_MG_0001.JPG``)."""
     folder, _, name = _below(place, entry).rpartition("/")
-    is_image = name.lower().endswith(_IMAGES)
-    return is_hidden(folder, PRIVATE) or is_hidden(name, Images.hidden_prefixes if is_image else PRIVATE)
+    return is_hidden(folder, PRIVATE) or is_hidden(name, Images.hidden_prefixes if ends_like_image(name) else PRIVATE)
 
 
 def _shown(place: Location, files: list[Entry], selection: Selection) -> list[Entry]:
@@ -253,7 +251,7 @@ def _kind_of(place: Location, sample: list[Entry], selection: Selection) -> str:
             return "inventory"
     names = [entry.path.lower() for entry in shown]
     for name in names:
-        if _COMPRESSED.search(name) and not name.endswith((*_IMAGES, *_BESIDE["tar"])):
+        if _COMPRESSED.search(name) and not (ends_like_image(name) or name.endswith(_BESIDE["tar"])):
             raise ConfigError(f"{name!r} is a compressed tar, which is not read: unpack the compression (gunzip) first")
     for kind in ("tar", "parquet"):
         if found := [entry for entry in shown if entry.path.lower().endswith(_ENDINGS[kind])]:
