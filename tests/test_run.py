@@ -1335,6 +1335,25 @@ class TestMountsBelowTheInput:
         with pytest.raises(StorageUnavailable, match=r"in/b was a mount when its images were listed.*--relist"):
             list(source.pages(unit))
 
+    def test_one_behind_a_link_goes_away_while_it_is_listed_first(self, job, mount, monkeypatch):
+        write_photos(job.input / "a", 2)
+        mounted, walk = mount(job.input.with_name("disk")), files.walk
+        for name in ("deep", "deep2"):
+            write_photos(mounted / name, 2)
+        (job.input / "b").symlink_to(mounted)
+
+        def leaving(*of):
+            for folder, names in walk(*of):
+                yield folder, names
+                if folder.endswith("b/deep"):
+                    subprocess.run(["umount", "-l", mounted], check=True)
+                    (mounted / "NOT-MOUNTED").touch()
+
+        monkeypatch.setattr(files, "walk", leaving)
+        with pytest.raises(TryAgain, match="disk was a mount when its images were listed"):
+            job.run(patience_seconds=0.3)
+        assert job.kinds() == []
+
     @pytest.mark.parametrize(("name", "exclude"), [(".snapshot", ()), ("skip", ("skip",)), ("a/skip", ("a/s*/*",))])
     def test_one_that_is_left_out_may_go(self, job, mount, monkeypatch, name, exclude):
         paths = write_photos(job.input / "a", 2)
@@ -1439,12 +1458,34 @@ class TestMountsBelowTheInput:
         job.run(input=str(source), **settings)
         assert len(sha256s(job)) == num_images + (where == "below" and change == "an image more")
 
-    def test_away_and_excluded_when_another_listing_begins(self, job, mount):
+    @pytest.mark.parametrize("is_linked", [False, True])
+    def test_away_and_excluded_when_another_listing_begins(self, job, mount, is_linked):
         write_photos(job.input / "a", 4)
         write_photos(mount(job.input / "b"), 4, seed=1)
-        job.run()
+        source = job.input.with_name("link") if is_linked else job.input
+        if is_linked:
+            source.symlink_to(job.input)
+        job.run(input=str(source))
         subprocess.run(["umount", "-l", job.input / "b"], check=True)
-        assert job.run(exclude=("b",)).images == 4
+        assert job.run(input=str(source), exclude=("b",)).images == 4
+
+    @pytest.mark.parametrize("between", [[], ["other"]])
+    @pytest.mark.parametrize("exclude", [(), ("*_disk*",)])
+    def test_away_with_images_that_lists_name(self, job, mount, monkeypatch, exclude, between):
+        """Whatever their folder is called and whatever names are excluded; also when other inputs were captioned between."""
+        mounted = mount(job.input / "_disk")
+        photos = write_photos(mounted, 8, seed=1)
+        rows = "".join(f"{i},{path}\n" for i, path in enumerate(photos))
+        (job.input / "list.csv").write_text(f"image_id,path\n{rows}")
+        job.run(limit=4, exclude=exclude)
+        for name in between:
+            job.run(input=str(Path(write_photos(job.input.with_name(name), 1, seed=2)[0]).parent))
+        subprocess.run(["umount", "-l", mounted], check=True)
+        (mounted / "NOT-MOUNTED").touch()
+        monkeypatch.setattr(witnesses_module.witnesses, "_folders", {})
+        with pytest.raises(TryAgain, match="was a mount when its images were listed"):
+            job.run(patience_seconds=0.3, exclude=exclude)
+        assert "missing" not in job.kinds()
 
     def test_an_image_or_a_folder_that_was_deleted_is_missing(self, job):
         paths = [path for name in "abc" for path in write_photos(job.input / name, 4, seed=ord(name))]
@@ -1640,6 +1681,29 @@ class TestWhatChanges:
         assert run() == (0, 0, 1)
         write(whole=True)
         assert run() == (1, 0, 0)
+
+    @pytest.mark.parametrize("damage", ["not_an_image", "truncated"])
+    def test_an_image_that_is_mended_while_its_table_is_read_is_captioned(self, job, damage):
+        """What had failed is published, and looked at twice, after the change: its times tell nothing."""
+        photos = [Path(path).read_bytes() for path in write_photos(job.input.with_name("photos"), 28)]
+        job.input.mkdir()
+
+        def write(first: bytes) -> None:
+            table = pa.table({"image_id": [f"{i:02d}" for i in range(28)], "image": [first, *photos[1:]]})
+            pq.write_table(table, job.input / "new", row_group_size=4)
+            (job.input / "new").rename(job.input / "table.parquet")
+
+        def rewrite(number: int) -> None:
+            if number == (1 if damage == "not_an_image" else 3):
+                time.sleep(0.1 if damage == "not_an_image" else 0.6)
+                write(photos[0])
+
+        write(b"none" if damage == "not_an_image" else photos[0][: len(photos[0]) // 2])
+        settings = {} if damage == "not_an_image" else {"part_seconds": 0.1, "second_look_seconds": 0.05}
+        job.run(LocalExecutor(num_threads=1, after_block=rewrite), **settings)
+        assert job.kinds()
+        assert job.run().current_failures == {}
+        assert len(sha256s(job)) == 28
 
     @pytest.mark.parametrize("times", [1, 9])
     def test_a_list_that_is_rewritten_while_its_images_are_read(self, job, times):

@@ -29,7 +29,8 @@ class ContainerVersions:
     """The versions of the containers of ``sources``, as they are and as earlier runs have read them.
 
     Attributes:
-        runs: the number of the last file of each run that is known; of two runs the later has the higher one.
+        runs: the number of the first file of each run that is known; of two runs the later has the higher one. What a run
+            says of a container that has changed since then may be about either version.
         same_since: by a container's URI the number of the run since which it is as it is now.
     """
 
@@ -37,8 +38,8 @@ class ContainerVersions:
         self.folder = output.versions
         self._now = {uri: version for source in sources for uri, version in source.versions().items()}
         names = _files_in(self.folder)
-        self.runs = {match[2]: int(match[1]) for match in names}
-        self._next = 1 + max(self.runs.values(), default=0)
+        self.runs = {match[2]: int(match[1]) for match in sorted(names, key=lambda match: -int(match[1]))}
+        self._next = 1 + max((int(match[1]) for match in names), default=0)
         self.same_since = dict.fromkeys(self._now, self._next)
         for match, table in zip(names, _read_all(self.folder, names), strict=True):
             for uri, version in zip(table["container"].to_pylist(), table["version"].to_pylist(), strict=True):
@@ -60,7 +61,7 @@ class ContainerVersions:
     def _add(self, containers: list[str], run_id: str, write: Write) -> None:
         table = pa.table([containers, [self._now[uri] for uri in containers]], schema=_SCHEMA)
         write(self.folder.join(f"{self._next:06d}-{run_id}.parquet"), encode_parquet(table))
-        self.runs[run_id] = self._next
+        self.runs.setdefault(run_id, self._next)
         self._next += 1
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import gzip
+import os
 import posixpath
 import re
 import zlib
@@ -261,13 +262,19 @@ class Source(ABC):
 
     def remember_mounts(self, points: Iterable[str]) -> None:
         """What was a mount when the input was listed before is to be one still, unless it is hidden or excluded by now."""
-        self.mounts.update(point for point in points if not self._leaves_out(point))
+        real = f"{os.path.realpath(self.selection.root).rstrip('/')}/"
+        above = f"{self.selection.root.rstrip('/')}/"
+        named = {point: above + point.removeprefix(real) if point.startswith(real) else point for point in points}
+        self.mounts.update(point for point, name in named.items() if not self._leaves_out(name))
 
     def _leaves_out(self, folder: str) -> bool:
-        """Whether ``folder`` lies in the input, and is hidden or excluded."""
+        """Whether ``folder`` lies in the input, and is hidden or excluded. What a list names is wanted whatever its folder
+        is called, and ids that a table or list gives need not begin with folders."""
         below = folder.removeprefix(self.selection.root)
-        is_below = below != folder
-        return is_below and (is_hidden(below, self.hidden_prefixes) or self.selection.excludes_folder(text_of(folder)))
+        if below == folder:
+            return False
+        hides = not lists_uris(self) and is_hidden(below, self.hidden_prefixes)
+        return hides or (self.kind not in ("manifest", "parquet") and self.selection.excludes_folder(text_of(folder)))
 
     def check_mounts(self) -> None:
         """What was listed from a folder whose mount is away is not all of it.

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from capray.errors import DataError
 from capray.inputs.base import ROWS_PER_PAGE, Page, Source, is_hidden, rows_of
+from capray.inputs.witnesses import mount_points
 from capray.storage import Location, is_file, is_unanswered, s3_pages, stat_of, storage_errors, uri_of, walk, was_removed
 
 MAX_LEVELS = 3
@@ -84,6 +85,7 @@ class Images(Source):
         its own, so that the rest is listed all the same."""
         folders: set[str] = set()
         files: list[tuple[str, int]] = []
+        mounts = mount_points()  # One that goes away before it is noted was there.
         last = after
         denied: list[str] = []
         for folder, names in walk(
@@ -107,7 +109,7 @@ class Images(Source):
                     files.append((path, info.st_size if info else 0))
                     last = [folder, name]
                 if len(files) == ROWS_PER_PAGE:
-                    self.note_folders(folders)
+                    self.note_folders(folders, mounts | mount_points())
                     yield self._page(files, last)
                     files, folders = [], set()
         wanted = [
@@ -116,7 +118,7 @@ class Images(Source):
             if not self.selection.leaves_out(self._uri(path))
             and not is_hidden(path.removeprefix(self.place.path), self.hidden_prefixes)
         ]
-        self.note_folders(folders)
+        self.note_folders(folders, mounts | mount_points())
         self.check_mounts()
         yield self._page(files, last, tuple(f"1:{path}" for path in wanted))
 

@@ -116,6 +116,7 @@ class Listing:
         numbers = [int(match[1]) for name in folders if (match := _FOLDER.fullmatch(name))]
         self.number = 1 + max(numbers, default=0)
         self.folder = self.plan.join(f"{self.number:06d}-{run_id}")
+        self._mounts_of: dict[str, list[str]] = {}
         if not relist:
             self._take_up(folders)
         if not self._units:
@@ -164,8 +165,10 @@ class Listing:
         there = {f"{folder}/{name}" for folder, inside in folders.items() for name in inside}
         try:
             first, last = self._progress([names[0], names[-1]])
-            for source in self.sources:  # Also when another list is begun: of what lay on them nothing else tells.
-                source.remember_mounts(last.get("mounts_of", {}).get(source.place.uri, ()))
+            # Also when another list is begun, or one of other inputs: of what lay on them nothing else tells.
+            self._mounts_of = last.get("mounts_of", {})
+            for source in self.sources:
+                source.remember_mounts(self._mounts_of.get(source.place.uri, ()))
             if last["closed"] or [number for number, _ in own] != list(range(len(own))):
                 return
             if first["inputs"] != self._digest or not there.issuperset(first["adopted"]):
@@ -545,7 +548,7 @@ class Listing:
             "tars": sorted(tars),
             "left_out": [astuple(event) for event in self._new_left_out],
             "adopted": adopted,
-            "mounts_of": {source.place.uri: sorted(source.mounts) for source in self.sources},
+            "mounts_of": self._mounts_of | {source.place.uri: sorted(source.mounts) for source in self.sources},
             "closed": closed,
         }
         rows = rows.set_column(0, self.schema.field(0), positions)
