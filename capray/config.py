@@ -571,8 +571,8 @@ class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):
     """Caption each image by itself, which takes some three times as long: on machines of one kind, with as many threads per
     actor, it has the same captions and scores to the last digit whatever lies beside it."""
     num_actors: Annotated[int, Field(ge=1)] | None = None
-    """Captioning actors; when not given, one per GPU, or one per CPU that Ray has but one (where
-    capray starts Ray itself, one per CPU of this machine)."""
+    """Captioning actors, at most: never more than there are batches; when not given, one per GPU, or one per
+    CPU that Ray has but one (where capray starts Ray itself, one per CPU of this machine)."""
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     """GPUs per actor; when not given, 1 if the cluster has GPUs."""
     threads_per_actor: Annotated[int, Field(ge=1)] = 1

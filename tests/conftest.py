@@ -70,7 +70,9 @@ def ray_cluster(s3: str) -> Iterator[None]:
     It comes after the S3 server, whose address and credentials its workers inherit.
     """
     import ray
+    from ray._private.node import Node
 
+    Node.start_log_monitor = lambda node: None  # It reads all logs all the time; nobody asks.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     here = Path(__file__).parent
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here / "faults"), os.environ.get("PYTHONPATH", "")])

@@ -279,7 +279,6 @@ CHANCE = {
     "output_dropout": 0.3,
     "teacher_forcing_ratio": 0.5,
     "flip": 0.5,
-    "min_crop_area": 0.5,
     "ema_decay": 0.9,
     "schedule": "step",
     "schedule_epochs": 1,
