@@ -174,14 +174,16 @@ def test_no_temporary_space_is_said(job, tmp_path, monkeypatch):
         job.run()
 
 
+@pytest.mark.parametrize("damage", ["cut", "zeroes"])
 @pytest.mark.parametrize("table", ["captions", "failures"])
-def test_a_damaged_part_is_named_with_the_way_out_which_works(job, table):
+def test_a_damaged_part_is_named_with_the_way_out_which_works(job, table, damage):
     write_photos(job.input, 6)
     bad = job.input / "bad.jpg"
     bad.write_text("no image")
     job.run()
     (part,) = (job.output / table).iterdir()
-    part.write_bytes(b"PAR1 and no more")
+    whole = part.read_bytes()
+    part.write_bytes(whole[:400] if damage == "cut" else whole[:4] + bytes(len(whole) // 4) + whole[4 + len(whole) // 4 :])
     with pytest.raises(StorageError, match=rf"{part.name}' is damaged.*put it back.*delete it.*same command") as caught:
         job.run()
     assert caught.value.exit_code == 1

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from capray.errors import StorageError
 from capray.output import MEND_PART, Output, first_row, open_duckdb
-from capray.storage import Location, Write, read_ahead, read_bytes, storage_errors
+from capray.storage import Location, Write, is_of_arrow, read_ahead, read_bytes, storage_errors
 from capray.tables import FAILURES, FINAL_FAILURES, encode_parquet
 from capray.wording import counted
 
@@ -224,8 +224,10 @@ def _numbered(number: int, part: Location, names: tuple[str, ...]) -> pa.Table:
             # Without a cache two ranges are read: the footer, and the columns.
             with part.fs.open(part.path, "rb", cache_type="none") as file:
                 table = pq.read_table(file, columns=list(names), use_threads=False, pre_buffer=True)
-        except pa.ArrowInvalid as error:
-            raise StorageError(f"{part.uri!r} is damaged ({error}): {MEND_PART}") from error
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and not is_of_arrow(error):
+                raise
+            raise StorageError(f"{part.uri!r} is damaged ({' '.join(str(error).split())}): {MEND_PART}") from error
     return table.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), table.num_rows))
 
 
