@@ -25,7 +25,28 @@ class TestWithoutTimm:
 
     def test_it_is_told_what_to_install(self):
         with pytest.raises(ConfigError, match=r"needs timm: uv sync --extra timm"):
-            Encoder(LITE0)
+            Encoder("timm/resnet18")
+
+    def test_efficientnet_lite0_needs_it_for_its_published_weights_alone(self):
+        assert Encoder(LITE0).dim == 1280
+        with pytest.raises(ConfigError, match="needs timm"):
+            Encoder(LITE0, "imagenet")
+
+
+@pytest.mark.parametrize("side", [64, 75, 224])
+def test_efficientnet_lite0_is_timms(timm, side):
+    """It has the same tensors and blocks, and computes the same of them."""
+    theirs = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    encoder = Encoder(LITE0).eval()
+    for value in theirs.state_dict().values():
+        if value.is_floating_point() and value.dim() < 2:
+            value.mul_(torch.empty_like(value).uniform_(0.5, 1.5)).add_(torch.rand_like(value) / 10)
+    names = [name for name in theirs.state_dict() if not name.startswith("classifier")]
+    assert list(encoder.backbone.state_dict()) == names
+    encoder.backbone.load_state_dict(theirs.state_dict(), strict=False)
+    images = torch.randn(2, 3, side, side)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder(images), theirs.forward_features(images), atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture
@@ -107,8 +128,8 @@ class TestWeights:
 
         monkeypatch.setattr(timm, "create_model", stand_in)
         Encoder("timm/tf_efficientnet_lite0.in1k", "imagenet")
-        Encoder(LITE0)
-        assert asked == [("tf_efficientnet_lite0.in1k", True), ("tf_efficientnet_lite0", False)]
+        Encoder("timm/resnet18")
+        assert asked == [("tf_efficientnet_lite0.in1k", True), ("resnet18", False)]
 
     def test_a_download_that_fails_is_told_with_the_way_around_it(self, timm, monkeypatch):
         def fail(*_, **__):
@@ -141,7 +162,7 @@ class TestCaptioner:
         torch.manual_seed(0)
         mean_and_std = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
         shape = {"grid_projection": 16, "attention_dim": 8, "embed_dim": 8, "hidden_dim": 16}
-        architecture = Architecture(encoder=LITE0, size=64, **mean_and_std, **shape)
+        architecture = Architecture(encoder="timm/mobilenetv3_small_100", size=64, **mean_and_std, **shape)
         return Captioner(architecture, Vocabulary(["a", "dog", "runs"])).eval()
 
     def test_it_is_stored_and_opened(self, captioner, tmp_path):

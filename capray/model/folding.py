@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from capray.config import Preprocessing
 from capray.images import normalise, statistics_of
+from capray.model.efficientnet import BatchNormReLU6, SameConvolution
 from capray.model.fusing import DEVIATION, Patches, cast, fuse, take_patches
 from capray.model.gpu import kernels_of
 from capray.model.means import centre, correct, normals_of
@@ -79,13 +80,13 @@ class _Tracer(fx.Tracer):
 def _is_plain(module: nn.Module) -> bool:
     """Whether a convolution uses its weights as they are, and gives nothing but their product. (One that standardises them
     does not.)"""
-    return type(module) is nn.Conv2d or (isinstance(module, nn.Conv2d) and _is_timms(module, "Conv2dSame"))
+    return type(module) in (nn.Conv2d, SameConvolution) or _is_timms(module, "Conv2dSame")
 
 
 def _without_fused_layers(module: nn.Module) -> nn.Module:
-    """``module``, changed in place: timm's BatchNorm with an activation in it becomes the two, one after the other."""
+    """``module``, changed in place: a BatchNorm with an activation in it becomes the two, one after the other."""
     for name, part in list(module.named_modules()):
-        if _is_timms(part, "BatchNormAct2d"):
+        if isinstance(part, BatchNormReLU6) or _is_timms(part, "BatchNormAct2d"):
             norm = nn.BatchNorm2d(part.num_features, part.eps, device=part.weight.device, dtype=part.weight.dtype)
             norm.load_state_dict({key: value for key, value in part.state_dict().items() if "." not in key})
             norm.eval().requires_grad_(False)

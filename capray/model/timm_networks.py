@@ -1,4 +1,5 @@
-"""timm's networks as encoders: `timm/NAME`. timm is an extra of capray's and is loaded where one is built."""
+"""timm's networks as encoders: `timm/NAME`. timm is an extra of capray's and is loaded where one is built, but for
+EfficientNet-Lite0 without its published weights."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from capray.errors import ConfigError
+from capray.model import efficientnet
 
 PREFIX = "timm/"
 
@@ -26,11 +28,13 @@ def children(encoder: str, pretrained: bool) -> list[tuple[str, nn.Module]]:
         ConfigError: timm is not installed or knows no such network, its weights cannot be had, or it gives no grid, or not
             by a sequence of parts.
     """
+    name = encoder.removeprefix(PREFIX)
+    if name == efficientnet.NAME and not pretrained:
+        return efficientnet.efficientnet_lite0()
     try:
         import timm
     except ImportError as error:
         raise ConfigError(f"encoder {encoder!r} needs timm: uv sync --extra timm ({error})") from error
-    name = encoder.removeprefix(PREFIX)
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 6, 0.5)
         hint = f"; near it: {', '.join(near)}" if near else ""
