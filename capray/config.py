@@ -182,7 +182,8 @@ class Architecture(Preprocessing):
     encoder: str = "resnet101"
     """Convolutional encoder: a ResNet of torchvision's, or another of its networks with a sequence of `features`
     (mobilenet_v2, efficientnet_b0, densenet121, vgg16, convnext_tiny …); one of timm's that gives a grid
-    (`timm/tf_efficientnet_lite0`; needs `uv sync --extra timm`); or `tiny`, a small one to train from scratch."""
+    (`timm/regnety_008`; needs `uv sync --extra timm`, but for `timm/tf_efficientnet_lite0` with weights from a file); or
+    `tiny`, a small one to train from scratch."""
     pool_grid: Annotated[int, Field(ge=1, le=64)] | None = None
     """Side of the grid after adaptive average pooling (14 in Show, Attend and Tell's reimplementations); the encoder's
     own grid when not given."""
@@ -571,8 +572,9 @@ class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):
     """Caption each image by itself, which takes some three times as long: on machines of one kind, with as many threads per
     actor, it has the same captions and scores to the last digit whatever lies beside it."""
     num_actors: Annotated[int, Field(ge=1)] | None = None
-    """Captioning actors, at most: never more than there are batches; when not given, one per GPU, or one per
-    CPU that Ray has but one (where capray starts Ray itself, one per CPU of this machine)."""
+    """Captioning actors, but no more than there are blocks of images (of tars that were not read yet, nobody knows);
+    when not given, one per GPU, or one per CPU that Ray has but one (where capray starts Ray itself, one per CPU of this
+    machine)."""
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     """GPUs per actor; when not given, 1 if the cluster has GPUs."""
     threads_per_actor: Annotated[int, Field(ge=1)] = 1

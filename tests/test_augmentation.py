@@ -1,5 +1,8 @@
 """Chance changes training images, and their words stay true."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -15,6 +18,18 @@ def test_nothing_is_changed_unless_asked():
     assert not Augmentation().augments
     pixels, words = augment(PIXELS, SIDED, Augmentation(), "0")
     assert np.array_equal(pixels, PIXELS) and words == SIDED
+
+
+def test_mirroring_needs_no_torch():
+    """Each process that reads images would take seconds to load it."""
+    program = (
+        "import sys, numpy\n"
+        "from capray.config import Augmentation\n"
+        "from capray.training.augmentation import augment\n"
+        "augment(numpy.zeros((2, 2, 3), numpy.uint8), [['a']], Augmentation(flip=1), '0')\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_mirroring():

@@ -362,7 +362,7 @@ def start_cli(*arguments: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_a_driver_told_to_stop_publishes_what_it_holds_and_is_taken_up_again(tmp_path, model):
-    photos = set(write_photos(tmp_path / "photos", 28))
+    photos = set(write_photos(tmp_path / "photos", 36))
     output = tmp_path / "out"
     settings = ["--batch-size", "2", "--beam-size", "40", "--max-length", "100", "--num-actors", "1"]
     command = ["caption", tmp_path / "photos", output, "--model", model, *settings]
@@ -372,13 +372,13 @@ def test_a_driver_told_to_stop_publishes_what_it_holds_and_is_taken_up_again(tmp
     text, _ = first.communicate(timeout=60)
     assert first.returncode == 128 + signal.SIGTERM, text
     before = len(read_parts(str(output), "captions"))
-    assert 0 < before < 28, text
+    assert 0 < before < 36, text
     assert "run the same command again" in text
     assert "Traceback" not in text
 
     summary = run(tmp_path / "photos", output, model, batch_size=2, beam_size=40, max_length=100)
     assert summary.captioned_before == before
-    assert summary.captions == 28 - before
+    assert summary.captions == 36 - before
     assert set(check_exactly_once(str(output), photos)) == photos
 
 

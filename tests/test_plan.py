@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from capray.captioning.plan import Plan
 from capray.captioning.settled import ATTEMPTS_PER_RUN, Settled
+from capray.captioning.stream import Pool
 from capray.captioning.units import MAX_TAR_BLOCKS, MIN_IMAGE_BYTES, Work, num_blocks, read_units
 from capray.config import CaptionConfig, SourceSettings
 from capray.errors import StorageError
@@ -187,7 +188,7 @@ class TestRemaining:
         write_captions(output, ["a"])
         for chunks in ([["a"]], []):
             with planning(output, *chunks) as plan:
-                assert plan.remaining(2) == Work([], 0, 0, 0)
+                assert plan.remaining(2) == Work([], 0, 0, 0, 0)
                 assert plan.unaccounted() == (0, [])
 
     def test_on_s3(self, s3, tmp_path):
@@ -277,6 +278,16 @@ class TestUnits:
         with planning(output, names[:90], *([names[90:]] if names[90:] else [])) as plan:
             work = plan.remaining(block_rows)
         assert units_of(work) == [names[i : i + block_rows] for i in range(0, num_images, block_rows)]
+        assert work.num_blocks == work.num_units == -(-num_images // block_rows)
+
+    @pytest.mark.parametrize(
+        ("work", "actors"),
+        [(Work([], 1, 1, 64, 0), (1, 1)), (Work([], 2, 5, 300, 0), (4, 5)), (Work([], 3, 1, 64, 2), (4, 8))],
+    )
+    def test_there_are_no_more_actors_than_blocks(self, work, actors):
+        """How many blocks tars give that were not read yet, nobody knows."""
+        pool = Pool(4, 8, 1.0, 1).for_work(work)
+        assert (pool.num_actors, pool.max_actors) == actors
 
     def rows(self, kind: str, container: str, group: int, size: int) -> list[dict]:
         place = {"row_group": group} if kind == "row" else {}
@@ -287,6 +298,7 @@ class TestUnits:
         rows = [row for group in groups for row in self.rows("row", *group)]
         with planning(output, rows_of(rows[:7]), rows_of(rows[7:])) as plan:
             units = units_of(plan.remaining(4))
+            assert plan.remaining(4).num_blocks == 3 + 1 + 1 + 3 + 1
         assert [len(unit) for unit in units] == [10, 4, 4, 9, 2]
         assert [name for unit in units for name in unit] == [row["image_id"] for row in rows]
 

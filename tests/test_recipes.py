@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torchvision
 import yaml
 
 from capray.config import Architecture, TrainConfig
@@ -49,7 +50,10 @@ def drawings(tmp_path_factory) -> str:
 
 def small_encoder(config: TrainConfig) -> TrainConfig:
     """The smallest ResNet in the place of another: its blocks have the same names."""
-    return config.model_copy(update={"encoder": "resnet18"}) if config.encoder.startswith("resnet") else config
+    if not config.encoder.startswith("resnet"):
+        return config
+    assert config.encoder in torchvision.models.list_models()
+    return config.model_copy(update={"encoder": "resnet18"})
 
 
 @pytest.mark.slow

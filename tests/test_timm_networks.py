@@ -41,8 +41,11 @@ def test_efficientnet_lite0_is_timms(timm, side):
     for value in theirs.state_dict().values():
         if value.is_floating_point() and value.dim() < 2:
             value.mul_(torch.empty_like(value).uniform_(0.5, 1.5)).add_(torch.rand_like(value) / 10)
-    names = [name for name in theirs.state_dict() if not name.startswith("classifier")]
-    assert list(encoder.backbone.state_dict()) == names
+    state = {name: value for name, value in theirs.state_dict().items() if not name.startswith("classifier")}
+    assert list(encoder.backbone.state_dict()) == list(state)
+    for name, value in encoder.backbone.state_dict().items():
+        if value.dim() == 4:
+            assert float(value.std()) == pytest.approx(float(state[name].std()), rel=0.3), name
     encoder.backbone.load_state_dict(theirs.state_dict(), strict=False)
     images = torch.randn(2, 3, side, side)
     with torch.inference_mode():

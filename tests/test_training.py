@@ -283,7 +283,7 @@ CHANCE = {
     "schedule": "step",
     "schedule_epochs": 1,
 }
-"""Everything that draws from chance or keeps a state between epochs."""
+"""What draws from chance or keeps a state between epochs (but for crops and colours, of which test_augmentation is)."""
 
 
 @contextmanager

@@ -38,7 +38,9 @@ class ContainerVersions:
         self.folder = output.versions
         self._now = {uri: version for source in sources for uri, version in source.versions().items()}
         names = _files_in(self.folder)
-        self.runs = {match[2]: int(match[1]) for match in sorted(names, key=lambda match: -int(match[1]))}
+        self.runs: dict[str, int] = {}
+        for match in names:
+            self.runs.setdefault(match[2], int(match[1]))
         self._next = 1 + max((int(match[1]) for match in names), default=0)
         self.same_since = dict.fromkeys(self._now, self._next)
         for match, table in zip(names, _read_all(self.folder, names), strict=True):

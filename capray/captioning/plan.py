@@ -370,7 +370,7 @@ class Plan:
     def _work(self, chunks: list[_Chunk], others: str, block_rows: int, limit: int | None) -> Work:
         self.listing.relisted.clear()
         if not chunks:
-            return Work([], 0, 0, 0)
+            return Work([], 0, 0, 0, 0)
         chunks = sorted(chunks, key=lambda chunk: chunk.begin)
         images, tars = self._positions(chunks, others)
         if limit is not None:
@@ -385,7 +385,7 @@ class Plan:
             unread = self._first_tars(pa.concat_tables(found), None if limit is None else limit - num_images)
             self._add_tars(files, unread)
         self._num_files += len(files.files)
-        return Work(files.files, files.num_units, num_images, unread.num_rows)
+        return Work(files.files, files.num_units, files.num_blocks, num_images, unread.num_rows)
 
     def _positions(self, chunks: list[_Chunk], others: str) -> tuple[np.ndarray, np.ndarray]:
         """For each position from the first chunk on, whether an image and whether a tar is to be done there: each id once,

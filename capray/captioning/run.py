@@ -249,7 +249,7 @@ class Run:
         self._changed.clear()
         self.display.update(0, "", "starting Ray")
         with self.signals.interrupting():
-            pool, settings = self.executor.pool.for_work(work, self.block_rows), self._settings()
+            pool, settings = self.executor.pool.for_work(work), self._settings()
             self.plan.versions.record_changed(self.listing.versions_listed_again(), self.summary.run_id, self.write)
         self.record.write()
         tars = f" and {counted(work.num_tars, 'tar shard')}" if work.num_tars else ""

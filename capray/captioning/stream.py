@@ -57,12 +57,12 @@ class Pool:
     gpus_per_actor: float
     threads: int
 
-    def for_work(self, work: Work, block_rows: int) -> Pool:
+    def for_work(self, work: Work) -> Pool:
         """No more actors than there are blocks, for each takes seconds to start. How many tars give is not known before they
         are read."""
         if work.num_tars:
             return self
-        most = max(1, work.num_units + work.num_images // block_rows)
+        most = max(1, work.num_blocks)
         return replace(self, num_actors=min(self.num_actors, most), max_actors=min(self.max_actors, most))
 
 
@@ -144,7 +144,7 @@ class RayExecutor:
     def _dataset(self, work: Work, fetcher: Fetcher, settings: CaptioningSettings):
         import ray.data
 
-        config, pool = self.config, self.pool.for_work(work, fetcher.block_rows)
+        config, pool = self.config, self.pool.for_work(work)
         if self._transfer is None:
             self._transfer = transfer_model(settings.model, settings.model_id)
         data = ray.data.from_blocks([pa.table({"file": [file.uri]}) for file in work.files])

@@ -37,12 +37,14 @@ class Work:
     """What a pass is to do, as files of units.
 
     Attributes:
+        num_blocks: of images, but for those of tars whose members are not known.
         num_images: those that are known.
         num_tars: tars whose members are not known yet.
     """
 
     files: list[Location]
     num_units: int
+    num_blocks: int
     num_images: int
     num_tars: int
 
@@ -88,7 +90,7 @@ class UnitFiles:
     def __init__(self, folder: Location, first: int, schema: pa.Schema, block_rows: int, write: Write):
         self.folder, self.first, self.block_rows, self.write = folder, first, block_rows, write
         self.files: list[Location] = []
-        self.num_units = 0
+        self.num_units = self.num_blocks = 0
         self._loose = schema.empty_table()
         self._cut: list[pa.Table] = []
         self._size = 0
@@ -132,6 +134,7 @@ class UnitFiles:
         sizes = np.diff(np.asarray(cuts))
         numbers = np.repeat(np.arange(self.num_units, self.num_units + len(sizes), dtype=np.int32), sizes)
         self.num_units += len(sizes)
+        self.num_blocks += 0 if skip is not None else int((-(-sizes // self.block_rows)).sum())
         self._size += rows.num_rows + (len(skip.values) if skip is not None else 0)
         skip = pa.nulls(rows.num_rows, _DIGESTS) if skip is None else skip
         self._cut.append(rows.append_column("unit", pa.array(numbers)).append_column("skip", skip))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import gzip
-import os
 import posixpath
 import re
 import zlib
@@ -25,7 +24,7 @@ from capray.errors import ConfigError, DataError, StorageError, StorageUnavailab
 from capray.images import ImageError
 from capray.inputs.places import PLACES, Kind, Row
 from capray.inputs.versions import VersionChanged
-from capray.inputs.witnesses import OR_RELIST, WAS_A_MOUNT, Known, is_mount, mounts_of
+from capray.inputs.witnesses import OR_RELIST, WAS_A_MOUNT, Known, is_mount, mounts_of, real_folder
 from capray.storage import PRIVATE, Entry, Location, is_glob, is_of_arrow, path_of, storage_errors, text_of
 
 MAX_FOLDERS = 1000
@@ -254,27 +253,27 @@ class Source(ABC):
         """What tells, of an input on a file system, whether that is away."""
         return Known(self.witnesses, self.selection.root, tuple(sorted(self.mounts)))
 
-    def note_folders(self, folders: Iterable[str], points: set[str] | None = None) -> None:
+    def note_folders(self, folders: Iterable[str], points: set[str] | None = None, named: bool = False) -> None:
         """Note which mounts ``folders`` of the input are on, and those below it, but for what is hidden or excluded;
-        ``points`` are the mounts of the machine when these were looked at."""
-        shown = [folder for folder in folders if not self._leaves_out(folder)]
+        ``points`` are the mounts of the machine when these were looked at. Folders that are ``named``, by a list, are wanted
+        whatever they are called."""
+        shown = [folder for folder in folders if named or not self._leaves_out(folder)]
         self.mounts.update(mounts_of(self.selection.root, shown, self._leaves_out, points))
 
     def remember_mounts(self, points: Iterable[str]) -> None:
-        """What was a mount when the input was listed before is to be one still, unless it is hidden or excluded by now."""
-        real = f"{os.path.realpath(self.selection.root).rstrip('/')}/"
-        above = f"{self.selection.root.rstrip('/')}/"
-        named = {point: above + point.removeprefix(real) if point.startswith(real) else point for point in points}
-        self.mounts.update(point for point, name in named.items() if not self._leaves_out(name))
+        """What was a mount when the input was listed before is to be one still, unless it is hidden or excluded by now, as
+        what lists name cannot be."""
+        above, real = f"{self.selection.root.rstrip('/')}/", real_folder(self.selection.root)
+        for point in points:
+            inside = point.startswith(real)
+            if lists_uris(self) or not self._leaves_out(above + point.removeprefix(real) if inside else point):
+                self.mounts.add(point)
 
     def _leaves_out(self, folder: str) -> bool:
-        """Whether ``folder`` lies in the input, and is hidden or excluded. What a list names is wanted whatever its folder
-        is called, and ids that a table or list gives need not begin with folders."""
+        """Whether ``folder`` lies in the input, and is hidden or excluded."""
         below = folder.removeprefix(self.selection.root)
-        if below == folder:
-            return False
-        hides = not lists_uris(self) and is_hidden(below, self.hidden_prefixes)
-        return hides or (self.kind not in ("manifest", "parquet") and self.selection.excludes_folder(text_of(folder)))
+        is_below = below != folder
+        return is_below and (is_hidden(below, self.hidden_prefixes) or self.selection.excludes_folder(text_of(folder)))
 
     def check_mounts(self) -> None:
         """What was listed from a folder whose mount is away is not all of it.
@@ -359,7 +358,7 @@ class Containers(Source):
         folders = set(sorted(folders)[: MAX_FOLDERS - len(self._folders)])
         if folders:
             self._folders |= folders
-            self.note_folders(map(path_of, folders))
+            self.note_folders(map(path_of, folders), named=True)
 
     def units(self) -> list[str]:
         return [entry.uri for entry in self.files]

@@ -85,7 +85,7 @@ class Images(Source):
         its own, so that the rest is listed all the same."""
         folders: set[str] = set()
         files: list[tuple[str, int]] = []
-        mounts = mount_points()  # One that goes away before it is noted was there.
+        mounts = mount_points()  # To note those too that go away meanwhile.
         last = after
         denied: list[str] = []
         for folder, names in walk(

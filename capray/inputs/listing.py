@@ -117,8 +117,7 @@ class Listing:
         self.number = 1 + max(numbers, default=0)
         self.folder = self.plan.join(f"{self.number:06d}-{run_id}")
         self._mounts_of: dict[str, list[str]] = {}
-        if not relist:
-            self._take_up(folders)
+        self._take_up(folders, relist)
         if not self._units:
             for source in sources:
                 source.check_mounts()
@@ -152,8 +151,9 @@ class Listing:
     def _name_of(self, path: str) -> str:
         return path[len(self.plan.path.rstrip("/")) + 1 :]
 
-    def _take_up(self, folders: dict[str, list[str]]) -> None:
-        """Take up the newest run's listing, if all of it is there, it is of the same inputs, and it was not closed."""
+    def _take_up(self, folders: dict[str, list[str]], relist: bool) -> None:
+        """Take up the newest run's listing, if all of it is there, it is of the same inputs, and it was not closed. To
+        ``relist`` takes up nothing but the mounts of other inputs."""
         matches = [match for name in folders if (match := _FOLDER.fullmatch(name))]
         newest = max(matches, key=lambda match: (int(match[1]), match[2]), default=None)
         if newest is None:
@@ -165,8 +165,10 @@ class Listing:
         there = {f"{folder}/{name}" for folder, inside in folders.items() for name in inside}
         try:
             first, last = self._progress([names[0], names[-1]])
-            # Also when another list is begun, or one of other inputs: of what lay on them nothing else tells.
+            # Of what lay on mounts nothing else tells, when another listing is begun, maybe of other inputs.
             self._mounts_of = last.get("mounts_of", {})
+            if relist:
+                return
             for source in self.sources:
                 source.remember_mounts(self._mounts_of.get(source.place.uri, ()))
             if last["closed"] or [number for number, _ in own] != list(range(len(own))):

@@ -12,7 +12,9 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from capray.deadlines import within
@@ -172,6 +174,13 @@ def _with_one_more_name(folder: str, path: str) -> str:
     """``folder`` and the next name of ``path``, which goes on from it."""
     inside = folder.rstrip("/") + "/"
     return inside + path.removeprefix(inside).split("/", 1)[0]
+
+
+def real_folder(path: str) -> str:
+    """``path`` without links, with a slash behind it; as it is where it does not answer in time."""
+    with suppress(OSError):
+        path = within(OPEN_SECONDS, partial(os.path.realpath, path))
+    return f"{path.rstrip('/')}/"
 
 
 def mount_points() -> set[str]:

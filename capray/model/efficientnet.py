@@ -1,10 +1,12 @@
-"""timm's tf_efficientnet_lite0 up to its grid, under timm's names, without timm, which is an extra, and loads torchvision.
+"""timm's tf_efficientnet_lite0 up to its grid, under timm's names. It needs no timm, which is an extra and slow to load.
 
 EfficientNet (Tan and Le 2019, table 1) without squeeze-and-excitation and with ReLU6, as TensorFlow's EfficientNet-Lite has
 it. Its weights, and what it computes of them, are timm's.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import nn
@@ -28,7 +30,7 @@ class SameConvolution(nn.Conv2d):
 
 
 class BatchNormReLU6(nn.BatchNorm2d):
-    """BatchNorm, and ``act`` of it."""
+    """BatchNorm and ReLU6 in one; its parts are named as in timm's BatchNormAct2d."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-3)
@@ -88,5 +90,6 @@ def efficientnet_lite0() -> list[tuple[str, nn.Module]]:
     for _, part in parts:
         for module in part.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
     return parts

@@ -29,7 +29,7 @@ def children(encoder: str, pretrained: bool) -> list[tuple[str, nn.Module]]:
             by a sequence of parts.
     """
     name = encoder.removeprefix(PREFIX)
-    if name == efficientnet.NAME and not pretrained:
+    if name.partition(".")[0] == efficientnet.NAME and not pretrained:  # Behind a dot stands which weights.
         return efficientnet.efficientnet_lite0()
     try:
         import timm
