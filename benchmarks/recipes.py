@@ -8,6 +8,7 @@ COCO, which is not at hand, 10,000 is assumed.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -27,10 +28,11 @@ PUBLISHED = {"flickr8k-resnet-free-running": "136,587,749 (depth, widths and voc
 
 
 def read(name: str) -> TrainConfig:
-    """The recipe; a second stage has the architecture of its first."""
+    """The recipe; a later stage has the architecture of its first."""
     values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
-    if name.endswith("-stage2"):
-        first = read(name.removesuffix("-stage2"))
+    first_name, *later = re.split(r"-stage\d$", name)
+    if later:
+        first = read(first_name)
         values = {**first.subset(Architecture).model_dump(), **values}
     return TrainConfig.create(values, samples="", output="")
 
