@@ -265,8 +265,8 @@ class Source(ABC):
         what lists name cannot be."""
         above, real = f"{self.selection.root.rstrip('/')}/", real_folder(self.selection.root)
         for point in points:
-            inside = point.startswith(real)
-            if lists_uris(self) or not self._leaves_out(above + point.removeprefix(real) if inside else point):
+            name = above + point.removeprefix(real) if point.startswith(real) else point
+            if lists_uris(self) or not self._leaves_out(name):
                 self.mounts.add(point)
 
     def _leaves_out(self, folder: str) -> bool:
