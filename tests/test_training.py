@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -287,14 +288,22 @@ CHANCE = {
 
 
 @contextmanager
-def a_worker_killed_after_the_first_epoch(output: str) -> Iterator[list[dict]]:
-    """Kill one of the workers that run within the block as soon as ``output``, on S3, has a checkpoint; the metrics of the
-    epochs there were then."""
+def a_worker_killed_in_the_second_epoch(output: str) -> Iterator[list[dict]]:
+    """Kill one of the workers that run within the block as soon as ``output``, on S3, has a checkpoint of the midst of the
+    second epoch; the metrics of the epochs there were then."""
     fs = s3fs.S3FileSystem(use_listings_cache=False)
     before: list[dict] = []
 
+    def is_midway() -> bool:
+        try:
+            snapshot = json.loads(fs.cat_file(f"{output}/checkpoints/checkpoint_manager_snapshot.json"))
+        except FileNotFoundError:
+            return False
+        metrics = snapshot["latest_checkpoint_result"]["metrics"]
+        return metrics["epoch"] == 1 and metrics["step_in_epoch"] > 0
+
     def kill() -> None:
-        while not fs.exists(f"{output}/checkpoints/checkpoint_manager_snapshot.json"):
+        while not is_midway():
             time.sleep(0.05)
         before.extend(json.loads(fs.cat_file(f"{output}/history.json"))["epochs"])
         os.kill(max(ray_processes("RayTrainWorker")), signal.SIGKILL)
@@ -362,14 +371,17 @@ class TestATrainingWhoseWorkerIsKilled:
         store, output = f"sqlite:///{folder}/mlflow.db", f"{s3}/killed"
         with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as said:
             patch.chdir(folder)  # MLflow's own place for files
-            with a_worker_killed_after_the_first_epoch(output) as before:
-                killed = run(odd, output, epochs=3, **settings, tracking_uri=store)
+            with a_worker_killed_in_the_second_epoch(output) as before:
+                killed = run(odd, output, epochs=3, **settings, tracking_uri=store, checkpoint_every_steps=1)
             with in_process():
                 whole = run(odd, folder / "whole", epochs=3, **settings)
             yield Trainings(odd, output, settings, store, before, killed, said.getvalue(), folder / "whole", whole)
 
     def test_an_epoch_with_a_checkpoint_is_not_done_again(self, trainings):
         assert trainings.killed.metrics[0] == trainings.before[0]
+
+    def test_it_goes_on_in_the_midst_of_an_epoch(self, trainings):
+        assert re.search(r"going on in epoch 2, after its step \d", trainings.said)
 
     def test_it_has_the_losses_and_weights_of_one_that_was_never_stopped(self, trainings):
         killed, whole = trainings.killed, trainings.whole
@@ -429,7 +441,7 @@ class TestATrainingWhoseWorkerIsKilled:
     def test_it_goes_on_later_with_another_number_of_workers_until_it_is_interrupted(self, trainings):
         """In the same run of MLflow. The workers end, and do not go on in the cluster."""
         settings = {**trainings.settings, "num_workers": 2, "tracking_uri": trainings.store}
-        with interrupted_after(4, trainings.output), pytest.raises(Interrupted, match="goes on from the last finished"):
+        with interrupted_after(4, trainings.output), pytest.raises(Interrupted, match="goes on from the last checkpoint"):
             run(trainings.samples, trainings.output, epochs=1000, **settings)
         assert not ray_processes("RayTrainWorker")
         more = run(trainings.samples, trainings.output, epochs=4, **settings)

@@ -44,6 +44,7 @@ NOT_IDENTITY = {
     "gpus_per_worker",
     "cpus_per_worker",
     "max_restarts",
+    "checkpoint_every_steps",
     "tracking_uri",
     "experiment",
     "register_as",
@@ -281,7 +282,7 @@ def _fit(
             trainer.fit()
         except KeyboardInterrupt as error:
             trainer.abort()
-            raise Interrupted("stopped; the same command goes on from the last finished epoch") from error
+            raise Interrupted("stopped; the same command goes on from the last checkpoint") from error
         except TrainingFailedError as error:
             raise _cause(error) from error
         failure = ray.get(board.failure.remote())

@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -53,10 +54,12 @@ TRAINER_STATE = "trainer.pt"
 
 @dataclass
 class Progress:
-    """How far a training is; saved with every checkpoint."""
+    """How far a training is; saved with every checkpoint. ``step`` counts all steps, ``step_in_epoch`` those of an epoch
+    that is not over."""
 
     epoch: int = 0
     step: int = 0
+    step_in_epoch: int = 0
     best_score: float = -1.0
     best_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -134,6 +137,27 @@ def backward(
 
 
 @dataclass(frozen=True)
+class Midway:
+    """What a worker takes up in the midst of an epoch, beside Progress: its sums, the seconds it took, and its random
+    numbers, on the CPU and, where it has one, the GPU."""
+
+    sums: list[float]
+    seconds: float
+    random: torch.Tensor
+    random_on_gpu: torch.Tensor | None
+
+    @classmethod
+    def now(cls, sums: np.ndarray, seconds: float, device: torch.device) -> Midway:
+        on_gpu = torch.cuda.get_rng_state(device).cpu() if device.type == "cuda" else None
+        return cls(sums.tolist(), seconds, torch.get_rng_state(), on_gpu)
+
+    def seed(self, device: torch.device) -> None:
+        torch.set_rng_state(self.random.cpu())
+        if self.random_on_gpu is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(self.random_on_gpu.cpu(), device)
+
+
+@dataclass(frozen=True)
 class WorkerSettings:
     """What a worker needs to know; it travels to its process.
 
@@ -182,6 +206,7 @@ class Worker:
         steps = steps_per_epoch(settings.num_images, self.num_pairs, config, self.world_size)
         self.optimiser = Optimiser(self.captioner, config.subset(Optimisation), config.epochs * steps)
         self.progress = Progress()
+        self.midway: Midway | None = None
         self.encoder_sha256 = settings.encoder_sha256
         self.reading = self._new_reading()
         checkpoint = ray.train.get_checkpoint()
@@ -202,6 +227,14 @@ class Worker:
         self.captioner.load_state_dict(weights)
         self.optimiser.load_state_dict(state["optimiser"])
         self.progress = Progress.stored(state["progress"])
+        if state.get("midway_of") == self._reads_as():
+            self.midway = Midway(**state["midway"][self.rank])
+        else:
+            self.progress.step_in_epoch = 0
+
+    def _reads_as(self) -> list[int | bool]:
+        """What, with the seed and the data, says which images a step of an epoch has."""
+        return [self.world_size, self.config.shuffle_buffer, self.reading.cached]
 
     def _new_reading(self) -> Reading:
         return Reading(cached=self.encoder_sha256 is not None)
@@ -221,6 +254,7 @@ class Worker:
             self.optimiser.end_epoch(metrics)
             progress = self.progress
             progress.epoch += 1
+            progress.step_in_epoch = 0
             progress.history.append({"epoch": progress.epoch, **metrics})
             score = metrics[self.config.select_by]
             improved = score > progress.best_score
@@ -234,10 +268,11 @@ class Worker:
         config, epoch = self.config, self.progress.epoch
         torch.manual_seed(config.seed * 1_000_003 + epoch * 1009 + self.rank)
         learning_rate = self.optimiser.learning_rate
-        started = time.monotonic()
-        self.logged_at = started - self.unlogged_seconds
-        sums = np.zeros(len(Sums._fields) + 4)
-        for images in self._train_steps():
+        steps = self._train_steps()
+        sums, seconds = self._take_up(steps)
+        started = time.monotonic() - seconds
+        self.logged_at = time.monotonic() - self.unlogged_seconds
+        for images in steps:
             batches = [(part.pixels, collate(part.words, config.max_caption_words)) for part in images]
             terms, captions = np.sum([self.stage.count(batch) for _, batch in batches] or [(0, 0)], 0).tolist()
             num_pairs = sum(batch.num_captions for _, batch in batches)
@@ -248,9 +283,13 @@ class Worker:
             losses = backward(self.step, batches or [empty_batch(self.captioner)], counts, config, epoch)
             self.optimiser.step()
             self.progress.step += 1
+            self.progress.step_in_epoch += 1
             sums += [*losses, terms, captions, num_images, num_pairs]
             self._log_step(losses[1], terms, local[3])
             self._show(sums, started)
+            every = config.checkpoint_every_steps
+            if every is not None and self.progress.step_in_epoch % every == 0:
+                self._checkpoint({}, Midway.now(sums, time.monotonic() - started, self.device))
         *totals, _, _ = reduce_sums(sums.tolist(), self.device)
         objective, figure, regulariser, terms, captions = totals
         if not captions:
@@ -267,6 +306,18 @@ class Worker:
             "learning_rate": learning_rate,
             **self.stage.scheduled(epoch),
         }
+
+    def _take_up(self, steps: Iterator[list[ImageBatch]]) -> tuple[np.ndarray, float]:
+        """Pass over the steps of this epoch that were made before; what they left: the sums and the seconds they took."""
+        midway, self.midway = self.midway, None
+        if midway is None:
+            return np.zeros(len(Sums._fields) + 4), 0.0
+        if self.rank == 0:
+            epoch, step = self.progress.epoch + 1, self.progress.step_in_epoch
+            self.board.say.remote(f"going on in epoch {epoch}, after its step {step:,}")
+        deque(islice(steps, self.progress.step_in_epoch), maxlen=0)
+        midway.seed(self.device)
+        return np.array(midway.sums), midway.seconds
 
     def _train_steps(self) -> Iterator[list[ImageBatch]]:
         """This worker's batches of each step of the epoch, then none for as long as the others go on."""
@@ -362,12 +413,14 @@ class Worker:
         }
 
     def _publish(self, metrics: dict[str, float], improved: bool) -> None:
-        """Write the captioner as `last` (and `best`), log the epoch, and report a checkpoint to resume from."""
+        """Write the captioner as `last` (and `best`), log the epoch, and report a checkpoint."""
         left_out = reduce_sums([self.reading.undecodable, self.reading.without_captions], self.device)
         self.reading = self._new_reading()
-        if self.rank != 0:
-            ray.train.report({**metrics, "epoch": self.progress.epoch})
-            return
+        if self.rank == 0:
+            self._write(metrics, improved, left_out)
+        self._checkpoint(metrics)
+
+    def _write(self, metrics: dict[str, float], improved: bool, left_out: list[float]) -> None:
         with self.optimiser.averaged():
             files = pack(self.captioner)
         for name in ("last", "best") if improved else ("last",):
@@ -377,12 +430,21 @@ class Worker:
         write_atomic(locate(self.config.output).join(HISTORY), json.dumps(history, indent=1).encode())
         self._track_epoch(metrics, improved)
         self._say(metrics, improved, *left_out)
+
+    def _checkpoint(self, metrics: dict[str, float], midway: Midway | None = None) -> None:
+        """Report a checkpoint to resume from: at an epoch's end, or ``midway``."""
+        told = {**metrics, "epoch": self.progress.epoch, "step_in_epoch": self.progress.step_in_epoch}
+        everyone = gather_objects(asdict(midway)) if midway is not None else None
+        if self.rank != 0:
+            ray.train.report(told)
+            return
+        state = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress)}
+        if everyone is not None:
+            state |= {"midway": everyone, "midway_of": self._reads_as()}
         with tempfile.TemporaryDirectory() as folder:
             torch.save(self.captioner.state_dict(), os.path.join(folder, CAPTIONER_WEIGHTS))
-            state = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress)}
             torch.save(state, os.path.join(folder, TRAINER_STATE))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({**metrics, "epoch": self.progress.epoch}, checkpoint=checkpoint)
+            ray.train.report(told, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def _track_epoch(self, metrics: dict[str, float], improved: bool) -> None:
         epoch = self.progress.epoch
