@@ -438,7 +438,7 @@ class Worker:
         if self.rank != 0:
             ray.train.report(told)
             return
-        state = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress)}
+        state: dict[str, Any] = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress)}
         if everyone is not None:
             state |= {"midway": everyone, "midway_of": self._reads_as()}
         with tempfile.TemporaryDirectory() as folder:
