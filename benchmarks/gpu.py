@@ -2,8 +2,8 @@
 
     uv run python benchmarks/gpu.py [--out gpu.json] [--quick]
 
-Needs capray's source with torch, torchvision, pillow, numpy, pyyaml, fsspec, safetensors and pydantic; no Ray, NLTK or
-pyarrow. First it asserts that the device agrees with the CPU in fp32 (TF32 off). Then, in bf16 with beam 5, from uint8
+Needs capray's source with torch, torchvision, pillow, numpy, pyarrow, pyyaml, fsspec, safetensors and pydantic; no Ray or
+NLTK. First it asserts that the device agrees with the CPU in fp32 (TF32 off). Then, in bf16 with beam 5, from uint8
 pixels in pageable memory: captions/s beside the best encoder alone (folded, or compiled too), ms of each phase, ms and
 kernels of a beam step, peak memory; training steps of the decoder; JPEG decodes/s of a CPU core.
 """
@@ -15,6 +15,7 @@ import atexit
 import gc
 import io
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from PIL import Image
 
 from capray.config import Architecture, Decoding
 from capray.images import load, normalise
-from capray.inference import Inference
+from capray.inference import SWITCH_SECONDS, Inference
 from capray.model.beam import beam_search
 from capray.model.captioner import Captioner, Hypothesis, autocast, hypotheses_of
 from capray.model.folding import FoldedEncoder, fold_batchnorm
@@ -189,6 +190,7 @@ class Bench:
         own = self.own_encoder(captioner, pixels) if self.on_gpu else None
         if self.on_gpu:
             torch.set_num_threads(1)  # As in an actor, beside others.
+            sys.setswitchinterval(SWITCH_SECONDS)  # As in an actor.
         gc.freeze()  # As in an actor.
         atexit.register(gc.unfreeze)
         for way in ("plain", "graphs") if self.on_gpu else ("plain",):

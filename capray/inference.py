@@ -30,6 +30,9 @@ from capray.model.prepared import PreparedDecoder
 
 NUM_THREADS = 4
 """That caption batches beside each other where CUDA graphs are recorded: two compute, one gathers, one writes."""
+SWITCH_SECONDS = 0.0005
+"""For how long a process that captions on a GPU lets one thread keep Python's lock from the others: by Python's own 5 ms the
+GPU waits for a thread that would give it work, while another writes captions (benchmarks/gpu.py: 0.79 for 0.70)."""
 LEAST_FILLED = 4
 """A batch of so many times fewer images than fit is not filled up for the CUDA graphs."""
 

@@ -7,6 +7,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from capray.errors import CheckpointError
 
 PAD, START, END, UNK = range(4)
@@ -62,6 +64,23 @@ class Vocabulary:
     def decode(self, ids: Sequence[int]) -> list[str]:
         """The words of ``ids`` up to the first ``<end>``."""
         return self.tokens(ids[: ids.index(END)] if END in ids else ids)
+
+    def texts(self, ids_NT: np.ndarray, counts_N: np.ndarray) -> list[str]:
+        """Each row's first ``counts_N`` ids as words with spaces between, less the ``<end>`` they may
+        close with: as ``decode`` of each, in half the time, and most of that without Python's lock."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        is_word_NT = (np.arange(ids_NT.shape[1]) < counts_N[:, None]) & (ids_NT != END)
+        offsets = np.concatenate([[0], is_word_NT.sum(1).cumsum()]).astype(np.int32)
+        words = self._arrow_tokens.take(pa.array(ids_NT[is_word_NT]))
+        return pc.call_function("binary_join", [pa.ListArray.from_arrays(offsets, words), " "]).to_pylist()
+
+    @functools.cached_property
+    def _arrow_tokens(self):
+        import pyarrow as pa
+
+        return pa.array(self._tokens)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """The tokens of ``ids``, special ones too."""

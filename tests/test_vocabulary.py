@@ -1,9 +1,10 @@
 """Tokenisation and word ids."""
 
+import numpy as np
 import pytest
 
 from capray.errors import CheckpointError
-from capray.vocabulary import END, SPECIAL_TOKENS, UNK, Vocabulary, tokenise
+from capray.vocabulary import END, PAD, SPECIAL_TOKENS, UNK, Vocabulary, tokenise
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,14 @@ def test_encode_and_decode():
     assert ids == [4, UNK, 5]
     assert vocabulary.decode([4, 5, END, 4]) == ["a", "dog"]
     assert Vocabulary.from_json(vocabulary.to_json()).words == vocabulary.words
+
+
+def test_many_captions_at_once_are_as_each_by_itself():
+    vocabulary = Vocabulary(["a", "dog", "é"])
+    ids = np.array([[4, 5, END, PAD], [6, UNK, 4, 5], [END, PAD, PAD, PAD], [4, 5, 6, 5]])
+    counts = np.array([3, 4, 1, 2])
+    each = [" ".join(vocabulary.decode(row[:count])) for row, count in zip(ids.tolist(), counts, strict=True)]
+    assert vocabulary.texts(ids, counts) == each == ["a dog", "é <unk> a dog", "", "a dog"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"words": [1]}', '{"words": ["a", "a"]}', '{"words": ["<end>"]}'])

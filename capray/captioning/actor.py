@@ -32,7 +32,7 @@ from capray.captioning.rows import results_schema, table_of, with_table
 from capray.config import Decoding
 from capray.device import DeviceError, is_device_error, is_out_of_memory
 from capray.errors import CaprayError, CheckpointError, StorageError, TryAgain
-from capray.inference import Captioned, Inference
+from capray.inference import SWITCH_SECONDS, Captioned, Inference
 
 CAREFUL_BLOCKS = 8
 """Blocks an actor takes care with after it was restarted: more than it is given at once (stream.MAX_IN_FLIGHT)."""
@@ -231,6 +231,8 @@ class CaptioningActor:
         gc.collect()
         gc.freeze()  # What is loaded by now stays; looking through it again and again takes longer than writing captions.
         atexit.register(gc.unfreeze)
+        if self.settings.on_gpu:
+            sys.setswitchinterval(SWITCH_SECONDS)
 
     def _recover(self) -> None:
         """Wait until the device works in a child process."""

@@ -177,10 +177,10 @@ def stacked(images: Sequence[np.ndarray]) -> tuple[list[torch.Tensor], torch.Ten
 def hypotheses_of(beams: Beams, vocabulary: Vocabulary) -> list[list[Hypothesis]]:
     """``beams`` as captions. By columns: it is done for thousands at once, while other threads wait for Python's lock."""
     num_images, n_best, _ = beams.tokens_BNT.shape
-    rows = beams.tokens_BNT.flatten(0, 1).tolist()
+    tokens_NT, counts_N = beams.tokens_BNT.flatten(0, 1).cpu().numpy(), beams.num_tokens_BN.flatten().cpu().numpy()
+    captions = vocabulary.texts(tokens_NT, counts_N)
     counts, log_probs, scores, finished = (part.flatten().tolist() for part in beams[1:])
-    tokens = [tuple(row[:count]) for row, count in zip(rows, counts, strict=True)]
-    captions = [" ".join(vocabulary.decode(ids)) for ids in tokens]
+    tokens = [tuple(row[:count]) for row, count in zip(tokens_NT.tolist(), counts, strict=True)]
     found = list(map(Hypothesis, captions, log_probs, scores, counts, finished, tokens))
     by_image = [found[i : i + n_best] for i in range(0, num_images * n_best, n_best)]
     return by_image if all(counts) else [[each for each in image if each.num_tokens] for image in by_image]
