@@ -15,7 +15,7 @@ from capray.inference import Inference
 from tests.test_captioner import images, make
 
 ROOT = Path(__file__).parents[1]
-FORBIDDEN = ("ray", "nltk", "pyarrow", "mlflow", "duckdb", "fastapi", "s3fs", "rich", "matplotlib")
+FORBIDDEN = ("ray", "nltk", "mlflow", "duckdb", "fastapi", "s3fs", "rich", "matplotlib")
 WITHOUT = """
 import runpy, sys
 class Refuse:
