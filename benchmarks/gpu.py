@@ -39,7 +39,6 @@ from capray.vocabulary import END, Vocabulary
 
 BARS = {"resnet101": 0.85, "resnet50": 0.80}
 STEP_BAR_MS = 0.5
-NUM_WORDS = 10_000
 NUM_CHECKED, NUM_SMALLER = 16, 7
 VARIANTS = {
     "additive": {},
@@ -67,7 +66,7 @@ class Bench:
     def __init__(self, device: str, quick: bool):
         self.device, self.quick = torch.device(device), quick
         self.rows: list[dict[str, Any]] = []
-        self.rounds = 2 if quick else 5
+        self.rounds, self.num_words = (2, 1_000) if quick else (5, 10_000)
 
     @property
     def on_gpu(self) -> bool:
@@ -98,7 +97,7 @@ class Bench:
     def captioner(self, encoder: str, size: int, **changes: Any) -> Captioner:
         torch.manual_seed(0)
         captioner = Captioner(
-            Architecture(encoder=encoder, size=size, **changes), Vocabulary([f"w{i}" for i in range(NUM_WORDS)])
+            Architecture(encoder=encoder, size=size, **changes), Vocabulary([f"w{i}" for i in range(self.num_words)])
         )
         measure_statistics(captioner, size)
         captioner.eval().requires_grad_(False)
@@ -288,7 +287,7 @@ class Bench:
         """Steps of the decoder over kept grids, as `flickr8k-mobilenet` has them."""
         captioner = self.captioner("mobilenet_v2", 224).to(self.device).requires_grad_(True).train()
         rng = np.random.default_rng(0)
-        captions = [[rng.integers(4, NUM_WORDS, 12).tolist() for _ in range(5)] for _ in range(num_images)]
+        captions = [[rng.integers(4, self.num_words, 12).tolist() for _ in range(5)] for _ in range(num_images)]
         batch = collate(captions, 20).to(self.device)
         grids = torch.rand(num_images, captioner.encoder.dim, 7, 7, device=self.device).half()
         optimizer = torch.optim.Adam(captioner.decoder.parameters(), lr=1e-4, fused=self.on_gpu)

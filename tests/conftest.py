@@ -83,12 +83,16 @@ def ray_cluster(s3: str) -> Iterator[None]:
 
 @contextmanager
 def in_process() -> Iterator[None]:
-    """Trainings without a Ray Train of processes (its local mode): the one worker's loop runs here, reading through Ray.
+    """Trainings without a Ray Train of processes (its local mode): the one worker's loop runs here, reading through Ray, and
+    features are encoded here.
 
     One goes on from what a Ray Train left, and leaves no checkpoint itself. For tests of anything else than workers and
     restarts, which cost most of a minute to start.
     """
+    import pyarrow as pa
     import ray.train
+
+    from capray.training import encoding
 
     scaling, run = ray.train.ScalingConfig, ray.train.RunConfig
     with pytest.MonkeyPatch.context() as patch:
@@ -102,6 +106,11 @@ def in_process() -> Iterator[None]:
             patch.setattr(ray.train, "get_checkpoint", lambda: checkpoint)
             return config
 
+        def encoded(items, encoder, config, num_images) -> Iterator[dict[str, Any]]:
+            encode = encoding._Encoding(ray.put(encoder), config, on_gpu=False, num_threads=1)
+            return (row for item in items for row in encode(pa.Table.from_pylist([item])).to_pylist())
+
+        patch.setattr(encoding, "_encoded", encoded)
         patch.setattr(ray.train, "ScalingConfig", lambda **_: scaling(num_workers=0))
         patch.setattr(ray.train, "RunConfig", run_config)
         yield

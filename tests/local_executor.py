@@ -40,6 +40,19 @@ def models_loaded_once() -> Generator[None]:
         yield
 
 
+@contextmanager
+def captioning_in_process() -> Generator[None]:
+    """Captioning jobs started by a command or function caption in this process, with the real actor and without Ray."""
+    from capray.captioning import stream
+    from capray.captioning.actor import CaptioningActor
+
+    def executor(*_: object) -> LocalExecutor:
+        return LocalExecutor(CaptioningActor)
+
+    with mock.patch.object(stream, "RayExecutor", executor):
+        yield
+
+
 Captioner = Callable[[pa.Table], pa.Table]
 Hook = Callable[[int], None]
 TICK_SECONDS = 0.05

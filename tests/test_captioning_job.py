@@ -133,7 +133,7 @@ def test_s3_in_and_out_gives_the_same_captions(tmp_path, photos, model, s3):
     for file in Path(model).iterdir():
         fs.put_file(str(file), f"{s3}/model/{file.name}")
     run(tmp_path / "photos", tmp_path / "local", model)
-    summary = run_on_ray(f"{s3}/photos", f"{s3}/out", f"{s3}/model")
+    summary = run(f"{s3}/photos", f"{s3}/out", f"{s3}/model")
 
     assert summary.current_failures == {"truncated": 1}
     fs.get(f"{s3}/out", str(tmp_path / "fetched"), recursive=True)
@@ -177,7 +177,7 @@ def test_tar_shards_and_a_folder_into_one_output(tmp_path, photos, model):
     limited = run(shards, tmp_path / "out", model, also=(str(tmp_path / "photos"),), limit=4)
     assert limited.captions >= 4
     assert limited.left > 0
-    summary = run_on_ray(shards, tmp_path / "out", model, also=(str(tmp_path / "photos"),))
+    summary = run(shards, tmp_path / "out", model, also=(str(tmp_path / "photos"),))
     rows = read_parts(str(tmp_path / "out"), "captions")
     assert len(rows) == len({row["image_id"] for row in rows}) == 22
     assert {row["image_id"] for row in rows} == wanted
@@ -362,7 +362,7 @@ def start_cli(*arguments: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_a_driver_told_to_stop_publishes_what_it_holds_and_is_taken_up_again(tmp_path, model):
-    photos = set(write_photos(tmp_path / "photos", 36))
+    photos = set(write_photos(tmp_path / "photos", 28))
     output = tmp_path / "out"
     settings = ["--batch-size", "2", "--beam-size", "40", "--max-length", "100", "--num-actors", "1"]
     command = ["caption", tmp_path / "photos", output, "--model", model, *settings]
@@ -372,13 +372,13 @@ def test_a_driver_told_to_stop_publishes_what_it_holds_and_is_taken_up_again(tmp
     text, _ = first.communicate(timeout=60)
     assert first.returncode == 128 + signal.SIGTERM, text
     before = len(read_parts(str(output), "captions"))
-    assert 0 < before < 36, text
+    assert 0 < before < 28, text
     assert "run the same command again" in text
     assert "Traceback" not in text
 
     summary = run(tmp_path / "photos", output, model, batch_size=2, beam_size=40, max_length=100)
     assert summary.captioned_before == before
-    assert summary.captions == 36 - before
+    assert summary.captions == 28 - before
     assert set(check_exactly_once(str(output), photos)) == photos
 
 

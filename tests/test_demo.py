@@ -11,6 +11,7 @@ from capray.datasets.settings import ShapesConfig
 from capray.errors import CaprayError, ConfigError
 from capray.model import captioner_files
 from tests.conftest import in_process, write_photos
+from tests.local_executor import captioning_in_process
 
 
 @pytest.mark.slow
@@ -21,7 +22,7 @@ def test_an_untrained_captioner_does_not_pass(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         demo, "prepare_shapes", lambda config: draw(ShapesConfig(output=config.output, num_images=40, seed=config.seed))
     )
-    with in_process(), pytest.raises(CaprayError, match="did not learn to look"):
+    with in_process(), captioning_in_process(), pytest.raises(CaprayError, match="did not learn to look"):
         demo.demo(DemoConfig(out=str(tmp_path / "demo")))
     printed = capsys.readouterr().out
     assert printed.count("BLEU-4 0.") == 3

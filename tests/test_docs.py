@@ -22,6 +22,7 @@ from capray import cli
 from capray.datasets.settings import ShapesConfig
 from capray.datasets.shapes import draw_scenes
 from tests.conftest import image_bytes, in_process
+from tests.local_executor import captioning_in_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -118,11 +119,13 @@ def world(tmp_path_factory) -> Iterator[tuple[Path, frozenset[str]]]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page(page, world, tmp_path, monkeypatch):
+    """The README's commands ran on Ray."""
     left, done = world
     shutil.copytree(left, tmp_path / "page", symlinks=True)
     monkeypatch.chdir(tmp_path / "page")
-    for block in blocks(page):
-        run(block, done)
+    with captioning_in_process():
+        for block in blocks(page):
+            run(block, done)
 
 
 def test_links_within_lead_somewhere():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from capray.captioning.actor import CaptioningActor
 from capray.captioning.job import caption
 from capray.config import CaptionConfig, ExplainConfig, ImageLimits, Preprocessing
 from capray.errors import CaprayError, ConfigError
@@ -16,6 +17,7 @@ from capray.images import load
 from capray.model.checkpoint import load_captioner
 from capray.report.explanation import explain, figure, page, region_of
 from tests.conftest import image_bytes, write_photos
+from tests.local_executor import LocalExecutor
 
 DECODING = {"beam_size": 2, "max_length": 6}
 
@@ -80,11 +82,10 @@ class TestByCaptioning:
             figure(explained(photo, tmp_path, model=model), "xyz")
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_from_a_table(photo, model, tmp_path):
-    settings = {"input": str(tmp_path / "photos"), "model": model, "num_actors": 1, **DECODING}
     output = str(tmp_path / "out")
-    caption(CaptionConfig(output=output, attention=True, **settings))
+    config = CaptionConfig(input=str(tmp_path / "photos"), output=output, model=model, attention=True, **DECODING)
+    caption(config, LocalExecutor(CaptioningActor))
     by_table = explained(photo, tmp_path, table=output)
     by_model = explained(photo, tmp_path, model=model)
     assert (by_table.caption, by_table.words) == (by_model.caption, by_model.words)

@@ -69,8 +69,13 @@ def to_build(samples, root, **settings) -> tuple:
     return str(root), identify(config, encoder, "d"), encoder, config, splits
 
 
+def build_on_ray(samples, root) -> Cache:
+    return build_cache(*to_build(samples, root), ProgressDisplay(""))
+
+
 def build(samples, root, **settings) -> Cache:
-    return build_cache(*to_build(samples, root, **settings), ProgressDisplay(""))
+    with in_process():
+        return build_cache(*to_build(samples, root, **settings), ProgressDisplay(""))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +148,8 @@ class TestRefusals:
         splits = {name: read_captions(samples, name) for name in ("train", "dev")}
         encoder = frozen_encoder(config.seed)
         identity = identify(config, encoder, _digest(samples))
-        build_cache(config.feature_cache, identity, encoder, config, splits, ProgressDisplay(""))
+        with in_process():
+            build_cache(config.feature_cache, identity, encoder, config, splits, ProgressDisplay(""))
         file = next((tmp_path / "cache").glob("*/train/*.arrow"))
         whole = file.read_bytes()
         file.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
@@ -180,7 +186,7 @@ class TestRefusals:
         manifest.unlink()
         file.write_bytes(b"half")
         with pytest.raises(DataError, match="is damaged: delete it"):
-            build(samples, root)
+            build_on_ray(samples, root)
 
     def test_an_encoder_without_frozen_blocks(self, samples, tmp_path):
         with pytest.raises(ConfigError, match="needs frozen blocks of the encoder, and --fine-tune-from is 'all'"):
@@ -235,7 +241,7 @@ class TestViews:
 
     def test_an_epoch_has_one_of_them_with_its_words(self, read):
         seen = {}
-        for epoch in range(30):
+        for epoch in range(12):
             view, rows = read(f"0 {epoch}")
             assert read(f"0 {epoch}") == (view, rows), "the same when a training is taken up again"
             seen[view] = rows
@@ -358,7 +364,7 @@ def test_a_killed_build_leaves_nothing_half_used_and_what_it_finished_is_kept(sa
     before = {path: path.stat().st_mtime_ns for path in root.glob("*/train/unit-*.arrow")}
     assert 5 <= len(before) < 72
 
-    build(many, root)
+    build_on_ray(many, root)
     (trained,) = (json.loads(path.read_text()) for path in manifests(root))
     assert len(trained["files"]) == 72 and trained["images"] == 144
     assert {path.name for path in before} <= set(trained["files"])
@@ -368,7 +374,7 @@ def test_a_killed_build_leaves_nothing_half_used_and_what_it_finished_is_kept(sa
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_builds_at_once_on_s3_and_what_they_cache(samples, s3):
     with ThreadPoolExecutor(2) as pool:
-        caches = list(pool.map(lambda _: build(samples, f"{s3}/features").splits["train"], range(2)))
+        caches = list(pool.map(lambda _: build_on_ray(samples, f"{s3}/features").splits["train"], range(2)))
     assert build(samples, f"{s3}/features").splits["train"] in caches
     for (cache,) in caches:
         for name in cache.files:

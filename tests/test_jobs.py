@@ -109,7 +109,7 @@ def noise(folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_submit_train_with_two_workers_who_validate_as_one_does_then_caption_from_s3(
+def test_submit_train_with_two_workers_who_validate_as_one_does_which_goes_on_then_caption_from_s3(
     head, samples, s3, ray_cluster, tmp_path
 ):
     settings, noisy = tmp_path / "tiny.yaml", noise(tmp_path / "samples")
@@ -131,13 +131,19 @@ def test_submit_train_with_two_workers_who_validate_as_one_does_then_caption_fro
     for name in ("val_loss", "val_perplexity", "bleu_1", "bleu_2", "bleu_3", "bleu_4"):
         assert two[name] == pytest.approx(one[name], rel=1e-5), name
     assert one["bleu_1"] > 0
+    settings = {**STANDSTILL, "epochs": 2}
+    with in_process():
+        assert train(TrainConfig(samples=noisy, output=str(training), **settings)).metrics[0] == two, "one worker goes on"
+    (again,) = client.search_runs([experiment.experiment_id])
+    assert (again.info.run_id, again.info.status) == (run.info.run_id, "FINISHED")
 
     fs = s3fs.S3FileSystem(use_listings_cache=False)
     table = pq.read_table(f"{samples}/test-00000.parquet")
     for row in table.to_pylist():
         fs.pipe_file(f"{prefix}/photos/{row['image_id']}", row["image"])
+    fs.put(str(training / "best"), f"{prefix}/model", recursive=True)
     log = submit(
-        head, "jobs/caption.py", f"{prefix}/photos", f"{prefix}/out", "--model", training / "best", "--num-actors", "1"
+        head, "jobs/caption.py", f"{prefix}/photos", f"{prefix}/out", "--model", f"{prefix}/model", "--num-actors", "1"
     )
     assert "6 images: 6 captioned, 0 failed" in log
     (part,) = fs.ls(f"{prefix}/out/captions")

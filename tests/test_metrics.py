@@ -178,8 +178,10 @@ class TestCiderD:
 
 class TestMeteor:
     @pytest.mark.slow
-    @pytest.mark.timeout(600)  # Two Java processes unpack 60 MB of paraphrases each.
+    @pytest.mark.timeout(600)  # The Java program unpacks 60 MB of paraphrases.
     def test_equals_coco_caption(self):
+        """Its figures (pycocoevalcap 1.2), by the same program, are written down: a second start takes ten seconds."""
+        pytest.importorskip("pycocoevalcap", reason="needs the extra `meteor`")
         if shutil.which("java") is None:
             pytest.skip("needs Java")
         raw = [
@@ -191,10 +193,9 @@ class TestMeteor:
         ]
         corpus = Corpus.of([references for references, _ in raw], [caption for _, caption in raw])
         found = meteor(corpus)
-        expected, each = oracle("Meteor").compute_score(*as_coco(corpus))
-        assert found.figures()["meteor"] == pytest.approx(expected, abs=1e-9)
+        each = [0.40172517378149275, 1.0, 0.0, 0.15342465753424656, 0.2451151905148036]
+        assert found.figures()["meteor"] == pytest.approx(0.27170069437799405, abs=1e-9)
         assert found.figures_of(found.per_image_NS)["meteor"] == pytest.approx(each, abs=1e-9)
-        assert each[1] == 1.0 and each[2] == 0.0 and 0 < each[0] < 1
 
     def test_without_java(self, monkeypatch):
         pytest.importorskip("pycocoevalcap", reason="needs the extra `meteor`")

@@ -9,9 +9,11 @@ import pytest
 from IPython.terminal.interactiveshell import TerminalInteractiveShell
 from IPython.utils.capture import capture_output
 
+from capray import demo
 from capray.datasets.settings import ShapesConfig
 from capray.datasets.shapes import prepare_shapes
 from tests.conftest import in_process
+from tests.local_executor import captioning_in_process
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -40,14 +42,15 @@ def shell():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_they_run(ray_cluster, shell, tmp_path, monkeypatch):
-    """On fewer drawings than the first draws by itself, within this Ray."""
+    """On fewer drawings than the first draws by itself, for fewer epochs, within this Ray."""
+    monkeypatch.setattr(demo, "RECIPE", {**demo.RECIPE, "epochs": 2})
     prepare_shapes(ShapesConfig(output=str(tmp_path / "work" / "samples"), num_images=100))
     monkeypatch.chdir(tmp_path)
     for path in NOTEBOOKS:
         shell.reset()
         cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
         for cell in cells:
-            with shell.display_trap, in_process(), capture_output() as captured:
+            with shell.display_trap, in_process(), captioning_in_process(), capture_output() as captured:
                 result = shell.run_cell(cell.source, store_history=True)
             result.raise_error()
             kinds = {"stream"} if captured.stdout else set()

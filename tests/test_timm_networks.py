@@ -36,6 +36,7 @@ class TestWithoutTimm:
 @pytest.mark.parametrize("side", [64, 75, 224])
 def test_efficientnet_lite0_is_timms(timm, side):
     """It has the same tensors and blocks, and computes the same of them."""
+    torch.manual_seed(0)
     theirs = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
     encoder = Encoder(LITE0).eval()
     for value in theirs.state_dict().values():

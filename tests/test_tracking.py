@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from capray.captioning.actor import CaptioningActor
 from capray.captioning.job import caption
 from capray.captioning.model_transfer import ModelTransfer
 from capray.captioning.photos import caption_photos
@@ -30,6 +31,7 @@ from capray.tracking.registry import find_model, without_credentials
 from capray.tracking.runs import Points, TextFile, Tracker, shown_settings
 from capray.training.job import train
 from tests.conftest import free_port, in_process, write_photos
+from tests.local_executor import LocalExecutor
 from tests.mlflow_server import MlflowServer
 from tests.oracle import check_exactly_once
 from tests.test_training import SETTINGS
@@ -153,11 +155,9 @@ class TestATrainedRun:
     def test_captions_a_folder_by_its_registered_name(self, server, trained, tmp_path, monkeypatch):
         photos = write_photos(tmp_path / "photos", 4)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        config = CaptionConfig(
-            input=str(tmp_path / "photos"), output=str(tmp_path / "out"), model="models:/shapes@champion", num_actors=1
-        )
+        config = CaptionConfig(input=str(tmp_path / "photos"), output=str(tmp_path / "out"), model="models:/shapes@champion")
         server.client.set_registered_model_alias("shapes", "champion", "1")
-        assert caption(config).model_id == trained.model_id
+        assert caption(config, LocalExecutor(CaptioningActor)).model_id == trained.model_id
         assert set(check_exactly_once(str(tmp_path / "out"), set(photos))) == set(photos)
 
     def test_a_training_starts_from_its_registered_name(self, server, trained, samples, tmp_path):
@@ -287,14 +287,19 @@ def post(url, body, server):
             time.sleep(0.5)
 
 
+def test_a_long_setting_is_cut_visibly_and_whole_in_the_file(server, tmp_path):
+    config = config_of(tmp_path / ("x" * 200) / ("y" * 200) / ("z" * 200), tmp_path / "out", tracking_uri=server.uri)
+    tracker, said = start(config)
+    tracker.close("FINISHED")
+    assert not said
+    run = server.client.get_run(tracker.run_id)
+    assert len(run.data.params["samples"]) == 500
+    assert run.data.params["samples"].endswith("… (whole in config.yaml)")
+    assert yaml.safe_load(read(server, tracker.run_id, "config.yaml"))["samples"] == config.samples
+
+
 class TestAServerThatFails:
-    @pytest.fixture(scope="class")
-    def own_server(self, tmp_path_factory):
-        """A server that the tests may kill; the one that does not start it again comes last."""
-        server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
-        server.start()
-        yield server
-        server.stop()
+    """The server of the tests above; the test that does not start it again comes last."""
 
     @pytest.fixture(autouse=True)
     def few_attempts(self, monkeypatch):
@@ -319,37 +324,35 @@ class TestAServerThatFails:
             find_model("models:/shapes/1")
 
     @pytest.mark.slow
-    def test_away_for_a_while_it_gets_all_of_it_in_the_end(self, own_server, tmp_path):
-        tracker, said = start(config_of(tmp_path, tmp_path / "out", tracking_uri=own_server.uri))
+    def test_away_for_a_while_it_gets_all_of_it_in_the_end(self, server, tmp_path):
+        tracker, said = start(config_of(tmp_path, tmp_path / "out", tracking_uri=server.uri))
         tracker.put(Points({"a": 1.0}, 1))
-        wait_until(lambda: own_server.client.get_run(tracker.run_id).data.metrics == {"a": 1.0})
-        own_server.stop()
+        wait_until(lambda: server.client.get_run(tracker.run_id).data.metrics == {"a": 1.0})
+        server.stop()
         for step in range(2, 3000):
             tracker.put(Points({"a": float(step)}, step))
         tracker.put(TextFile("samples/one.json", "[]"))
         wait_until(lambda: said)
-        own_server.start()
+        server.start()
         wait_until(lambda: len(said) == 2)
         tracker.close("FINISHED")
         assert said[0].startswith("MLflow fails (connection refused); the training goes on")
         assert said[1:] == ["MLflow answers again"]
-        found = own_server.client.get_metric_history(tracker.run_id, "a")
+        found = server.client.get_metric_history(tracker.run_id, "a")
         assert [m.step for m in found] == list(range(1, 3000))
-        assert read(own_server, tracker.run_id, "samples/one.json") == "[]"
-        assert own_server.client.get_run(tracker.run_id).info.status == "FINISHED"
+        assert read(server, tracker.run_id, "samples/one.json") == "[]"
+        assert server.client.get_run(tracker.run_id).info.status == "FINISHED"
 
-        resumed, said = start(config_of(tmp_path, tmp_path / "out", tracking_uri=own_server.uri), tracker.run_id)
+        resumed, said = start(config_of(tmp_path, tmp_path / "out", tracking_uri=server.uri), tracker.run_id)
         assert resumed.run_id == tracker.run_id
-        assert own_server.client.get_run(tracker.run_id).info.status == "RUNNING"
+        assert server.client.get_run(tracker.run_id).info.status == "RUNNING"
         resumed.put(TextFile("../../outside.txt", "x"))
         resumed.close("KILLED")
-        assert said[-1].startswith(f"tracking is incomplete: {own_server.uri} lacks files in ../.. (")
-        assert own_server.client.get_run(tracker.run_id).info.status == "KILLED", "what is refused holds up nothing"
+        assert said[-1].startswith(f"tracking is incomplete: {server.uri} lacks files in ../.. (")
+        assert server.client.get_run(tracker.run_id).info.status == "KILLED", "what is refused holds up nothing"
 
     @pytest.mark.slow
-    def test_gone_for_good_it_does_not_end_the_training(
-        self, own_server, samples, tmp_path, ray_cluster, capfd, monkeypatch
-    ):
+    def test_gone_for_good_it_does_not_end_the_training(self, server, samples, tmp_path, ray_cluster, capfd, monkeypatch):
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # The training is shorter than MLflow's own retries.
         close = Tracker.close
 
@@ -363,12 +366,12 @@ class TestAServerThatFails:
 
         def kill_when_started():
             wait_until((output / "training.json").exists)
-            own_server.stop()
+            server.stop()
 
         killer = threading.Thread(target=kill_when_started)
         killer.start()
         with in_process():
-            result = train(config_of(samples, output, epochs=2, log_every_steps=1, tracking_uri=own_server.uri))
+            result = train(config_of(samples, output, epochs=2, log_every_steps=1, tracking_uri=server.uri))
         killer.join()
         said = capfd.readouterr().err
         assert len(result.metrics) == 2 and result.registered is None
@@ -391,17 +394,6 @@ def test_credentials_are_shown_nowhere(tmp_path):
     assert "secret" not in json.dumps(shown_settings(config))
     assert shown_settings(config)["weights"] == "https://…@host/weights.pth?…"
     assert without_credentials("s3://bucket/a@b/c") == "s3://bucket/a@b/c"
-
-
-def test_a_long_setting_is_cut_visibly_and_whole_in_the_file(server, tmp_path):
-    config = config_of(tmp_path / ("x" * 200) / ("y" * 200) / ("z" * 200), tmp_path / "out", tracking_uri=server.uri)
-    tracker, said = start(config)
-    tracker.close("FINISHED")
-    assert not said
-    run = server.client.get_run(tracker.run_id)
-    assert len(run.data.params["samples"]) == 500
-    assert run.data.params["samples"].endswith("… (whole in config.yaml)")
-    assert yaml.safe_load(read(server, tracker.run_id, "config.yaml"))["samples"] == config.samples
 
 
 def test_a_name_that_no_registry_takes(tmp_path):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
@@ -74,10 +75,10 @@ def gradients(step, share, counts):
 
 
 def worker(rank: int, divisions: list[list[list[int]]], counts: list[float], folder: str) -> None:
-    """One DDP process of two; run by ``python -c`` in the test below."""
+    """One DDP process of two: that of the test below, and one by ``python -c``."""
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     for number, shares in enumerate(divisions):
         step = torch.nn.parallel.DistributedDataParallel(make_step())
         torch.save(gradients(step, shares[rank], counts), f"{folder}/{number}-{rank}.pt")
@@ -91,13 +92,10 @@ def test_two_workers_give_the_gradient_of_one_with_the_same_global_batch(tmp_pat
     counts = [float(whole.num_tokens), float(whole.num_captions)]
     expected = gradients(make_step(), list(range(len(CAPTIONS))), counts)
     code = "import sys, json; from tests.test_training import worker; a = json.loads(sys.argv[1]); worker(*a)"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps([rank, divisions, counts, str(tmp_path)])], cwd=Path(__file__).parents[1]
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    command = [sys.executable, "-c", code, json.dumps([1, divisions, counts, str(tmp_path)])]
+    other = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+    worker(0, divisions, counts, str(tmp_path))
+    assert other.wait(120) == 0
     for number, rank in product(range(2), range(2)):
         found = torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=True)
         assert found.keys() == expected.keys()
@@ -318,10 +316,10 @@ def a_worker_killed_in_the_second_epoch(output: str) -> Iterator[list[dict]]:
 @contextmanager
 def interrupted_after(num_epochs: int, output: str) -> Iterator[None]:
     """Ctrl-C once ``output``, on S3, has so many epochs."""
-    fs = s3fs.S3FileSystem(use_listings_cache=False)
+    fs, history = s3fs.S3FileSystem(use_listings_cache=False), f"{output}/history.json"
 
     def interrupt() -> None:
-        while len(json.loads(fs.cat_file(f"{output}/history.json"))["epochs"]) < num_epochs:
+        while not fs.exists(history) or len(json.loads(fs.cat_file(history))["epochs"]) < num_epochs:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -344,7 +342,7 @@ def without_times(metrics: list[dict]) -> list[dict]:
 
 @dataclass
 class Trainings:
-    """One whose worker was killed, and one that was never stopped."""
+    """One whose worker was killed, and which was then stopped by Ctrl-C and taken up, and one that was never stopped."""
 
     samples: str
     output: str
@@ -371,10 +369,17 @@ class TestATrainingWhoseWorkerIsKilled:
         store, output = f"sqlite:///{folder}/mlflow.db", f"{s3}/killed"
         with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as said:
             patch.chdir(folder)  # MLflow's own place for files
-            with a_worker_killed_in_the_second_epoch(output) as before:
-                killed = run(odd, output, epochs=3, **settings, tracking_uri=store, checkpoint_every_steps=1)
+            with (
+                interrupted_after(3, output),
+                pytest.raises(Interrupted, match="goes on from the last checkpoint"),
+                a_worker_killed_in_the_second_epoch(output) as before,
+            ):
+                run(odd, output, epochs=1000, **settings, tracking_uri=store, checkpoint_every_steps=1)
+            assert not ray_processes("RayTrainWorker"), "they do not go on in the cluster"
+            done = len(json.loads(s3fs.S3FileSystem(use_listings_cache=False).cat_file(f"{output}/history.json"))["epochs"])
+            killed = run(odd, output, epochs=done + 1, **settings, tracking_uri=store)
             with in_process():
-                whole = run(odd, folder / "whole", epochs=3, **settings)
+                whole = run(odd, folder / "whole", epochs=len(killed.metrics), **settings)
             yield Trainings(odd, output, settings, store, before, killed, said.getvalue(), folder / "whole", whole)
 
     def test_an_epoch_with_a_checkpoint_is_not_done_again(self, trainings):
@@ -395,7 +400,7 @@ class TestATrainingWhoseWorkerIsKilled:
 
     def test_its_figures(self, trainings):
         metrics = trainings.whole.metrics
-        assert [epoch["learning_rate"] for epoch in metrics] == pytest.approx([1e-3, 0.8e-3, 0.64e-3])
+        assert [epoch["learning_rate"] for epoch in metrics[:3]] == pytest.approx([1e-3, 0.8e-3, 0.64e-3])
         for number, epoch in enumerate(metrics, 1):
             assert (epoch["epoch"], epoch["train_images"], epoch["val_images"]) == (number, 46, 6)
             assert 0 < epoch["train_loss"] < 10
@@ -404,8 +409,9 @@ class TestATrainingWhoseWorkerIsKilled:
 
     def test_it_is_tracked_and_reported(self, trainings):
         check_tracking(trainings.store, trainings.killed)
-        assert check_tracking(f"sqlite:///{trainings.folder}/mlflow.db", trainings.whole) == 3
-        check_report(trainings.folder, trainings.samples)
+        whole = trainings.whole
+        assert check_tracking(f"sqlite:///{trainings.folder}/mlflow.db", whole) == len(whole.metrics) >= 4
+        check_report(trainings.folder, len(whole.metrics))
 
     def test_word_vectors_stay_as_they_are_given(self, trainings):
         captioner, _ = load_captioner(trainings.whole.last)
@@ -438,20 +444,10 @@ class TestATrainingWhoseWorkerIsKilled:
         assert changed["encoder.backbone.layer4.0.weight"] and changed["decoder.output.weight"]
         assert not changed["encoder.backbone.layer3.0.weight"] and not changed["decoder.embedding.weight"]
 
-    def test_it_goes_on_later_with_another_number_of_workers_until_it_is_interrupted(self, trainings):
-        """In the same run of MLflow. The workers end, and do not go on in the cluster."""
-        settings = {**trainings.settings, "num_workers": 2, "tracking_uri": trainings.store}
-        with interrupted_after(4, trainings.output), pytest.raises(Interrupted, match="goes on from the last checkpoint"):
-            run(trainings.samples, trainings.output, epochs=1000, **settings)
-        assert not ray_processes("RayTrainWorker")
-        more = run(trainings.samples, trainings.output, epochs=4, **settings)
-        assert more.metrics[:3] == trainings.killed.metrics and len(more.metrics) >= 4
-        check_tracking(trainings.store, more)
 
-
-def check_report(output, samples):
+def check_report(output, num_epochs):
     said = report_training(ReportConfig(training=str(output), html=str(output.parent / "report.html")))
-    assert said.endswith("3 epochs, 6 samples")
+    assert said.endswith(f"{num_epochs} epochs, 6 samples")
     assert (output.parent / "report.html").read_text().count("data:image/jpeg") == 6
 
 

@@ -30,6 +30,7 @@ from capray.model.checkpoint import load_captioner
 from capray.output.verify import verify
 from tests.chaos_driver import short_lease
 from tests.conftest import in_process
+from tests.local_executor import captioning_in_process
 from tests.oracle import check_exactly_once, digests, read_parts
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -60,6 +61,12 @@ def world(request) -> Iterator[World]:
             archive.extractall(home.parent, filter="data")
         yield World(home, json.loads((FIXTURES / request.param / "expected.json").read_text()))
         shutil.rmtree(home)
+
+
+@pytest.fixture
+def without_ray() -> Iterator[None]:
+    with captioning_in_process():
+        yield
 
 
 class HalfDone:
@@ -105,13 +112,17 @@ class HalfDone:
         assert self.parts() == parts, "there is nothing left to do"
 
 
-@pytest.mark.parametrize("name", ["listing", "table", "tars"])
-def test_an_output_half_done_is_finished_by_the_same_command(world, name, tmp_path, ray_cluster):
+@pytest.mark.parametrize("name", ["listing", "table"])
+def test_an_output_half_done_is_finished_by_the_same_command(world, name, tmp_path, without_ray):
     HalfDone(world, name, tmp_path).finish()
 
 
+def test_and_on_ray(world, tmp_path, ray_cluster):
+    HalfDone(world, "tars", tmp_path).finish()
+
+
 @pytest.mark.slow
-def test_a_lease_left_behind_is_taken_over(world, tmp_path, ray_cluster):
+def test_a_lease_left_behind_is_taken_over(world, tmp_path, without_ray):
     """The host and process of the old lease are unknown here, so it has to run out."""
     half_done = HalfDone(world, "folder", tmp_path, leased=True)
     assert half_done.lease.exists()
@@ -153,13 +164,13 @@ def test_a_live_lease_of_an_older_version_is_honoured(world, tmp_path, capfd):
     assert half_done.parts() == half_done.before
 
 
-def test_a_file_of_the_input_that_could_not_be_read_is_asked_again_when_it_is_mended(world, tmp_path, ray_cluster):
+def test_a_file_of_the_input_that_could_not_be_read_is_asked_again_when_it_is_mended(world, tmp_path, without_ray):
     half_done = HalfDone(world, "torn", tmp_path)
     shutil.copy(world.home / "mended" / "torn.parquet", world.home / "torn" / "torn.parquet")
     half_done.finish()
 
 
-def test_settings_the_version_of_an_output_did_not_know_count_as_their_defaults(world, tmp_path, capfd, ray_cluster):
+def test_settings_the_version_of_an_output_did_not_know_count_as_their_defaults(world, tmp_path, capfd, without_ray):
     half_done = HalfDone(world, "table", tmp_path)
     job = json.loads(half_done.job.read_text())
     for name in ("n_best", "length_penalty", "no_repeat_ngram", "allow_unk"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -131,29 +131,13 @@ def _build(
     missing: list[_Missing], encoder: Encoder, config: TrainConfig, display: ProgressDisplay
 ) -> dict[tuple[str, int], CachedSplit]:
     """All splits by one pool of actors, whose start takes longer than a small split."""
-    import ray
-    import ray.data
     from ray.exceptions import RayError
 
     items = [item for part in missing for item in part.items()]
-    cpus, gpus = cluster.cluster_resources()
-    on_gpu = cluster.gpus_each(config.gpus_per_worker) > 0
     num_images = sum(part.text.num_images for part in missing)
-    devices = int((gpus or config.num_workers) if on_gpu else cpus - 1)
-    num_actors = max(1, min(len(items), num_images // IMAGES_PER_ACTOR, devices))
-    num_cpus = max(1, int(cpus - 1) // num_actors) if on_gpu else 1
-    done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _Encoding,
-        fn_constructor_args=(ray.put(encoder), config, on_gpu, num_cpus),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        num_cpus=num_cpus,
-        num_gpus=1 if on_gpu else None,
-    )
     parts, found = {(part.split, part.identity.view): part for part in missing}, {}
     try:
-        for row in done.iter_rows():
+        for row in _encoded(items, encoder, config, num_images):
             part = parts[key := (row["split"], row["view"])]
             part.files[row["number"]] = row["file"]
             part.undecodable += row["undecodable"]
@@ -165,6 +149,30 @@ def _build(
     except RayError as error:
         raise cluster.own_error(error) or error from error
     return found
+
+
+def _encoded(
+    items: list[dict[str, Any]], encoder: Encoder, config: TrainConfig, num_images: int
+) -> Iterable[dict[str, Any]]:
+    """What the actors say of each item, as it is done."""
+    import ray
+    import ray.data
+
+    cpus, gpus = cluster.cluster_resources()
+    on_gpu = cluster.gpus_each(config.gpus_per_worker) > 0
+    devices = int((gpus or config.num_workers) if on_gpu else cpus - 1)
+    num_actors = max(1, min(len(items), num_images // IMAGES_PER_ACTOR, devices))
+    num_cpus = max(1, int(cpus - 1) // num_actors) if on_gpu else 1
+    encoded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _Encoding,
+        fn_constructor_args=(ray.put(encoder), config, on_gpu, num_cpus),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+        num_cpus=num_cpus,
+        num_gpus=1 if on_gpu else None,
+    )
+    return encoded.iter_rows()
 
 
 class _Encoding:

@@ -3,10 +3,11 @@ epoch."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from capray.errors import CaprayError
-from capray.tracking.runs import Item
+if TYPE_CHECKING:  # The actor's process imports nothing of capray's before it is told something.
+    from capray.errors import CaprayError
+    from capray.tracking.runs import Item
 
 
 def board_class():
