@@ -29,13 +29,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tenacity import wait_exponential_jitter
 
 from capray import storage
-from capray.errors import StorageError, TryAgain
+from capray.errors import StorageError, StorageUnavailable, TryAgain
 from capray.images import ImageError
 from capray.inputs import byte_reader as reading
 from capray.inputs.byte_reader import Patience, Stream, read_image
 from capray.inputs.throttle import Throttle
 from capray.inputs.versions import VersionChanged
-from capray.storage import locate, read_bytes, write_atomic
+from capray.storage import iter_files, locate, read_bytes, write_atomic
 from tests.conftest import tar_bytes
 from tests.proxy import FaultyProxy
 
@@ -357,6 +357,16 @@ class TestFaults:
         assert read_image(f"{s3}/x.jpg", 4) == b"01234"
         stream = open_stream(f"{s3}/x.jpg", start=7)
         assert stream.read() == b"789"
+
+    def test_nor_sizes(self, s3, answer, configure):
+        configure()
+        answer("HTTP/1.1 200 OK\nTransfer-Encoding: chunked", b"4\r\n0123\r\n0\r\n\r\n")
+        assert read_image(f"{s3}/x.jpg", 100) == b"0123"
+
+    def test_a_listing_without_a_body_is_not_the_end_of_it(self, s3, answer):
+        answer("HTTP/1.1 200 OK\nContent-Length: 0", b"")
+        with pytest.raises(StorageUnavailable, match=r"empty answer to listing 'capray-tests' below 'photos/'"):
+            list(iter_files(locate(f"{s3}/photos")))
 
     def test_what_is_no_http(self, s3, answer, configure):
         configure(attempts=2)

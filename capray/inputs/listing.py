@@ -164,7 +164,8 @@ class Listing:
         names = [f"{newest[0]}/{name}" for _, name in own]
         there = {f"{folder}/{name}" for folder, inside in folders.items() for name in inside}
         try:
-            first, last = self._progress([names[0], names[-1]])
+            progress = self._progress(names)
+            first, last = progress[0], progress[-1]
             # Of what lay on mounts nothing else tells, when another listing is begun, maybe of other inputs.
             self._mounts_of = last.get("mounts_of", {})
             if relist:
@@ -176,7 +177,7 @@ class Listing:
             if first["inputs"] != self._digest or not there.issuperset(first["adopted"]):
                 return
             names = [*first["adopted"], *names]
-            progress = self._progress(names)
+            progress = [*self._progress(first["adopted"]), *progress]
         except (pa.ArrowInvalid, ValueError, KeyError, TypeError):
             return  # A chunk is damaged, or somebody else's.
         for name, each in zip(names, progress, strict=True):

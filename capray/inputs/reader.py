@@ -102,6 +102,10 @@ class Reader:
             if row["container"] is None:
                 raise
             return Failed(row, ImageError("unreadable_storage", str(error)))
+        except CaprayError:
+            raise
+        except Exception as error:
+            return Failed(row, ImageError("unreadable_storage", f"{uri}: {type(error).__name__}: {error}"))
 
     def _too_large(self, size: int) -> ImageError:
         return ImageError("too_large", f"{size:,} bytes, over the limit of {self.limits.max_image_bytes:,}")
