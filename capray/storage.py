@@ -567,7 +567,20 @@ def check_empty(output: str) -> None:
 def is_file(location: Location) -> bool:
     with storage_errors(f"looking at {location.uri}"):
         location.fs.invalidate_cache()
-        return location.fs.isfile(location.path)
+        if location.is_local:
+            return location.fs.isfile(location.path)
+        try:
+            return location.fs.info(location.path)["type"] == "file"
+        except Exception as error:
+            if is_unanswered(error):
+                raise
+            return False
+
+
+def open_file(location: Location) -> Any:
+    """The file at ``location`` for pyarrow, which by itself takes whatever a store says for that there is none. Nothing of it
+    is kept."""
+    return location.fs.open(location.path, "rb", cache_type="none")
 
 
 def read_bytes(location: Location) -> bytes:

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import fsspec
+import pyarrow as pa
 import pytest
 import s3fs
 from botocore.exceptions import ClientError
@@ -35,7 +36,9 @@ from capray.inputs import byte_reader as reading
 from capray.inputs.byte_reader import Patience, Stream, read_image
 from capray.inputs.throttle import Throttle
 from capray.inputs.versions import VersionChanged
-from capray.storage import iter_files, locate, read_bytes, write_atomic
+from capray.output.compact import _schema_of
+from capray.storage import is_file, iter_files, locate, read_bytes, write_atomic
+from capray.tables import encode_parquet
 from tests.conftest import tar_bytes
 from tests.proxy import FaultyProxy
 
@@ -367,6 +370,15 @@ class TestFaults:
         answer("HTTP/1.1 200 OK\nContent-Length: 0", b"")
         with pytest.raises(StorageUnavailable, match=r"empty answer to listing 'capray-tests' below 'photos/'"):
             list(iter_files(locate(f"{s3}/photos")))
+
+    def test_a_store_that_is_busy_does_not_say_that_there_is_no_such_file(self, put, proxy, configure):
+        table = put("x.parquet", encode_parquet(pa.table({"id": ["a"]})))
+        configure(attempts=1)
+        proxy.set_rates({"read.503": 1})
+        with pytest.raises(StorageUnavailable):
+            is_file(locate(table))
+        with pytest.raises(StorageUnavailable):
+            _schema_of(locate(table))
 
     def test_what_is_no_http(self, s3, answer, configure):
         configure(attempts=2)

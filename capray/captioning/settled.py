@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from capray.errors import StorageError
 from capray.output import MEND_PART, Output, first_row, open_duckdb
-from capray.storage import Location, Write, is_of_arrow, read_ahead, read_bytes, storage_errors
+from capray.storage import Location, Write, is_of_arrow, open_file, read_ahead, read_bytes, storage_errors
 from capray.tables import FAILURES, FINAL_FAILURES, decode_parquet, encode_parquet
 from capray.wording import counted
 
@@ -221,8 +221,7 @@ def _numbered(number: int, part: Location, names: tuple[str, ...]) -> pa.Table:
     """The columns ``names`` of a part, and its number."""
     with storage_errors(f"reading {part.uri}"):
         try:
-            # Without a cache two ranges are read: the footer, and the columns.
-            with part.fs.open(part.path, "rb", cache_type="none") as file:
+            with open_file(part) as file:
                 table = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True).read(
                     list(names), use_threads=False
                 )

@@ -30,7 +30,7 @@ from capray.inputs.base import ContainerChanged, LeftOut, Page, Source, TarMembe
 from capray.inputs.places import PLACES, encode_places, with_source
 from capray.inputs.versions import container_at
 from capray.inputs.witnesses import witnesses
-from capray.storage import Location, Write, is_of_arrow, path_of, storage_errors
+from capray.storage import Location, Write, is_of_arrow, open_file, path_of, storage_errors
 
 NUM_LISTERS = 16
 FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 100_000, 1_000_000
@@ -196,7 +196,8 @@ class Listing:
             place = self.plan.join(name)
             with storage_errors(f"reading {place.uri}"):
                 try:
-                    return json.loads(pq.read_metadata(place.path, filesystem=place.fs).metadata[_METADATA])
+                    with open_file(place) as file:
+                        return json.loads(pq.read_metadata(file).metadata[_METADATA])
                 except OSError as error:
                     if is_of_arrow(error):
                         raise ValueError(str(error)) from error

@@ -30,6 +30,7 @@ from capray.storage import (
     is_within,
     iter_files,
     list_names,
+    open_file,
     read_bytes,
     storage_errors,
     write_atomic,
@@ -262,7 +263,8 @@ def _common_schema(files: list[Location], default: pa.Schema) -> pa.Schema:
 def _schema_of(file: Location) -> pa.Schema:
     with storage_errors(f"reading {file.uri}"):
         try:
-            return pq.read_schema(file.path, filesystem=file.fs)
+            with open_file(file) as part:
+                return pq.read_schema(part)
         except pa.ArrowInvalid as error:
             raise DataError(f"{file.uri!r} is damaged ({error}): {MEND_PART}") from error
 
