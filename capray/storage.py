@@ -578,8 +578,7 @@ def is_file(location: Location) -> bool:
 
 
 def open_file(location: Location) -> Any:
-    """The file at ``location`` for pyarrow, which by itself takes whatever a store says for that there is none. Nothing of it
-    is kept."""
+    """The file at ``location``, uncached, for pyarrow, which by itself takes every error of a store's for a missing file."""
     return location.fs.open(location.path, "rb", cache_type="none")
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 
 from capray.errors import StorageError
 from capray.inputs import Source
 from capray.output import Output
-from capray.storage import Location, Write, list_names, read_bytes
+from capray.storage import Location, Write, list_names, read_ahead, read_bytes
 from capray.tables import decode_parquet, encode_parquet
 
 _NUM_READERS = 16
@@ -77,8 +76,7 @@ def _files_in(folder: Location) -> list[re.Match[str]]:
 
 
 def _read_all(folder: Location, names: list[re.Match[str]]) -> Iterator[pa.Table]:
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        yield from pool.map(_read, (folder.join(match[0]) for match in names))
+    return read_ahead(_read, (folder.join(match[0]) for match in names), _NUM_READERS)
 
 
 def _read(file: Location) -> pa.Table:

@@ -174,7 +174,7 @@ class Settled:
     def remove_duplicates(self, write: Write) -> int:
         """Remove ids that stand in two caption parts from the newer part, replacing it under its name; how many there were.
 
-            They come from a writer that was frozen past its lease and woke up, or from ids that stand in two inputs, one of
+        They come from a writer that was frozen past its lease and woke up, or from ids that stand in two inputs, one of
         them a tar whose members were not known. Of two runs the later id string is the newer.
         """
         self.refresh()

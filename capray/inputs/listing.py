@@ -16,7 +16,6 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -30,7 +29,7 @@ from capray.inputs.base import ContainerChanged, LeftOut, Page, Source, TarMembe
 from capray.inputs.places import PLACES, encode_places, with_source
 from capray.inputs.versions import container_at
 from capray.inputs.witnesses import witnesses
-from capray.storage import Location, Write, is_of_arrow, open_file, path_of, storage_errors
+from capray.storage import Location, Write, is_of_arrow, open_file, path_of, read_ahead, storage_errors
 
 NUM_LISTERS = 16
 FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 100_000, 1_000_000
@@ -203,8 +202,7 @@ class Listing:
                         raise ValueError(str(error)) from error
                     raise
 
-        with ThreadPoolExecutor(NUM_LISTERS) as pool:
-            return list(pool.map(read, names))
+        return list(read_ahead(read, names, NUM_LISTERS))
 
     def _add_progress(self, progress: dict[str, Any]) -> None:
         self.num_rows += progress["rows"]
@@ -336,8 +334,8 @@ class Listing:
             except CaprayError:
                 return False
 
-        with ThreadPoolExecutor(NUM_LISTERS) as pool:
-            return [key for key, rewritten in zip(listed, pool.map(is_rewritten, listed), strict=True) if rewritten]
+        rewritten = read_ahead(is_rewritten, listed, NUM_LISTERS)
+        return [key for key, is_new in zip(listed, rewritten, strict=True) if is_new]
 
     def _may_relist(self, key: _Key) -> bool:
         self._num_relists[key] += 1

@@ -179,23 +179,21 @@ def opened(uri: str, stream: Stream | None = None, buffer_bytes: int = CHUNK_BYT
         raise DataError(f"{uri!r} is damaged, or no tar: {error}") from error
 
 
-def member_in(data: bytes) -> tarfile.TarInfo | None:
-    """The member whose header ``data`` begins with; None when it begins with none."""
+def member_in(data: bytes) -> tuple[tarfile.TarInfo, bytes] | None:
+    """The member whose header ``data`` begins with, and its content as far as it is in ``data``: that of a sparse one lies
+    packed. None when it begins with none."""
     try:
         with tarfile.open(fileobj=io.BytesIO(data), **_OPTIONS) as tar:
-            return tar.next()
+            if (member := tar.next()) is None:
+                return None
+            content = data[member.offset_data : member.offset_data + member.size]
+            if member.issparse() and (file := tar.extractfile(member)) is not None:
+                content = b""
+                with suppress(tarfile.ReadError):
+                    content = file.read()
+            return member, content
     except tarfile.TarError:
         return None
-
-
-def content_in(data: bytes) -> bytes:
-    """The content of the member whose header ``data`` begins with, as far as it is in ``data``: that of a sparse one lies
-    packed."""
-    with tarfile.open(fileobj=io.BytesIO(data), **_OPTIONS) as tar, suppress(tarfile.ReadError):
-        member = tar.next()
-        file = tar.extractfile(member) if member is not None and member.isreg() else None
-        return file.read() if file is not None else b""
-    return b""
 
 
 def images_of(
