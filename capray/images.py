@@ -95,6 +95,8 @@ _SIGNS = re.compile(
 )
 """How files of FORMATS and HEIC begin, less TGA, which has no sign. Where Pillow asks for two bytes that may begin other
 files, what follows is asked for too."""
+_HEADER_BYTES = 128
+"""Of the longest header without which Pillow does not recognise a file as an image: a PCX file's."""
 _TRUNCATED = ("truncated", "unexpected end", "not enough", "reached eof", "expected to read")
 _UNSUPPORTED = ("unsupported", "not supported", "not yet supported", "cannot handle", "unknown pixel mode")
 _TRANSPOSE = {
@@ -121,8 +123,8 @@ def ends_like_image(name: str) -> bool:
     return posixpath.splitext(name)[1][1:].lower() in ENDINGS
 
 
-UNCERTAIN = ("missing", "truncated", "crashed")
-"""Kinds of failure that a short read, a mount that is away or a sick device look like."""
+UNCERTAIN = ("missing", "truncated", "decode_error", "crashed")
+"""Kinds of failure that a short read, a file just being written, a mount that is away or a sick node or device look like."""
 
 
 class ImageError(Exception):
@@ -334,6 +336,8 @@ def _unidentified(data: bytes) -> ImageError:
                 Image.OPEN[name][0](io.BytesIO(data), "")
             except Exception as error:
                 return _decoding_error(error.__cause__ or error, data)
+    if len(data) < _HEADER_BYTES and (begins_like_image(data) or any(magic.startswith(data) for magic in _MAGIC)):
+        return ImageError("truncated", f"{len(data)} bytes, as an image begins")
     return ImageError("not_an_image", f"not an image: begins with {data[:8]!r}")
 
 

@@ -394,6 +394,8 @@ def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], 
     common prefixes."""
     while True:
         answer = fs.call_s3("list_objects_v2", **arguments)
+        if "IsTruncated" not in answer:  # Botocore takes one without a body, which no store gives, for the end.
+            raise StorageUnavailable(f"an empty answer to listing {arguments['Bucket']!r} below {arguments['Prefix']!r}")
         objects = [entry for entry in answer.get("Contents", ()) if entry["Size"] or not entry["Key"].endswith("/")]
         yield objects, [entry["Prefix"] for entry in answer.get("CommonPrefixes", ())]
         if not answer.get("IsTruncated"):
@@ -565,7 +567,19 @@ def check_empty(output: str) -> None:
 def is_file(location: Location) -> bool:
     with storage_errors(f"looking at {location.uri}"):
         location.fs.invalidate_cache()
-        return location.fs.isfile(location.path)
+        if location.is_local:
+            return location.fs.isfile(location.path)
+        try:
+            return location.fs.info(location.path)["type"] == "file"
+        except Exception as error:
+            if is_unanswered(error):
+                raise
+            return False
+
+
+def open_file(location: Location) -> Any:
+    """The file at ``location``, uncached, for pyarrow, which by itself takes every error of a store's for a missing file."""
+    return location.fs.open(location.path, "rb", cache_type="none")
 
 
 def read_bytes(location: Location) -> bytes:

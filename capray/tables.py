@@ -84,7 +84,14 @@ TRANSIENT_FAILURES = ("denied", "unreadable_storage", "captioning_error")
 
 
 def encode_parquet(table: pa.Table, row_group_size: int = 50_000, dictionary: list[str] | bool = True) -> bytes:
-    """The bytes of a zstd-compressed Parquet file holding ``table``, columns ``dictionary`` (or all) encoded by one."""
+    """The bytes of a zstd-compressed Parquet file holding ``table``, columns ``dictionary`` (or all) encoded by one, with a
+    checksum of each page."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_size, use_dictionary=dictionary)
+    options = {"row_group_size": row_group_size, "use_dictionary": dictionary, "write_page_checksum": True}
+    pq.write_table(table, buffer, compression="zstd", **options)
     return buffer.getvalue()
+
+
+def decode_parquet(data: bytes) -> pq.ParquetFile:
+    """The Parquet file in ``data``; to read a page that is not as it was written is an OSError."""
+    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)

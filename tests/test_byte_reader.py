@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import fsspec
+import pyarrow as pa
 import pytest
 import s3fs
 from botocore.exceptions import ClientError
@@ -29,13 +30,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tenacity import wait_exponential_jitter
 
 from capray import storage
-from capray.errors import StorageError, TryAgain
+from capray.errors import StorageError, StorageUnavailable, TryAgain
 from capray.images import ImageError
 from capray.inputs import byte_reader as reading
 from capray.inputs.byte_reader import Patience, Stream, read_image
 from capray.inputs.throttle import Throttle
 from capray.inputs.versions import VersionChanged
-from capray.storage import locate, read_bytes, write_atomic
+from capray.output.compact import _schema_of
+from capray.storage import is_file, iter_files, locate, read_bytes, write_atomic
+from capray.tables import encode_parquet
 from tests.conftest import tar_bytes
 from tests.proxy import FaultyProxy
 
@@ -357,6 +360,25 @@ class TestFaults:
         assert read_image(f"{s3}/x.jpg", 4) == b"01234"
         stream = open_stream(f"{s3}/x.jpg", start=7)
         assert stream.read() == b"789"
+
+    def test_nor_sizes(self, s3, answer, configure):
+        configure()
+        answer("HTTP/1.1 200 OK\nTransfer-Encoding: chunked", b"4\r\n0123\r\n0\r\n\r\n")
+        assert read_image(f"{s3}/x.jpg", 100) == b"0123"
+
+    def test_a_listing_without_a_body_is_not_the_end_of_it(self, s3, answer):
+        answer("HTTP/1.1 200 OK\nContent-Length: 0", b"")
+        with pytest.raises(StorageUnavailable, match=r"empty answer to listing 'capray-tests' below 'photos/'"):
+            list(iter_files(locate(f"{s3}/photos")))
+
+    def test_a_store_that_is_busy_does_not_say_that_there_is_no_such_file(self, put, proxy, configure):
+        table = put("x.parquet", encode_parquet(pa.table({"id": ["a"]})))
+        configure(attempts=1)
+        proxy.set_rates({"read.503": 1})
+        with pytest.raises(StorageUnavailable):
+            is_file(locate(table))
+        with pytest.raises(StorageUnavailable):
+            _schema_of(locate(table))
 
     def test_what_is_no_http(self, s3, answer, configure):
         configure(attempts=2)

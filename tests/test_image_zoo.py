@@ -141,16 +141,21 @@ class TestFormats:
         data = FILES[name]
         whole = rgb(data)
         cuts = {len(data) * tenths // 10 for tenths in range(1, 10)} | {len(data) - last for last in (1, 2, 9, 30, 800)}
+        cuts |= {*range(18, 128, 5)} if len(data) > 128 else set()  # A TGA has 18 bytes of header, and no sign.
         for cut in cuts:
             found = outcome(data[:cut])
             if isinstance(found, Decoded):
                 assert np.array_equal(np.asarray(found.image), whole), f"cut to {cut} of {len(data)} bytes"
             else:
-                assert found.kind in ("truncated", "decode_error")
+                assert found.kind in ("truncated", "decode_error") and not found.certain, cut
 
     @pytest.mark.parametrize("name", ["jpeg", "png", "webp", "avif", "jpeg2000", "gif", "tiff", "bmp", "ico"])
     def test_half_a_file_is_called_truncated(self, name):
         assert kind_of(FILES[name][: len(FILES[name]) // 2]) == "truncated"
+
+    @pytest.mark.parametrize("beginning", [b"\xff\xd8", b"\x89PN", b"GIF", b"RI", b"II*", b"\xff\x4f", b"\x0a\x05\x01\x08"])
+    def test_a_first_few_bytes_are_too(self, beginning):
+        assert kind_of(beginning) == "truncated"
 
     def test_a_jpeg2000_cut_between_two_tiles_is_truncated(self):
         data = image_bytes(PHOTO, "JPEG2000", tile_size=(16, 16), no_jp2=True)
@@ -183,7 +188,7 @@ class TestFormats:
 
 NO_IMAGES = {
     b"\x00": "truncated",
-    b"\xff": "not_an_image",
+    b"\xff": "truncated",
     b"\x00" * 100: "truncated",
     b"\n\n\n": "not_an_image",
     b"BMW is a make of car, and this is a text about it": "not_an_image",

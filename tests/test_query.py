@@ -235,7 +235,8 @@ class TestMistakes:
         with pytest.raises(ConfigError, match="schema version 99.*upgrade capray"):
             ask(local)
 
-    def test_a_store_that_denies(self, local, tmp_path):
+    @pytest.mark.parametrize(("raised", "code"), [(PermissionError, 1), (OSError, 75), (ConnectionError, 75)])
+    def test_a_store_that_denies_or_does_not_answer(self, local, tmp_path, raised, code):
         class Denying(MemoryFileSystem):
             protocol = "denying"
 
@@ -246,15 +247,15 @@ class TestMistakes:
                 return {"name": path, "size": 10, "type": "file"}
 
             def _open(self, path, *arguments, **options):
-                raise PermissionError(f"Access Denied: {path}")
+                raise raised(f"Not now: {path}")
 
         place = Location("denying://part.parquet", Denying(), "part.parquet")
         with (
-            pytest.raises(StorageError, match=r"reading denying://part\.parquet: PermissionError: Access Denied") as error,
+            pytest.raises(StorageError, match=rf"reading denying://part\.parquet: {raised.__name__}: Not now") as error,
             open_duckdb(str(tmp_path), place) as connection,
         ):
             connection.execute("FROM read_parquet('denying://part.parquet')").fetchall()
-        assert "Traceback" not in str(error.value)
+        assert "Traceback" not in str(error.value) and error.value.exit_code == code
 
     def test_a_damaged_part(self, local):
         write_atomic(local.captions.join("part-run-3-00000.parquet"), b"PAR1 and no more")

@@ -31,7 +31,7 @@ from capray.inputs.places import PLACES, Row
 from capray.inputs.reader import Reader
 from capray.inputs.throttle import Throttle
 from capray.inputs.witnesses import Known, Witnesses
-from tests.conftest import write_tar
+from tests.conftest import write_photos, write_tar
 from tests.test_byte_reader import configure, forget, proxy, put  # noqa: F401 (fixtures)
 
 
@@ -642,4 +642,10 @@ class TestThrottle:
 def test_what_no_one_thought_of_is_a_container_s_fault(tmp_path, monkeypatch):
     reader, rows = listed(write_table(tmp_path / "x.parquet", ["0", "1"]))
     monkeypatch.setattr("capray.inputs.reader.opened_parquet", lambda stream: 1 / 0)
+    assert set(read(reader, rows)[0].values()) == {"unreadable_storage"}
+
+
+def test_or_an_image_s(tmp_path, monkeypatch):
+    reader, rows = listed(str(Path(write_photos(tmp_path, 2)[0]).parent))
+    monkeypatch.setattr("capray.inputs.reader.read_image", lambda *_: 1 / 0)
     assert set(read(reader, rows)[0].values()) == {"unreadable_storage"}

@@ -192,6 +192,28 @@ def test_a_damaged_part_is_named_with_the_way_out_which_works(job, table, damage
     job.check({str(bad): "not_an_image"})
 
 
+@pytest.mark.parametrize("table", ["captions", "failures"])
+def test_a_bit_that_flips_in_a_part_gives_no_caption_to_another_id(job, table):
+    write_photos(job.input, 6)
+    (job.input / "bad.jpg").write_text("no image")
+    job.run()
+    (part,) = (job.output / table).iterdir()
+    whole, ids = part.read_bytes(), pq.read_table(part)["image_id"]
+
+    def is_unnoticed(at: int) -> bool:
+        part.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with suppress(pa.ArrowException, OSError):
+            found = pq.read_table(part)["image_id"]
+            found.validate(full=True)
+            return found != ids
+        return False
+
+    assert any(map(is_unnoticed, range(4, len(whole) // 2)))
+    with pytest.raises(StorageError, match=f"{part.name}' is damaged"):
+        job.run()
+    assert f"{part.name} cannot be read" in verify(VerifyConfig(output=str(job.output))).problems[0]
+
+
 def test_of_two_runs_the_later_id_is_the_newer_within_a_second_too():
     ids = []
     for _ in range(50):

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from capray.errors import StorageError
 from capray.inputs import Source
 from capray.output import Output
-from capray.storage import Location, Write, list_names, read_bytes
-from capray.tables import encode_parquet
+from capray.storage import Location, Write, list_names, read_ahead, read_bytes
+from capray.tables import decode_parquet, encode_parquet
 
 _NUM_READERS = 16
 _FILE = re.compile(r"(\d{6})-(.+)\.parquet")
@@ -78,12 +76,11 @@ def _files_in(folder: Location) -> list[re.Match[str]]:
 
 
 def _read_all(folder: Location, names: list[re.Match[str]]) -> Iterator[pa.Table]:
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        yield from pool.map(_read, (folder.join(match[0]) for match in names))
+    return read_ahead(_read, (folder.join(match[0]) for match in names), _NUM_READERS)
 
 
 def _read(file: Location) -> pa.Table:
     try:
-        return pq.read_table(pa.BufferReader(read_bytes(file)))
-    except pa.ArrowException as error:
+        return decode_parquet(read_bytes(file)).read()
+    except (pa.ArrowException, OSError) as error:
         raise StorageError(f"{file.uri!r} is damaged ({error}): delete it; what has failed may be tried again") from error

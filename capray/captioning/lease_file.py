@@ -79,15 +79,8 @@ class SharedFile:
 
     def write(self, data: bytes, version: Any) -> Any:
         """The version written; None, and nothing done, when the file is not at ``version`` (None: there is no file)."""
-        if version is None:
-            try:
-                with open(self.path, "xb") as file:
-                    file.write(data)
-            except FileExistsError:
-                return None
-            return data
         with self._alone():
-            if self.read() != (version, version):
+            if self.read() != (version and (version, version)):
                 return None
             write_atomic(self.place, data, self.scratch)
         return data

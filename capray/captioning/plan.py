@@ -24,7 +24,7 @@ from capray.inputs.base import lists_uris, may_have_other_ids
 from capray.inputs.listing import ALL_ROWS, Listing
 from capray.output import Output, duckdb_errors, first_row, parquet_files
 from capray.storage import Location, Write, read_bytes
-from capray.tables import FINAL_FAILURES
+from capray.tables import FINAL_FAILURES, decode_parquet
 
 if TYPE_CHECKING:
     import duckdb
@@ -233,13 +233,10 @@ class Plan:
 
     def _rows(self, file: Location, taken: list[_Chunk]) -> Iterator[pa.RecordBatch]:
         """The rows of a chunk as _TAKEN; the chunk is added to those ``taken``."""
-        try:
-            rows = pq.ParquetFile(pa.BufferReader(read_bytes(file)))
+        with _read(file) as rows:
             begin = rows.read_row_group(0, columns=["position"])["position"][0].as_py()
             columns = ["position", "input", "image_id", "kind", "container", *(["uri"] if self._has_uris else [])]
             yield from map(self._taken, rows.iter_batches(columns=columns))
-        except (pa.ArrowException, OSError) as error:
-            raise StorageError(f"{file.uri!r} is damaged ({error}): --relist lists the inputs afresh") from error
         taken.append(_Chunk(file, begin, begin + rows.metadata.num_rows))
 
     def _taken(self, rows: pa.RecordBatch) -> pa.RecordBatch:
@@ -361,7 +358,8 @@ class Plan:
         for chunk in self._chunks.values():
             inside = [position for position in positions if chunk.begin <= position < chunk.end]
             if inside:
-                rows = pq.read_table(pa.BufferReader(read_bytes(chunk.file)), columns=[column])[column]
+                with _read(chunk.file) as file:
+                    rows = file.read([column])[column]
                 values |= {position: rows[position - chunk.begin].as_py() for position in inside}
         return [values[position] for position in positions]
 
@@ -498,9 +496,17 @@ def _row_groups(chunks: list[_Chunk], wanted: np.ndarray) -> Iterator[tuple[int,
         at = chunk.begin - first
         if not wanted[at : chunk.end - first].any():
             continue
-        file = pq.ParquetFile(pa.BufferReader(read_bytes(chunk.file)))
-        for group in range(file.num_row_groups):
-            end = at + file.metadata.row_group(group).num_rows
-            if wanted[at:end].any():
-                yield at, file.read_row_group(group)
-            at = end
+        with _read(chunk.file) as file:
+            for group in range(file.num_row_groups):
+                end = at + file.metadata.row_group(group).num_rows
+                if wanted[at:end].any():
+                    yield at, file.read_row_group(group)
+                at = end
+
+
+@contextmanager
+def _read(chunk: Location) -> Generator[pq.ParquetFile]:
+    try:
+        yield decode_parquet(read_bytes(chunk))
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"{chunk.uri!r} is damaged ({error}): --relist lists the inputs afresh") from error

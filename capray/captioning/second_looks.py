@@ -15,7 +15,12 @@ from capray.captioning.fetching import Look
 from capray.inputs.places import Row
 from capray.tables import FINAL_FAILURES
 
-AS_TRANSIENT = {"missing": "unreadable_storage", "truncated": "unreadable_storage", "crashed": "captioning_error"}
+AS_TRANSIENT = {
+    "missing": "unreadable_storage",
+    "truncated": "unreadable_storage",
+    "decode_error": "unreadable_storage",
+    "crashed": "captioning_error",
+}
 """What an uncertain failure is called in the log until it was seen again."""
 MAX_WAITING = 100_000
 """Places held in memory; what fails beyond them is left to the next pass."""

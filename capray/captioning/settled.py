@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 
 from capray.errors import StorageError
 from capray.output import MEND_PART, Output, first_row, open_duckdb
-from capray.storage import Location, Write, is_of_arrow, read_ahead, read_bytes, storage_errors
-from capray.tables import FAILURES, FINAL_FAILURES, encode_parquet
+from capray.storage import Location, Write, is_of_arrow, open_file, read_ahead, read_bytes, storage_errors
+from capray.tables import FAILURES, FINAL_FAILURES, decode_parquet, encode_parquet
 from capray.wording import counted
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Settled:
     def remove_duplicates(self, write: Write) -> int:
         """Remove ids that stand in two caption parts from the newer part, replacing it under its name; how many there were.
 
-            They come from a writer that was frozen past its lease and woke up, or from ids that stand in two inputs, one of
+        They come from a writer that was frozen past its lease and woke up, or from ids that stand in two inputs, one of
         them a tar whose members were not known. Of two runs the later id string is the newer.
         """
         self.refresh()
@@ -189,7 +189,7 @@ class Settled:
         removed, seen, replaced = 0, set(), []
         for number in sorted(doubled, key=lambda number: self._parts[number].path):
             part = self._parts[number]
-            table = pq.read_table(pa.BufferReader(read_bytes(part)))
+            table = decode_parquet(read_bytes(part)).read()
             keep = []
             for image_id in table["image_id"].to_pylist():
                 keep.append(image_id not in seen)
@@ -221,9 +221,10 @@ def _numbered(number: int, part: Location, names: tuple[str, ...]) -> pa.Table:
     """The columns ``names`` of a part, and its number."""
     with storage_errors(f"reading {part.uri}"):
         try:
-            # Without a cache two ranges are read: the footer, and the columns.
-            with part.fs.open(part.path, "rb", cache_type="none") as file:
-                table = pq.read_table(file, columns=list(names), use_threads=False, pre_buffer=True)
+            with open_file(part) as file:
+                table = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True).read(
+                    list(names), use_threads=False
+                )
         except (pa.ArrowInvalid, OSError) as error:
             if isinstance(error, OSError) and not is_of_arrow(error):
                 raise

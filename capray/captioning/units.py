@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from capray.config import CPU_BATCH
 from capray.inputs.places import encode_places
 from capray.storage import Location, Write, read_bytes
+from capray.tables import decode_parquet
 
 FILE_ROWS = 50_000
 """Rows and skipped members after which a plan file is written."""
@@ -72,7 +72,7 @@ def num_blocks(places: pa.Table, block_rows: int) -> int:
 
 def read_units(file: Location) -> Iterator[Unit]:
     """The units of a plan file, in order."""
-    table = pq.read_table(pa.BufferReader(read_bytes(file)), use_threads=False).combine_chunks()
+    table = decode_parquet(read_bytes(file)).read(use_threads=False).combine_chunks()
     places = table.drop_columns(["unit", "skip"])
     starts = np.flatnonzero(_changes(table, "unit")).tolist()
     for begin, end in zip(starts, [*starts[1:], table.num_rows], strict=True):

@@ -79,7 +79,7 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     if scheme in ("http", "https"):
         raise ConfigError(f"{uri!r}: http(s) URIs are not read; fetch them into tar shards or a bucket first (img2dataset)")
     place = locate(uri)
-    if place.is_local and not _is_utf8(place.path):
+    if place.is_local and place.path.encode(errors="ignore").decode() != place.path:
         raise ConfigError(
             f"{uri!a}: the name of this input is no UTF-8, which ids and tables need: rename it, or link to it"
         )
@@ -114,14 +114,6 @@ def _open(uri: str, settings: SourceSettings, keep: tuple[str, ...]) -> Source:
     if place.is_local and (kind in ("images", "tar") or source.image_column):
         source.witnesses = tuple(itertools.islice((entry.path for entry in sample if opens(entry.path)), _NUM_WITNESSES))
     return source
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _wanted(place: Location, denied: list[str], selection: Selection) -> list[str]:

@@ -340,7 +340,7 @@ async def _read_s3(place: Location, start: int, end: int, version: str | None) -
     finally:
         answer["Body"].close()
     if "ContentRange" not in answer:
-        data, size = data[start:end], answer["ContentLength"]
+        data, size = data[start:end], answer.get("ContentLength", len(data))
     else:
         given = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer["ContentRange"])
         if not given or int(given[1]) != start:

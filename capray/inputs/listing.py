@@ -16,7 +16,6 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -30,7 +29,7 @@ from capray.inputs.base import ContainerChanged, LeftOut, Page, Source, TarMembe
 from capray.inputs.places import PLACES, encode_places, with_source
 from capray.inputs.versions import container_at
 from capray.inputs.witnesses import witnesses
-from capray.storage import Location, Write, is_of_arrow, path_of, storage_errors
+from capray.storage import Location, Write, is_of_arrow, open_file, path_of, read_ahead, storage_errors
 
 NUM_LISTERS = 16
 FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 100_000, 1_000_000
@@ -164,7 +163,8 @@ class Listing:
         names = [f"{newest[0]}/{name}" for _, name in own]
         there = {f"{folder}/{name}" for folder, inside in folders.items() for name in inside}
         try:
-            first, last = self._progress([names[0], names[-1]])
+            progress = self._progress(names)
+            first, last = progress[0], progress[-1]
             # Of what lay on mounts nothing else tells, when another listing is begun, maybe of other inputs.
             self._mounts_of = last.get("mounts_of", {})
             if relist:
@@ -176,7 +176,7 @@ class Listing:
             if first["inputs"] != self._digest or not there.issuperset(first["adopted"]):
                 return
             names = [*first["adopted"], *names]
-            progress = self._progress(names)
+            progress = [*self._progress(first["adopted"]), *progress]
         except (pa.ArrowInvalid, ValueError, KeyError, TypeError):
             return  # A chunk is damaged, or somebody else's.
         for name, each in zip(names, progress, strict=True):
@@ -195,14 +195,14 @@ class Listing:
             place = self.plan.join(name)
             with storage_errors(f"reading {place.uri}"):
                 try:
-                    return json.loads(pq.read_metadata(place.path, filesystem=place.fs).metadata[_METADATA])
+                    with open_file(place) as file:
+                        return json.loads(pq.read_metadata(file).metadata[_METADATA])
                 except OSError as error:
                     if is_of_arrow(error):
                         raise ValueError(str(error)) from error
                     raise
 
-        with ThreadPoolExecutor(NUM_LISTERS) as pool:
-            return list(pool.map(read, names))
+        return list(read_ahead(read, names, NUM_LISTERS))
 
     def _add_progress(self, progress: dict[str, Any]) -> None:
         self.num_rows += progress["rows"]
@@ -334,8 +334,8 @@ class Listing:
             except CaprayError:
                 return False
 
-        with ThreadPoolExecutor(NUM_LISTERS) as pool:
-            return [key for key, rewritten in zip(listed, pool.map(is_rewritten, listed), strict=True) if rewritten]
+        rewritten = read_ahead(is_rewritten, listed, NUM_LISTERS)
+        return [key for key, is_new in zip(listed, rewritten, strict=True) if is_new]
 
     def _may_relist(self, key: _Key) -> bool:
         self._num_relists[key] += 1

@@ -25,7 +25,7 @@ from capray.inputs.base import Changed, Event, Failed, Found, InputReading, Left
 from capray.inputs.byte_reader import Patience, Stream, ignore, read_image, read_range
 from capray.inputs.parquet import opened_parquet
 from capray.inputs.places import MEMBERS, Row
-from capray.inputs.tars import HEADER_BYTES, content_in, dots, images_of, member_in, name_of, opened, versions_in
+from capray.inputs.tars import HEADER_BYTES, dots, images_of, member_in, name_of, opened, versions_in
 from capray.inputs.versions import VersionChanged
 from capray.inputs.witnesses import witnesses
 from capray.storage import locate, read_ahead
@@ -102,6 +102,10 @@ class Reader:
             if row["container"] is None:
                 raise
             return Failed(row, ImageError("unreadable_storage", str(error)))
+        except CaprayError:
+            raise
+        except Exception as error:
+            return Failed(row, ImageError("unreadable_storage", f"{uri}: {type(error).__name__}: {error}"))
 
     def _too_large(self, size: int) -> ImageError:
         return ImageError("too_large", f"{size:,} bytes, over the limit of {self.limits.max_image_bytes:,}")
@@ -111,9 +115,10 @@ class Reader:
     ) -> Iterator[FetchOutcome | Event]:
         number, container = rows[0]["input"], rows[0]["container"]
         left = {row["image_id"]: row for row in rows}
-        read = {"row": self._table_rows, "member": self._members, "name": self._named, "tar": self._tar}[kind]
+        of_tar = partial(self._tar, skipped=skipped)
+        read = {"row": self._table_rows, "member": self._members, "name": self._named, "tar": of_tar}[kind]
         try:
-            for outcome in read(rows, skipped, patience):
+            for outcome in read(rows, patience):
                 yield outcome
                 if isinstance(outcome, (Found, Failed)):
                     left.pop(outcome.row["image_id"], None)
@@ -138,7 +143,7 @@ class Reader:
         for row in left.values():
             yield Failed(row, ImageError("unreadable_storage", problem))
 
-    def _table_rows(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[FetchOutcome]:
+    def _table_rows(self, rows: list[Row], patience: Patience) -> Iterator[FetchOutcome]:
         reading = self.inputs[rows[0]["input"]]
         assert reading.id_column is not None and reading.image_column is not None
         rows = sorted(rows, key=lambda row: (row["row_group"], row["row"]))
@@ -171,7 +176,7 @@ class Reader:
                         yield Found(row, data)
                 first += batch.num_rows
 
-    def _members(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[FetchOutcome]:
+    def _members(self, rows: list[Row], patience: Patience) -> Iterator[FetchOutcome]:
         yield from read_ahead(partial(self._member, patience=patience), rows, self.concurrency)
 
     def _member(self, row: Row, patience: Patience) -> FetchOutcome:
@@ -185,11 +190,10 @@ class Reader:
             if error.kind == "missing" and error.certain:
                 raise  # The whole tar is gone.
             return Failed(row, error)
-        member = member_in(data)
-        if member is None or name_of(member) != row["member"]:
+        found = member_in(data)
+        if found is None or name_of(found[0]) != row["member"]:
             raise VersionChanged(f"no member {row['member']} at byte {offset}")
-        end = member.offset_data + member.size
-        content = content_in(data) if member.issparse() else data[member.offset_data : end]
+        member, content = found
         return self._of_member(row, member, content, len(content) == member.size)
 
     def _of_member(self, row: Row, member: tarfile.TarInfo, data: bytes, whole: bool) -> FetchOutcome:
@@ -203,7 +207,7 @@ class Reader:
             return Failed(row, ImageError("unreadable_storage", message))
         return Found(row, data)
 
-    def _named(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[FetchOutcome | Event]:
+    def _named(self, rows: list[Row], patience: Patience) -> Iterator[FetchOutcome | Event]:
         """Members of which the name is known, from a sidecar. Of a shard that is written anew tar and sidecar do not come at
         once: the sidecar has to be what was listed still when what was read of the tar is handed on."""
         tar_version, uri, version = versions_in(rows[0]["container"], rows[0]["version"] or "")
@@ -266,7 +270,7 @@ class Reader:
             for of_name in wanted.pop(stem).values()
             for row in of_name
         ]
-        yield from self._members(sorted(others_of, key=lambda row: row["offset"]), (), patience)
+        yield from self._members(sorted(others_of, key=lambda row: row["offset"]), patience)
         if counts:
             yield from _left_out(rows[0], "unnamed", unnamed)
         yield from _left_out(rows[0], "no_image", others)
@@ -276,7 +280,7 @@ class Reader:
         for row in (row for names in wanted.values() for of_name in names.values() for row in of_name):
             yield Failed(row, error)
 
-    def _tar(self, rows: list[Row], skipped: Container[bytes], patience: Patience) -> Iterator[FetchOutcome | Event]:
+    def _tar(self, rows: list[Row], patience: Patience, skipped: Container[bytes]) -> Iterator[FetchOutcome | Event]:
         """A tar whose members are not known: each that is wanted and not ``skipped``; all that are wanted are told."""
         (tar_row,) = rows
         uri, selection = tar_row["container"], self.inputs[tar_row["input"]].selection

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from capray.config import SourceSettings
 from capray.errors import DataError
-from capray.images import ENDINGS, begins_like_image
+from capray.images import begins_like_image, ends_like_image
 from capray.inputs.base import Containers, reading_errors, rows_of
 from capray.inputs.byte_reader import CHUNK_BYTES, Stream
 from capray.inputs.parquet import _choose, _require, _struct, first_schema, opened_parquet
@@ -34,8 +34,9 @@ _MAX_PADDING = 2**16
 _PEEK_BYTES = 4096
 _OPTIONS: Any = {"mode": "r:", "encoding": "utf-8", "errors": "surrogateescape"}
 _BESIDE = re.compile(
-    "jsonl?|te?xt|csv|tsv|xml|html|md|ya?ml|url|captions?|transcript|cls2?|class|count|index|inx|id|np[yz]|pth?|pyd|pkl|pickle|"
-    "ten|tb|mp|msg|msgpack|cbor|parquet"
+    r"\.(?:jsonl?|te?xt|csv|tsv|xml|html|md|ya?ml|url|captions?|transcript|cls2?|class|count|index|inx|id|np[yz]|pth?|pyd|pkl|"
+    r"pickle|ten|tb|mp|msg|msgpack|cbor|parquet)$",
+    re.IGNORECASE,
 )
 """Endings of what WebDataset and its like lay beside an image, or tell of all."""
 
@@ -145,7 +146,7 @@ def _first_suffix(uri: str, keys: set[str]) -> tuple[str, str]:
     with opened(uri, stream, _PEEK_BYTES) as tar:
         for member in tar:
             suffix = next((member.name[dot + 1 :] for dot in dots(member.name) if member.name[:dot] in keys), "")
-            if _ending(suffix) in ENDINGS:
+            if suffix and ends_like_image(member.name):
                 return suffix, stream.version
     return "jpg", stream.version
 
@@ -153,10 +154,6 @@ def _first_suffix(uri: str, keys: set[str]) -> tuple[str, str]:
 def name_of(member: tarfile.TarInfo) -> str:
     """A member's name as text that ids and tables can hold."""
     return text_of(member.name)
-
-
-def _ending(name: str) -> str:
-    return name.rpartition(".")[2].lower()
 
 
 def dots(member: str) -> Iterator[int]:
@@ -182,23 +179,21 @@ def opened(uri: str, stream: Stream | None = None, buffer_bytes: int = CHUNK_BYT
         raise DataError(f"{uri!r} is damaged, or no tar: {error}") from error
 
 
-def member_in(data: bytes) -> tarfile.TarInfo | None:
-    """The member whose header ``data`` begins with; None when it begins with none."""
+def member_in(data: bytes) -> tuple[tarfile.TarInfo, bytes] | None:
+    """The member whose header ``data`` begins with, and its content as far as it is in ``data``: that of a sparse one lies
+    packed. None when it begins with none."""
     try:
         with tarfile.open(fileobj=io.BytesIO(data), **_OPTIONS) as tar:
-            return tar.next()
+            if (member := tar.next()) is None:
+                return None
+            content = data[member.offset_data : member.offset_data + member.size]
+            if member.issparse() and (file := tar.extractfile(member)) is not None:
+                content = b""
+                with suppress(tarfile.ReadError):
+                    content = file.read()
+            return member, content
     except tarfile.TarError:
         return None
-
-
-def content_in(data: bytes) -> bytes:
-    """The content of the member whose header ``data`` begins with, as far as it is in ``data``: that of a sparse one lies
-    packed."""
-    with tarfile.open(fileobj=io.BytesIO(data), **_OPTIONS) as tar, suppress(tarfile.ReadError):
-        member = tar.next()
-        file = tar.extractfile(member) if member is not None and member.isreg() else None
-        return file.read() if file is not None else b""
-    return b""
 
 
 def images_of(
@@ -213,19 +208,19 @@ def images_of(
     """
     for member in tar:
         if member.islnk() or member.issym():
-            if _ending(member.name) in ENDINGS:
+            if ends_like_image(member.name):
                 yield member, b"", True
             continue
         if not member.isreg():
             continue
         file = tar.extractfile(member)
         assert file is not None
-        named = _ending(member.name) in ENDINGS
+        named = ends_like_image(member.name)
         data = b""
         with suppress(tarfile.ReadError):
             data = file.read(64)
             if not named and not begins_like_image(data):
-                if not _BESIDE.fullmatch(_ending(member.name)):
+                if not _BESIDE.search(member.name):
                     leave_out(name_of(member))
                 continue
             if member.size <= max_bytes:

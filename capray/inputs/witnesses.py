@@ -184,24 +184,19 @@ def real_folder(path: str) -> str:
 
 
 def mount_points() -> set[str]:
-    """Where file systems begin now, as far as the system tells."""
-    return _mount_points() or set()
-
-
-def _mount_points() -> set[str] | None:
-    """Where file systems begin, bind mounts too, which ``os.path.ismount`` does not know; None where the system does not
+    """Where file systems begin now, bind mounts too, which ``os.path.ismount`` does not know; none where the system does not
     tell."""
     try:
         with open("/proc/self/mountinfo", "rb") as file:
             names = [_OCTAL.sub(lambda code: bytes([int(code[1], 8)]), line.split()[4]) for line in file]
     except OSError:
-        return None
+        return set()
     return set(map(os.fsdecode, names))
 
 
 def is_mount(folder: str) -> bool:
-    points = _mount_points()
-    return os.path.ismount(folder) if points is None else folder in points or os.path.realpath(folder) in points
+    points = mount_points()
+    return folder in points or os.path.realpath(folder) in points if points else os.path.ismount(folder)
 
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")

@@ -10,7 +10,6 @@ import json
 import re
 import time
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,6 +29,8 @@ from capray.storage import (
     is_within,
     iter_files,
     list_names,
+    open_file,
+    read_ahead,
     read_bytes,
     storage_errors,
     write_atomic,
@@ -242,8 +243,7 @@ def _check_idle(old: Output) -> None:
 
 def _common_schema(files: list[Location], default: pa.Schema) -> pa.Schema:
     """The schema of all ``files``; ``default`` where there are none."""
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        schemas = list(pool.map(_schema_of, files))
+    schemas = list(read_ahead(_schema_of, files, _NUM_READERS))
     for file, schema in zip(files, schemas, strict=True):
         if not schema.equals(schemas[0], check_metadata=True):
             raise ConfigError(
@@ -262,7 +262,8 @@ def _common_schema(files: list[Location], default: pa.Schema) -> pa.Schema:
 def _schema_of(file: Location) -> pa.Schema:
     with storage_errors(f"reading {file.uri}"):
         try:
-            return pq.read_schema(file.path, filesystem=file.fs)
+            with open_file(file) as part:
+                return pq.read_schema(part)
         except pa.ArrowInvalid as error:
             raise DataError(f"{file.uri!r} is damaged ({error}): {MEND_PART}") from error
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capray.errors import ConfigError, DataError, StorageError
+from capray.errors import ConfigError, DataError, StorageError, StorageUnavailable
 from capray.storage import Location, exists, list_names, locate, read_bytes, storage_errors
 from capray.tables import CAPTIONS, FAILURES, SCHEMA_VERSION
 
@@ -199,8 +199,10 @@ def duckdb_errors(doing: str) -> Generator[None]:
             if type(error) is not duckdb.Error:
                 raise
             # What a registered filesystem raised: an error of no kind, whose message is the traceback, then the query.
-            message, _, _ = str(error).partition("\n\nLINE ")
-            raise StorageError(f"{doing}: {message.strip().splitlines()[-1]}") from error
+            why = str(error).partition("\n\nLINE ")[0].strip().splitlines()[-1]
+            if why.startswith("PermissionError"):
+                raise StorageError(f"{doing}: {why}") from error
+            raise StorageUnavailable(f"{doing}: {why}: run the same command again when the store answers") from error
 
 
 def create_view(connection: duckdb.DuckDBPyConnection, name: str, files: list[Location], schema: pa.Schema) -> None:
