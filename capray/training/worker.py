@@ -59,10 +59,10 @@ class Progress:
 
     epoch: int = 0
     step: int = 0
-    step_in_epoch: int = 0
     best_score: float = -1.0
     best_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    step_in_epoch: int = 0
 
     @classmethod
     def stored(cls, values: dict[str, Any]) -> Progress:
