@@ -52,6 +52,7 @@ bench:  ## Print the benchmarks' figures beside their references
 	uv run python benchmarks/serving.py
 	uv run python benchmarks/memory.py
 	uv run python benchmarks/first_caption.py
+	uv run python benchmarks/through_ray.py
 
 gpu:  ## Benchmarks and tests that need a CUDA device
 	uv run python benchmarks/gpu.py
