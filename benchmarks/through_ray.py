@@ -3,9 +3,9 @@
     uv run python benchmarks/through_ray.py [--encoders mobilenet_v2 resnet101] [--images 2000] [--precision bf16]
 
 One actor of one thread, 12 steps of five beams, photos of 500×375 from SeaweedFS (that of the tests). The rate is that
-between the first and the last tenth of the images, by `captioned_at`; in process one thread captions such photos, JPEG bytes
-in, 64 at a time, before the job and after it. Fetching, Ray and the S3 server have the other cores. Beside it: CPU seconds of
-each, and most memory.
+between the first and the last tenth of the images, by `captioned_at`; in process one thread captions such photos, JPEG
+bytes in, 64 at a time, before the job and after it. Fetching, Ray and the S3 server have the other cores. Beside it: CPU
+seconds of each, and most memory.
 """
 
 from __future__ import annotations
