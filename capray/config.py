@@ -603,8 +603,8 @@ class CaptionConfig(CaptionerSettings, ImageLimits, SourceSettings, Decoding):
     """Stop when more than this share of the last 2,000 results (judged from 200) are images that cannot be read; never
     when not given."""
     second_look_seconds: Annotated[float, Field(ge=0)] = 30
-    """Seconds after which an image that was missing or truncated, or crashed its process, is looked at again, on another
-    node where there is one, before that is taken for final."""
+    """Seconds after which an image that was missing, truncated or not to be decoded, or crashed its process, is looked at
+    again, on another node where there is one, before that is taken for final."""
     patience_seconds: Annotated[float, Field(ge=0)] = 600
     """Seconds to wait for a mount or device that went away, or a store that asks to slow down, before the job stops."""
     fail_on_failures: bool = False

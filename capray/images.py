@@ -96,7 +96,7 @@ _SIGNS = re.compile(
 """How files of FORMATS and HEIC begin, less TGA, which has no sign. Where Pillow asks for two bytes that may begin other
 files, what follows is asked for too."""
 _HEADER_BYTES = 128
-"""Of the longest header without which Pillow does not recognise a file as an image: a PCX file's."""
+"""The longest header that Pillow needs to recognise a format: PCX's."""
 _TRUNCATED = ("truncated", "unexpected end", "not enough", "reached eof", "expected to read")
 _UNSUPPORTED = ("unsupported", "not supported", "not yet supported", "cannot handle", "unknown pixel mode")
 _TRANSPOSE = {

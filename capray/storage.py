@@ -394,7 +394,7 @@ def s3_pages(fs: Any, **arguments: str) -> Iterator[tuple[list[dict[str, Any]], 
     common prefixes."""
     while True:
         answer = fs.call_s3("list_objects_v2", **arguments)
-        if "IsTruncated" not in answer:  # Botocore takes one without a body, which no store gives, for the end.
+        if not answer.keys() & {"IsTruncated", "Name", "KeyCount", "Contents"}:  # Without a body; botocore would take it.
             raise StorageUnavailable(f"an empty answer to listing {arguments['Bucket']!r} below {arguments['Prefix']!r}")
         objects = [entry for entry in answer.get("Contents", ()) if entry["Size"] or not entry["Key"].endswith("/")]
         yield objects, [entry["Prefix"] for entry in answer.get("CommonPrefixes", ())]

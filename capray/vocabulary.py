@@ -66,8 +66,8 @@ class Vocabulary:
         return self.tokens(ids[: ids.index(END)] if END in ids else ids)
 
     def texts(self, ids_NT: np.ndarray, counts_N: np.ndarray) -> list[str]:
-        """Each row's first ``counts_N`` ids as words with spaces between, less the ``<end>`` they may
-        close with: as ``decode`` of each, in half the time, and most of that without Python's lock."""
+        """The captions of N rows of T ids, of which each row's first ``counts_N`` count; ``<end>`` may only be the last of
+        them. As ``decode`` of each, an eighth of the time, most of it without Python's lock."""
         import pyarrow as pa
         import pyarrow.compute as pc
 

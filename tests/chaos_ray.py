@@ -93,9 +93,8 @@ class World:
         os.environ["CAPRAY_CHAOS_LOG"] = str(self.log)
         os.environ["CAPRAY_SICK_DEVICE"] = str(self.sick)
         os.environ["CAPRAY_CHAOS_DELAY"] = str(SECONDS_PER_IMAGE)
-        os.environ.setdefault(
-            "RAY_health_check_period_ms", "500"
-        )  # Else a lost node is noticed after a quarter of a minute.
+        # Else a lost node is noticed after a quarter of a minute.
+        os.environ.setdefault("RAY_health_check_period_ms", "500")
         os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "faults"), os.getcwd()])
         self.store = SeaweedFS(folder / "weed")
         self.proxy = FaultyProxy(self.store.endpoint, stall_seconds=2)

@@ -361,7 +361,7 @@ class TestFaults:
         stream = open_stream(f"{s3}/x.jpg", start=7)
         assert stream.read() == b"789"
 
-    def test_nor_sizes(self, s3, answer, configure):
+    def test_an_answer_without_its_size(self, s3, answer, configure):
         configure()
         answer("HTTP/1.1 200 OK\nTransfer-Encoding: chunked", b"4\r\n0123\r\n0\r\n\r\n")
         assert read_image(f"{s3}/x.jpg", 100) == b"0123"

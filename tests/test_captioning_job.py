@@ -347,11 +347,13 @@ def test_an_actor_killed_in_the_middle_loses_nothing(tmp_path, model):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    summary = run_on_ray(tmp_path / "photos", output, model, batch_size=2, part_rows=4, beam_size=40, max_length=100)
+    settings = {"batch_size": 2, "part_rows": 4, "beam_size": 40, "max_length": 100, "attention": True}
+    summary = run_on_ray(tmp_path / "photos", output, model, **settings)
     killer.join()
     assert killed
     assert summary.status == "complete"
     assert set(check_exactly_once(str(output), photos)) == photos
+    assert all(row["attention"] for row in read_parts(str(output), "captions"))
 
 
 def start_cli(*arguments: str) -> subprocess.Popen:

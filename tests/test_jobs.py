@@ -115,7 +115,9 @@ def test_submit_train_with_two_workers_who_validate_as_one_does_which_goes_on_th
     settings, noisy = tmp_path / "tiny.yaml", noise(tmp_path / "samples")
     settings.write_text(yaml.safe_dump(STANDSTILL))
     training, prefix = tmp_path / "training", f"{s3}/jobs-{uuid.uuid4().hex[:6]}"
-    log = submit(head, "jobs/train.py", noisy, training, "--config", settings, "--num-workers", "2")
+    log = submit(
+        head, "jobs/train.py", noisy, training, "--config", settings, "--num-workers", "2", "--checkpoint-every-steps", "1"
+    )
     assert "best epoch 1" in log
     assert "encoding the 20 images of split train once" in log, "the frozen encoder's features are cached"
     client = MlflowClient(f"sqlite:///{training}/mlflow.db")

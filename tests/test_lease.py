@@ -210,6 +210,12 @@ class TestAnotherRun:
             assert clock.now >= 1045
             lease.check()
 
+    def test_a_damaged_file_on_a_share_is_taken_over_too(self, shared):
+        """An empty one is what a full disk leaves."""
+        write_atomic(shared.join("lease.json"), b"")
+        with lease_on(shared, expiry_seconds=0.3) as lease:
+            lease.check()
+
     def test_it_is_watched_from_its_own_beginning(self, proved, clock, monkeypatch):
         """The first owner leaves when it has been watched for long, and a second one is quicker to come."""
         claims = [Claim("first", "elsewhere", 1, 1)] * 40 + [None] + [Claim("second", "elsewhere", 2, 1)] * 20

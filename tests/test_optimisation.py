@@ -110,6 +110,18 @@ def test_the_cosine_rises_in_a_line_falls_to_nothing_and_stays_there():
     assert found[10:] == pytest.approx([0] * 4, abs=1e-9)
 
 
+def test_steps_that_are_made_again_have_their_rates_again():
+    _, optimiser = make(num_steps=10, learning_rate=1.0, schedule="cosine", warmup_steps=4)
+    rates = []
+    for _ in range(6):
+        rates.append(optimiser.learning_rate)
+        optimiser.step()
+    optimiser.set_back(3)
+    for rate in rates[3:]:
+        assert optimiser.learning_rate == rate
+        optimiser.step()
+
+
 def test_the_average_follows_the_weights_and_gives_way_to_them():
     captioner, optimiser = make(ema_decay=0.25)
     weight = captioner.decoder.output.weight

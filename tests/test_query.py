@@ -235,7 +235,10 @@ class TestMistakes:
         with pytest.raises(ConfigError, match="schema version 99.*upgrade capray"):
             ask(local)
 
-    @pytest.mark.parametrize(("raised", "code"), [(PermissionError, 1), (OSError, 75), (ConnectionError, 75)])
+    @pytest.mark.parametrize(
+        ("raised", "code"),
+        [(PermissionError, 1), (FileNotFoundError, 1), (ValueError, 1), (OSError, 75), (ConnectionResetError, 75)],
+    )
     def test_a_store_that_denies_or_does_not_answer(self, local, tmp_path, raised, code):
         class Denying(MemoryFileSystem):
             protocol = "denying"

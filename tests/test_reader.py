@@ -645,7 +645,7 @@ def test_what_no_one_thought_of_is_a_container_s_fault(tmp_path, monkeypatch):
     assert set(read(reader, rows)[0].values()) == {"unreadable_storage"}
 
 
-def test_or_an_image_s(tmp_path, monkeypatch):
+def test_an_unexpected_error_fails_one_image(tmp_path, monkeypatch):
     reader, rows = listed(str(Path(write_photos(tmp_path, 2)[0]).parent))
     monkeypatch.setattr("capray.inputs.reader.read_image", lambda *_: 1 / 0)
     assert set(read(reader, rows)[0].values()) == {"unreadable_storage"}

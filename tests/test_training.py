@@ -79,10 +79,12 @@ def worker(rank: int, divisions: list[list[list[int]]], counts: list[float], fol
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
-    for number, shares in enumerate(divisions):
-        step = torch.nn.parallel.DistributedDataParallel(make_step())
-        torch.save(gradients(step, shares[rank], counts), f"{folder}/{number}-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    try:
+        for number, shares in enumerate(divisions):
+            step = torch.nn.parallel.DistributedDataParallel(make_step())
+            torch.save(gradients(step, shares[rank], counts), f"{folder}/{number}-{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_two_workers_give_the_gradient_of_one_with_the_same_global_batch(tmp_path):
@@ -93,9 +95,12 @@ def test_two_workers_give_the_gradient_of_one_with_the_same_global_batch(tmp_pat
     expected = gradients(make_step(), list(range(len(CAPTIONS))), counts)
     code = "import sys, json; from tests.test_training import worker; a = json.loads(sys.argv[1]); worker(*a)"
     command = [sys.executable, "-c", code, json.dumps([1, divisions, counts, str(tmp_path)])]
-    other = subprocess.Popen(command, cwd=Path(__file__).parents[1])
-    worker(0, divisions, counts, str(tmp_path))
-    assert other.wait(120) == 0
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1]) as other:
+        try:
+            worker(0, divisions, counts, str(tmp_path))
+            assert other.wait(120) == 0
+        finally:
+            other.kill()
     for number, rank in product(range(2), range(2)):
         found = torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=True)
         assert found.keys() == expected.keys()
@@ -272,7 +277,7 @@ def with_oddities(samples, folder) -> str:
 
 CHANCE = {
     "captions_per_image": "1",
-    "batch_size": 8,
+    "batch_size": 4,
     "accumulate_batches": 2,
     "grid_dropout": 0.2,
     "output_dropout": 0.3,
@@ -386,7 +391,7 @@ class TestATrainingWhoseWorkerIsKilled:
         assert trainings.killed.metrics[0] == trainings.before[0]
 
     def test_it_goes_on_in_the_midst_of_an_epoch(self, trainings):
-        assert re.search(r"going on in epoch 2, after its step \d", trainings.said)
+        assert re.search(r"epoch 2 goes on after step [1-5]\n", trainings.said)
 
     def test_it_has_the_losses_and_weights_of_one_that_was_never_stopped(self, trainings):
         killed, whole = trainings.killed, trainings.whole

@@ -80,7 +80,7 @@ class SharedFile:
     def write(self, data: bytes, version: Any) -> Any:
         """The version written; None, and nothing done, when the file is not at ``version`` (None: there is no file)."""
         with self._alone():
-            if self.read() != (version and (version, version)):
+            if self.read() != (None if version is None else (version, version)):
                 return None
             write_atomic(self.place, data, self.scratch)
         return data

@@ -102,7 +102,7 @@ class Reader:
             if row["container"] is None:
                 raise
             return Failed(row, ImageError("unreadable_storage", str(error)))
-        except CaprayError:
+        except (CaprayError, MemoryError):
             raise
         except Exception as error:
             return Failed(row, ImageError("unreadable_storage", f"{uri}: {type(error).__name__}: {error}"))

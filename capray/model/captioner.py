@@ -1,6 +1,6 @@
 """Encoder, decoder, vocabulary and preprocessing as one: images in, captions out.
 
-Axes: B images, K captions of an image, T steps, P positions, D grid channels, V vocabulary.
+Axes: B images, K captions of an image, N captions of all images, T steps, P positions, D grid channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def hypotheses_of(beams: Beams, vocabulary: Vocabulary) -> list[list[Hypothesis]
     num_images, n_best, _ = beams.tokens_BNT.shape
     tokens_NT, counts_N = beams.tokens_BNT.flatten(0, 1).cpu().numpy(), beams.num_tokens_BN.flatten().cpu().numpy()
     captions = vocabulary.texts(tokens_NT, counts_N)
-    counts, log_probs, scores, finished = (part.flatten().tolist() for part in beams[1:])
+    counts, (log_probs, scores, finished) = counts_N.tolist(), (part.flatten().tolist() for part in beams[2:])
     tokens = [tuple(row[:count]) for row, count in zip(tokens_NT.tolist(), counts, strict=True)]
     found = list(map(Hypothesis, captions, log_probs, scores, counts, finished, tokens))
     by_image = [found[i : i + n_best] for i in range(0, num_images * n_best, n_best)]

@@ -260,10 +260,13 @@ def _common_schema(files: list[Location], default: pa.Schema) -> pa.Schema:
 
 
 def _schema_of(file: Location) -> pa.Schema:
+    """Of a part, all of whose pages are as they were written: DuckDB, which copies them, does not look at checksums."""
     with storage_errors(f"reading {file.uri}"):
         try:
-            with open_file(file) as part:
-                return pq.read_schema(part)
+            with open_file(file) as place, pq.ParquetFile(place, page_checksum_verification=True) as part:
+                for _ in part.iter_batches(use_threads=False):
+                    pass
+                return part.schema_arrow
         except pa.ArrowInvalid as error:
             raise DataError(f"{file.uri!r} is damaged ({error}): {MEND_PART}") from error
 

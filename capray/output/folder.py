@@ -34,6 +34,8 @@ Table = Literal["captions", "failures", "failure_log"]
 MEMORY_LIMIT = "2GB"
 MEND_PART = "put it back from a copy, or delete it and give the same command of capray caption, which does its images anew"
 """What to do about a damaged part."""
+_PASSES = re.compile(r"(OSError|StorageUnavailable|HTTPClientError|\w*(Connect|Timeout|Disconnected)\w*):|.*\bexpired\b")
+"""What a registered filesystem raised and may not raise again."""
 _PART = re.compile(r"/part-[^/]*\.parquet")
 _CURRENT_FAILURES = """
 SELECT f.* FROM failure_log f
@@ -200,9 +202,9 @@ def duckdb_errors(doing: str) -> Generator[None]:
                 raise
             # What a registered filesystem raised: an error of no kind, whose message is the traceback, then the query.
             why = str(error).partition("\n\nLINE ")[0].strip().splitlines()[-1]
-            if why.startswith("PermissionError"):
-                raise StorageError(f"{doing}: {why}") from error
-            raise StorageUnavailable(f"{doing}: {why}: run the same command again when the store answers") from error
+            if _PASSES.match(why):
+                raise StorageUnavailable(f"{doing}: {why}: run the same command again when the store answers") from error
+            raise StorageError(f"{doing}: {why}") from error
 
 
 def create_view(connection: duckdb.DuckDBPyConnection, name: str, files: list[Location], schema: pa.Schema) -> None:

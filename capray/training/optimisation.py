@@ -131,6 +131,14 @@ class Optimiser:
         if isinstance(self.scheduler, lr_scheduler.LambdaLR):
             self.scheduler.step()
 
+    def set_back(self, num_steps: int) -> None:
+        """Let the schedule count ``num_steps`` fewer, which are made again."""
+        if isinstance(self.scheduler, lr_scheduler.LambdaLR):
+            self.scheduler.last_epoch -= num_steps
+            factors = [factor(self.scheduler.last_epoch) for factor in self.scheduler.lr_lambdas]
+            for group, base, factor in zip(self.optimizer.param_groups, self.scheduler.base_lrs, factors, strict=True):
+                group["lr"] = base * factor
+
     def keep_weights(self) -> None:
         """Keep the weights as they are after the steps of an epoch, where the epochs' mean is wanted."""
         if self.config.average_epochs is not None:

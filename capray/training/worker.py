@@ -136,20 +136,17 @@ def backward(
     return totals
 
 
-@dataclass(frozen=True)
-class Midway:
-    """What a worker takes up in the midst of an epoch, beside Progress: its sums, the seconds it took, and its random
-    numbers, on the CPU and, where it has one, the GPU."""
+@dataclass
+class EpochState:
+    """What a checkpoint within an epoch has of each worker: its sums so far, those since the last point of the curves, the
+    seconds it took, the learning rate it began with, and its random numbers, on the CPU and, where it has one, the GPU."""
 
     sums: list[float]
+    unlogged: list[float]
     seconds: float
+    learning_rate: float
     random: torch.Tensor
     random_on_gpu: torch.Tensor | None
-
-    @classmethod
-    def now(cls, sums: np.ndarray, seconds: float, device: torch.device) -> Midway:
-        on_gpu = torch.cuda.get_rng_state(device).cpu() if device.type == "cuda" else None
-        return cls(sums.tolist(), seconds, torch.get_rng_state(), on_gpu)
 
     def seed(self, device: torch.device) -> None:
         torch.set_rng_state(self.random.cpu())
@@ -206,7 +203,7 @@ class Worker:
         steps = steps_per_epoch(settings.num_images, self.num_pairs, config, self.world_size)
         self.optimiser = Optimiser(self.captioner, config.subset(Optimisation), config.epochs * steps)
         self.progress = Progress()
-        self.midway: Midway | None = None
+        self.epoch_state: EpochState | None = None
         self.encoder_sha256 = settings.encoder_sha256
         self.reading = self._new_reading()
         checkpoint = ray.train.get_checkpoint()
@@ -227,14 +224,27 @@ class Worker:
         self.captioner.load_state_dict(weights)
         self.optimiser.load_state_dict(state["optimiser"])
         self.progress = Progress.stored(state["progress"])
-        if state.get("midway_of") == self._reads_as():
-            self.midway = Midway(**state["midway"][self.rank])
-        else:
-            self.progress.step_in_epoch = 0
+        done = self.progress.step_in_epoch
+        if not done:
+            return
+        if state["order_settings"] == self._order_settings():
+            self.epoch_state = EpochState(**state["epoch_states"][self.rank])
+            return
+        self.progress.step -= done
+        self.progress.step_in_epoch = 0
+        self.optimiser.set_back(done)
+        self._say_of_epoch(
+            f"begins again with the weights it has after step {done:,}, as the number of workers, "
+            "--shuffle-buffer or the feature cache is another"
+        )
 
-    def _reads_as(self) -> list[int | bool]:
+    def _order_settings(self) -> list[int | bool]:
         """What, with the seed and the data, says which images a step of an epoch has."""
         return [self.world_size, self.config.shuffle_buffer, self.reading.cached]
+
+    def _say_of_epoch(self, what: str) -> None:
+        if self.rank == 0:
+            self.board.say.remote(f"epoch {self.progress.epoch + 1} {what}")
 
     def _new_reading(self) -> Reading:
         return Reading(cached=self.encoder_sha256 is not None)
@@ -267,9 +277,15 @@ class Worker:
         self.step.train()
         config, epoch = self.config, self.progress.epoch
         torch.manual_seed(config.seed * 1_000_003 + epoch * 1009 + self.rank)
-        learning_rate = self.optimiser.learning_rate
         steps = self._train_steps()
-        sums, seconds = self._take_up(steps)
+        sums, learning_rate, seconds = np.zeros(len(Sums._fields) + 4), self.optimiser.learning_rate, 0.0
+        if self.epoch_state is not None:
+            done, self.epoch_state = self.epoch_state, None
+            self._say_of_epoch(f"goes on after step {self.progress.step_in_epoch:,}")
+            deque(islice(steps, self.progress.step_in_epoch), maxlen=0)
+            done.seed(self.device)
+            sums, learning_rate, seconds = np.array(done.sums), done.learning_rate, done.seconds
+            self.unlogged[:] = done.unlogged
         started = time.monotonic() - seconds
         self.logged_at = time.monotonic() - self.unlogged_seconds
         for images in steps:
@@ -289,7 +305,7 @@ class Worker:
             self._show(sums, started)
             every = config.checkpoint_every_steps
             if every is not None and self.progress.step_in_epoch % every == 0:
-                self._checkpoint({}, Midway.now(sums, time.monotonic() - started, self.device))
+                self._checkpoint({}, self._state_of_epoch(sums, started, learning_rate))
         *totals, _, _ = reduce_sums(sums.tolist(), self.device)
         objective, figure, regulariser, terms, captions = totals
         if not captions:
@@ -307,17 +323,15 @@ class Worker:
             **self.stage.scheduled(epoch),
         }
 
-    def _take_up(self, steps: Iterator[list[ImageBatch]]) -> tuple[np.ndarray, float]:
-        """Pass over the steps of this epoch that were made before; what they left: the sums and the seconds they took."""
-        midway, self.midway = self.midway, None
-        if midway is None:
-            return np.zeros(len(Sums._fields) + 4), 0.0
-        if self.rank == 0:
-            epoch, step = self.progress.epoch + 1, self.progress.step_in_epoch
-            self.board.say.remote(f"going on in epoch {epoch}, after its step {step:,}")
-        deque(islice(steps, self.progress.step_in_epoch), maxlen=0)
-        midway.seed(self.device)
-        return np.array(midway.sums), midway.seconds
+    def _state_of_epoch(self, sums: np.ndarray, started: float, learning_rate: float) -> EpochState:
+        return EpochState(
+            sums.tolist(),
+            self.unlogged.tolist(),
+            time.monotonic() - started,
+            learning_rate,
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(self.device).cpu() if self.device.type == "cuda" else None,
+        )
 
     def _train_steps(self) -> Iterator[list[ImageBatch]]:
         """This worker's batches of each step of the epoch, then none for as long as the others go on."""
@@ -431,16 +445,16 @@ class Worker:
         self._track_epoch(metrics, improved)
         self._say(metrics, improved, *left_out)
 
-    def _checkpoint(self, metrics: dict[str, float], midway: Midway | None = None) -> None:
-        """Report a checkpoint to resume from: at an epoch's end, or ``midway``."""
+    def _checkpoint(self, metrics: dict[str, float], epoch_state: EpochState | None = None) -> None:
+        """Report a checkpoint to resume from: at an epoch's end, or within one that is at ``epoch_state``."""
         told = {**metrics, "epoch": self.progress.epoch, "step_in_epoch": self.progress.step_in_epoch}
-        everyone = gather_objects(asdict(midway)) if midway is not None else None
+        epoch_states = gather_objects(asdict(epoch_state)) if epoch_state is not None else None
         if self.rank != 0:
             ray.train.report(told)
             return
         state: dict[str, Any] = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress)}
-        if everyone is not None:
-            state |= {"midway": everyone, "midway_of": self._reads_as()}
+        if epoch_states is not None:
+            state |= {"epoch_states": epoch_states, "order_settings": self._order_settings()}
         with tempfile.TemporaryDirectory() as folder:
             torch.save(self.captioner.state_dict(), os.path.join(folder, CAPTIONER_WEIGHTS))
             torch.save(state, os.path.join(folder, TRAINER_STATE))
