@@ -438,7 +438,8 @@ class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, Ima
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Times a training that lost a worker restarts from its last checkpoint."""
     checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
-    """Steps between checkpoints in the midst of an epoch; when not given, there are those at the ends of epochs alone."""
+    """Steps between checkpoints within an epoch, of which each may take some seconds; when not given, there are those at the
+    ends of epochs alone."""
     tracking_uri: str | None = None
     """MLflow tracking server, `none` for no tracking; when not given, MLFLOW_TRACKING_URI, else an SQLite store in the
     output, where that is a local folder (one on S3 needs a server, or `none`)."""

@@ -226,6 +226,8 @@ class Worker:
         self.progress = Progress.stored(state["progress"])
         done = self.progress.step_in_epoch
         if not done:
+            if self.rank == 0:
+                self.board.say.remote(f"going on after epoch {self.progress.epoch:,} of {self.config.epochs:,}")
             return
         if state["order_settings"] == self._order_settings():
             self.epoch_state = EpochState(**state["epoch_states"][self.rank])
