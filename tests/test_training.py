@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -303,7 +302,7 @@ def a_worker_killed_in_the_second_epoch(output: str) -> Iterator[list[dict]]:
         except FileNotFoundError:
             return False
         metrics = snapshot["latest_checkpoint_result"]["metrics"]
-        return metrics["epoch"] == 1 and metrics["step_in_epoch"] > 0
+        return (metrics["epoch"], metrics["step_in_epoch"]) == (1, 5)
 
     def kill() -> None:
         while not is_midway():
@@ -379,7 +378,7 @@ class TestATrainingWhoseWorkerIsKilled:
                 pytest.raises(Interrupted, match="goes on from the last checkpoint"),
                 a_worker_killed_in_the_second_epoch(output) as before,
             ):
-                run(odd, output, epochs=1000, **settings, tracking_uri=store, checkpoint_every_steps=1)
+                run(odd, output, epochs=1000, **settings, tracking_uri=store, checkpoint_every_steps=5)
             assert not ray_processes("RayTrainWorker"), "they do not go on in the cluster"
             done = len(json.loads(s3fs.S3FileSystem(use_listings_cache=False).cat_file(f"{output}/history.json"))["epochs"])
             killed = run(odd, output, epochs=done + 1, **settings, tracking_uri=store)
@@ -391,7 +390,7 @@ class TestATrainingWhoseWorkerIsKilled:
         assert trainings.killed.metrics[0] == trainings.before[0]
 
     def test_it_goes_on_in_the_midst_of_an_epoch(self, trainings):
-        assert re.search(r"epoch 2 goes on after step [1-5]\n", trainings.said)
+        assert "epoch 2 goes on after step 5\n" in trainings.said
 
     def test_it_has_the_losses_and_weights_of_one_that_was_never_stopped(self, trainings):
         killed, whole = trainings.killed, trainings.whole
