@@ -322,7 +322,7 @@ class Optimisation(Settings):
         return self
 
 
-class Feeding(Settings):
+class ScheduledSampling(Settings):
     """Which words the decoder is fed in training: the reference's (teacher forcing) or its own."""
 
     teacher_forcing_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -360,7 +360,7 @@ class SelfCriticalSettings(Settings):
     """Weight of the sentence's BLEU-4 (0 to 1) in the reward, beside its CIDEr-D (0 to 10)."""
 
 
-class TrainConfig(Augmentation, SelfCriticalSettings, Feeding, Optimisation, ImageLimits, Decoding, Architecture):
+class TrainConfig(Augmentation, SelfCriticalSettings, ScheduledSampling, Optimisation, ImageLimits, Decoding, Architecture):
     """Train a captioner on a Samples table with data-parallel Ray Train."""
 
     positional: ClassVar[tuple[str, ...]] = ("samples", "output")

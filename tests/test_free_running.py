@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from capray.config import Architecture, Feeding
+from capray.config import Architecture, ScheduledSampling
 from capray.model.captioner import Captioner, autocast
 from capray.model.loss import collate, loss_sums
 from capray.training.stages.free_running import FreeRunning, feed_own_words, teacher_forcing_ratio
@@ -72,7 +72,7 @@ def test_the_stage_learns_under_the_dropout_it_chose_words_under(captioner):
     captioner.train()
     memory = memory_of(captioner, 2)
     torch.manual_seed(1)
-    found = FreeRunning(Feeding(teacher_forcing_ratio=0), 0.0).loss(captioner, memory, BATCH, 0)
+    found = FreeRunning(ScheduledSampling(teacher_forcing_ratio=0), 0.0).loss(captioner, memory, BATCH, 0)
     torch.manual_seed(1)
     mask = captioner.decoder.dropout_mask(*BATCH.inputs_BKT.shape)
     fed = feed_own_words(captioner, memory, BATCH, 0.0, mask)
@@ -108,6 +108,6 @@ def test_every_weight_of_the_decoder_learns_from_free_running(captioner, precisi
     ],
 )
 def test_courses_of_the_ratio(settings, expected):
-    config = Feeding(**settings)
+    config = ScheduledSampling(**settings)
     assert [teacher_forcing_ratio(config, epoch) for epoch in range(3)] == pytest.approx(expected)
     assert config.min_teacher_forcing_ratio <= teacher_forcing_ratio(config, 100_000) <= expected[0]

@@ -1,5 +1,5 @@
-"""When images all of a sudden cannot be read: which to look at again that could be, and which failures of late to take back
-when those cannot be read any more either.
+"""A circuit breaker: when many images suddenly cannot be read, it names some that could be read before, to be read again
+(witnesses). If those fail too, the fault is the machine's, and it tells which of the latest failures to take back.
 
 Pure rules; when it trips is said by ``failure_limits``, how an image is looked at by others.
 """

@@ -1,4 +1,6 @@
-"""The canary: an image whose score tells when a device computes wrongly. Knows nothing of Ray, rows or jobs."""
+"""The canary: a drawn image whose score has to be the driver's, else the device computes wrongly. Knows nothing of Ray, rows
+or jobs.
+"""
 
 from __future__ import annotations
 

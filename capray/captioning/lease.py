@@ -2,7 +2,8 @@
 
 On a local disk a lock of the kernel's, held for the whole run, says at once whether the holder lives. Elsewhere (S3, NFS,
 Lustre, FUSE) a lease is dead when it stood still for long: times are differences on one's own clock, never compared between
-machines. Versions of capray without the lock watch ``lease.json`` everywhere, and theirs is watched.
+machines. Older versions of capray have no such lock and only watch ``lease.json``, which is still kept up for them, and
+theirs is watched.
 
 Knows nothing of parts or rows, and cannot stop a write that is on its way: see ``Lease.check``.
 """

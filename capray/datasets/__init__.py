@@ -1,1 +1,2 @@
-"""Captioned data sets: each file turns one layout into the Samples table."""
+"""Captioned data sets, a module for each that turns it into the Samples table; ``samples``, ``selection``, ``archives`` and
+``download`` are shared."""

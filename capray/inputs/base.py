@@ -1,7 +1,8 @@
-"""What every kind of input has in common: it is listed unit by unit, page by page, as rows of places, and read by them.
+"""What every kind of input has in common: a source yields, page by page, where its images are (rows of places, see
+``places``); ``reader`` fetches their bytes later.
 
-A source knows nothing of what was already captioned. Image ids are exact: the URI as the store has it, or the chosen
-column, without decoding or normalisation.
+A source knows nothing of what was already captioned. Image ids are exact: the URI as the store has it, or the chosen column,
+without decoding or normalisation.
 """
 
 from __future__ import annotations

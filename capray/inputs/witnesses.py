@@ -1,8 +1,8 @@
 """Telling a file that is gone from a file system that is away.
 
-An empty mountpoint answers too, and a file of one mount says nothing of another. So a file is gone when the nearest folder
-left of its path holds something, is on the device it was on, and files that were read there still open. A folder that is
-empty, a link to nowhere, or a mountpoint without its mount is what a mount leaves behind.
+An empty mountpoint answers too, and a file of one mount says nothing of another. So a file is gone when the nearest of its
+parent folders that still exists is not empty, is on the device it was on, and files that were read there still open. A
+folder that is empty, a link to nowhere, or a mountpoint without its mount is what a mount leaves behind.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A folded encoder whose convolutions do what follows them, too. On GPUs in bf16 the sums, activations and poolings between
-convolutions, and a first convolution that sees three channels, take longer than all the other convolutions. On CPUs oneDNN
-has convolutions with activations, and with biases in fp32.
+"""A folded encoder in which each convolution is one with the sum and the activation behind it. On GPUs in bf16 the sums,
+activations and poolings between convolutions, and a first convolution that sees three channels, take longer than all the
+other convolutions. On CPUs oneDNN has convolutions with activations, and with biases in fp32.
 
 Axes: B images, C channels, H rows, W columns; h, w those of patches.
 """

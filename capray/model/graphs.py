@@ -1,10 +1,10 @@
 """Batches of one size captioned on a GPU with all of the work recorded as CUDA graphs: launching its kernels one by one
 would take longer than they run.
 
-The encoder and the first state are one graph, every GPU_STEPS steps of beam search another. Between those the end is tested,
-without waiting for the device: a flag of steps before arrives while the next run. Nothing leaves the batch early, and a
-smaller batch is filled up. Two batches run beside each other, each in a lane of its own: while one is searched, or its
-thread is late, the device encodes the other.
+The encoder and the first state are one graph, every GPU_STEPS steps of beam search another. Whether all captions have ended
+is asked without waiting for the device: the flag of one such graph is read while the next runs. Images that are done stay in
+the batch, and a smaller batch is filled up. Two batches run beside each other, each in a lane of its own: while one is
+searched, or its thread is late, the device encodes the other.
 
 Axes: B images, H rows, W columns.
 """

@@ -1,6 +1,6 @@
-"""What an encoder's features are on average, as its BatchNorms tell. Weights and features that are rounded to bf16 lose less
-when the means are taken out of the products: where a channel's mean is large beside its deviation, a BatchNorm magnifies
-whatever its convolution's weights and inputs have lost.
+"""Centres an encoder's features before products in bf16. The means and deviations of channels follow from its BatchNorms;
+means are subtracted from what a convolution sees and given back by its bias. Where a channel's mean is large beside its
+deviation, a BatchNorm magnifies what rounding lost of it.
 
 Axes: C channels.
 """

@@ -1,9 +1,9 @@
-"""The decoder laid out for beam search over many images. Its own step does the work; here it is given what can be had
-once: words times input weights as a table, weights cast once, keys in the form that attention is fastest with, and the
-grid before pooling.
+"""The decoder laid out for beam search over many images. Its own step does the work; here is computed once what does not
+change between steps: words times input weights as a table, weights cast once, keys in the form that attention is fastest
+with, and the grid before pooling.
 
-Axes: B images, K beams, V vocabulary, D grid channels, h and w rows and columns of the native grid, Q its positions,
-P the positions that attention sees (Q, or those of the pooled grid), G gates of the cell.
+Axes: B images, K beams, V vocabulary, D grid channels, h and w rows and columns of the native grid, Q its positions, P the
+positions that attention sees (Q, or those of the pooled grid), G gates of the cell.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""SQL over a captioning output, for those who only ever see the tables."""
+"""SQL queries, full-text search and export over a captioning output."""

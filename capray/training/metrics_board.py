@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # The actor's process imports nothing of capray's before it i
 
 
 def board_class():
+    """The actor's class; it is made late, as Ray takes long to import."""
     import ray
 
     @ray.remote(num_cpus=0)

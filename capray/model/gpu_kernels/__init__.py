@@ -1,6 +1,6 @@
 """What captioning spends most of its time on, as kernels for NVIDIA GPUs, in Triton. Each does in one pass over its input
-what torch does in several, and so few are left that their launches cost little. ``fusing``, ``attention``, ``prepared`` and
-``beam`` have the same in torch, for every device.
+what torch does in several, so that few launches are left. ``fusing``, ``attention``, ``prepared`` and ``beam`` have the same
+in torch, for every device.
 """
 
 from capray.model.gpu_kernels.encoder import biased, max_pooled, patches_of

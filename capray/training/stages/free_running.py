@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 
-from capray.config import Feeding, TrainConfig
+from capray.config import ScheduledSampling, TrainConfig
 from capray.model.captioner import Captioner
 from capray.model.decoder import Memory
 from capray.model.loss import Batch, loss_sums
@@ -24,24 +24,24 @@ from capray.training.stages.cross_entropy import CrossEntropy
 class FreeRunning(CrossEntropy):
     """The words fed are chosen under the dropout that the captioner then learns under."""
 
-    def __init__(self, feeding: Feeding, label_smoothing: float):
+    def __init__(self, sampling: ScheduledSampling, label_smoothing: float):
         super().__init__(label_smoothing)
-        self.feeding = feeding
+        self.sampling = sampling
 
     @classmethod
     def prepare(cls, config: TrainConfig, captions: Sequence[Sequence[Sequence[int]]]) -> Self:
-        return cls(config.subset(Feeding), config.label_smoothing)
+        return cls(config.subset(ScheduledSampling), config.label_smoothing)
 
     def loss(self, captioner: Captioner, memory: Memory, batch: Batch, epoch: int) -> Sums:
         mask_BKTH = captioner.decoder.dropout_mask(*batch.inputs_BKT.shape)
-        fed = feed_own_words(captioner, memory, batch, teacher_forcing_ratio(self.feeding, epoch), mask_BKTH)
+        fed = feed_own_words(captioner, memory, batch, teacher_forcing_ratio(self.sampling, epoch), mask_BKTH)
         return Sums(*loss_sums(captioner, memory, fed, self.label_smoothing, mask_BKTH))
 
     def scheduled(self, epoch: int) -> dict[str, float]:
-        return {"teacher_forcing_ratio": teacher_forcing_ratio(self.feeding, epoch)}
+        return {"teacher_forcing_ratio": teacher_forcing_ratio(self.sampling, epoch)}
 
 
-def teacher_forcing_ratio(config: Feeding, epoch: int) -> float:
+def teacher_forcing_ratio(config: ScheduledSampling, epoch: int) -> float:
     """The probability at ``epoch`` (from 0) that the decoder is fed the reference's previous word (section 2.4)."""
     decay = config.teacher_forcing_decay
     ratio = config.teacher_forcing_ratio
