@@ -212,6 +212,8 @@ def test_a_bit_that_flips_in_a_part_gives_no_caption_to_another_id(job, table):
     with pytest.raises(StorageError, match=f"{part.name}' is damaged"):
         job.run()
     assert f"{part.name} cannot be read" in verify(VerifyConfig(output=str(job.output))).problems[0]
+    with pytest.raises(DataError, match=f"{part.name}' is damaged"):
+        compact(CompactConfig(output=str(job.output), new=f"{job.output}-copy"))
 
 
 def test_of_two_runs_the_later_id_is_the_newer_within_a_second_too():

@@ -26,6 +26,7 @@ from capray.storage import (
     identity,
     is_file,
     is_folder,
+    is_of_arrow,
     is_within,
     iter_files,
     list_names,
@@ -267,7 +268,9 @@ def _schema_of(file: Location) -> pa.Schema:
                 for _ in part.iter_batches(use_threads=False):
                     pass
                 return part.schema_arrow
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and not is_of_arrow(error):
+                raise
             raise DataError(f"{file.uri!r} is damaged ({error}): {MEND_PART}") from error
 
 
