@@ -98,12 +98,18 @@ def test_the_rate_is_cut_after_so_many_epochs_without_a_gain(metric, expected):
     assert rates(optimiser, 7) == (expected or [1, 1, 1, 0.5, 0.5, 0.25, 0.25])
 
 
-def test_the_cosine_rises_in_a_line_falls_to_nothing_and_stays_there():
-    _, optimiser = make(num_steps=10, learning_rate=1.0, schedule="cosine", warmup_steps=4)
+def rates_of_steps(optimiser, count):
+    """The learning rate before each of the next ``count`` steps, which are made."""
     found = []
-    for step in range(14):
+    for _ in range(count):
         found.append(optimiser.learning_rate)
         optimiser.step()
+    return found
+
+
+def test_the_cosine_rises_in_a_line_falls_to_nothing_and_stays_there():
+    _, optimiser = make(num_steps=10, learning_rate=1.0, schedule="cosine", warmup_steps=4)
+    found = rates_of_steps(optimiser, 14)
     assert found[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert found[7] == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
     assert found[5:10] == sorted(found[5:10], reverse=True)
@@ -112,14 +118,9 @@ def test_the_cosine_rises_in_a_line_falls_to_nothing_and_stays_there():
 
 def test_steps_that_are_made_again_have_their_rates_again():
     _, optimiser = make(num_steps=10, learning_rate=1.0, schedule="cosine", warmup_steps=4)
-    rates = []
-    for _ in range(6):
-        rates.append(optimiser.learning_rate)
-        optimiser.step()
+    before = rates_of_steps(optimiser, 6)
     optimiser.set_back(3)
-    for rate in rates[3:]:
-        assert optimiser.learning_rate == rate
-        optimiser.step()
+    assert rates_of_steps(optimiser, 3) == before[3:]
 
 
 def test_the_average_follows_the_weights_and_gives_way_to_them():
